@@ -1,0 +1,1 @@
+"""Reading and writing models: transformers directories, mamba_ssm directories, our packed directory."""

@@ -1,0 +1,55 @@
+"""`slimba compress TEACHER OUT --method dfssm --data TEXT...`: run a method. See methods/run.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compress(
+    teacher: Annotated[str, typer.Argument(help="Float model: a directory, a hub id or a bundled name.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write the packed model to.")],
+    data: Annotated[
+        list[Path], typer.Option("--data", help="Training text (.txt, .zst, .jsonl, .parquet); may be repeated.")
+    ],
+    method: Annotated[str, typer.Option(help="How the numbers are chosen.")] = "dfssm",
+    recipe: Annotated[Path | None, typer.Option(help="YAML file of settings; its keys override the default's.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="One setting, key=value; may be repeated and wins over the recipe.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Training tokens to use (default: one pass over the text).")] = None,
+    split_documents: Annotated[str, typer.Option(help="What separates documents: blank-line or file.")] = "blank-line",
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json, where the checkpoint has none.")] = None,
+    seed: Annotated[int, typer.Option(help="Order of the training windows.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new model is complete.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the run's record there.")] = None,
+) -> None:
+    """Make a float model small: signs and an int8 low-rank correction, found by distillation."""
+    from slimba.cli.options import write_json
+    from slimba.methods.run import compress as run
+    from slimba.training.recipes import parse_overrides
+
+    record = run(
+        teacher,
+        out,
+        method=method,
+        recipe=recipe,
+        data=data,
+        split_documents=split_documents,
+        tokens=tokens,
+        seed=seed,
+        device=device,
+        tokenizer=tokenizer,
+        resume=resume,
+        overwrite=overwrite,
+        settings=parse_overrides(set_ or []),
+    )
+    if json_file:
+        write_json(json_file, record)
+    final = ", ".join(f"{k} {v:.4g}" for k, v in record["final"].items())
+    typer.echo(f"{out}: {record['tokens']:,} tokens in {record['seconds']:.0f} s on {record['device']}; {final}")
+    typer.echo(f"look at it with: slimba inspect {out}")

@@ -1,0 +1,8 @@
+"""Weight formats: how one matrix is stored, each with its NumPy reference of pack, unpack and matmul. No torch.
+
+A matrix is a `MatrixLayout` (row segments, each in one format, and an optional low-rank correction) with its arrays.
+"""
+
+from slimba.formats.matrix import FORMATS, LowRank, Matrix, MatrixLayout, Segment
+
+__all__ = ["FORMATS", "LowRank", "Matrix", "MatrixLayout", "Segment"]

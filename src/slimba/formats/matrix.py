@@ -1,0 +1,220 @@
+"""One matrix: row segments in their formats, an optional int8 low-rank correction, an optional column scale.
+
+    W = (segments stacked + A @ B on the rows lowrank.start .. lowrank.stop) * col_scale
+
+Tensor names, for a matrix called `m`: a matrix of one float segment without extras is stored as `m.weight`; otherwise
+segment i has `m.i.<part>` with the parts of its format, the correction `m.lowrank_a` int8 [stop - start, R],
+`m.lowrank_a_scale` [stop - start], `m.lowrank_b` int8 [R, cols], `m.lowrank_b_scale` [R], the column scale
+`m.col_scale` [cols] (scales are float16). docs/file-format.md is the normative text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from slimba.errors import UserError
+from slimba.formats.floats import DTYPES, FloatFormat
+from slimba.formats.int4 import Int4Format
+from slimba.formats.int8 import Int8Format, quantize_rows
+from slimba.formats.sign import SignFormat
+
+__all__ = ["FORMATS", "LowRank", "Matrix", "MatrixLayout", "Segment"]
+
+FORMATS: dict[str, Any] = {
+    "float32": FloatFormat("float32"),
+    "float16": FloatFormat("float16"),
+    "bfloat16": FloatFormat("bfloat16"),
+    "int8": Int8Format(),
+    "int4": Int4Format(),
+    "sign": SignFormat(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """`rows` consecutive rows stored in one format."""
+
+    rows: int
+    format: str
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """int8 correction A [stop - start, rank] @ B [rank, cols], added to the rows start..stop."""
+
+    rank: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixLayout:
+    """How a matrix of `rows` x `cols` is stored: shapes, types and bytes, without the numbers."""
+
+    cols: int
+    segments: tuple[Segment, ...]
+    lowrank: LowRank | None = None
+    col_scale: bool = False
+
+    def __post_init__(self) -> None:
+        for s in self.segments:
+            if s.format not in FORMATS:
+                raise UserError(f"unknown weight format {s.format!r}, known are {', '.join(FORMATS)}")
+            if s.rows < 1:
+                raise UserError(f"a segment in format {s.format} has {s.rows} rows, it must have at least 1")
+        lr = self.lowrank
+        if lr and not (lr.rank >= 1 and 0 <= lr.start < lr.stop <= self.rows):
+            raise UserError(f"low-rank correction of rank {lr.rank} on rows {lr.start}..{lr.stop} does not fit {self.rows} rows")
+
+    @classmethod
+    def plain(cls, rows: int, cols: int, format: str) -> MatrixLayout:
+        return cls(cols, (Segment(rows, format),))
+
+    @property
+    def rows(self) -> int:
+        return sum(s.rows for s in self.segments)
+
+    @property
+    def is_plain_float(self) -> bool:
+        return (
+            len(self.segments) == 1
+            and isinstance(FORMATS[self.segments[0].format], FloatFormat)
+            and self.lowrank is None
+            and not self.col_scale
+        )
+
+    def part_name(self, i: int, part: str) -> str:
+        return part if self.is_plain_float else f"{i}.{part}"
+
+    def tensors(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Every tensor of this matrix: full name -> (dtype name, shape)."""
+        out: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for i, s in enumerate(self.segments):
+            for part, what in FORMATS[s.format].parts(s.rows, self.cols).items():
+                out[f"{name}.{self.part_name(i, part)}"] = what
+        if self.lowrank:
+            n, r = self.lowrank.stop - self.lowrank.start, self.lowrank.rank
+            out[f"{name}.lowrank_a"] = ("int8", (n, r))
+            out[f"{name}.lowrank_a_scale"] = ("float16", (n,))
+            out[f"{name}.lowrank_b"] = ("int8", (r, self.cols))
+            out[f"{name}.lowrank_b_scale"] = ("float16", (r,))
+        if self.col_scale:
+            out[f"{name}.col_scale"] = ("float16", (self.cols,))
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        return sum(DTYPES[dt].itemsize * int(np.prod(shape)) for dt, shape in self.tensors("m").values())
+
+    def describe(self) -> str:
+        """Short text for tables: `sign:2048 int8:272 +r16`."""
+        if len(self.segments) == 1:
+            text = self.segments[0].format
+        else:
+            text = " ".join(f"{s.format}:{s.rows}" for s in self.segments)
+        return text + (f" +r{self.lowrank.rank}" if self.lowrank else "") + (" *col" if self.col_scale else "")
+
+    def to_json(self) -> dict[str, Any]:
+        out: dict[str, Any] = {
+            "cols": self.cols,
+            "segments": [{"rows": s.rows, "format": s.format} for s in self.segments],
+        }
+        if self.lowrank:
+            out["lowrank"] = {"rank": self.lowrank.rank, "start": self.lowrank.start, "stop": self.lowrank.stop}
+        if self.col_scale:
+            out["col_scale"] = True
+        return out
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> MatrixLayout:
+        try:
+            unknown = set(data) - {"cols", "segments", "lowrank", "col_scale"}
+            if unknown:
+                raise UserError(f"unknown key {sorted(unknown)[0]!r} in a layer's format")
+            lr = data.get("lowrank")
+            return cls(
+                int(data["cols"]),
+                tuple(Segment(int(s["rows"]), str(s["format"])) for s in data["segments"]),
+                LowRank(int(lr["rank"]), int(lr["start"]), int(lr["stop"])) if lr else None,
+                bool(data.get("col_scale", False)),
+            )
+        except (KeyError, TypeError, ValueError) as e:
+            raise UserError(f"a layer's format in quantization_config is malformed: {e!r}") from None
+
+
+@dataclass(slots=True)
+class Matrix:
+    """A layout with its arrays (keys are the tensor names without the matrix name and its dot)."""
+
+    layout: MatrixLayout
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def segment_parts(self, i: int) -> dict[str, np.ndarray]:
+        s = self.layout.segments[i]
+        return {p: self.arrays[self.layout.part_name(i, p)] for p in FORMATS[s.format].parts(s.rows, self.layout.cols)}
+
+    @classmethod
+    def quantize(
+        cls, w: np.ndarray, layout: MatrixLayout, lowrank: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> Matrix:
+        """Round-to-nearest of float32 w [rows, cols] into `layout`; `lowrank` is (A [n, R], B [R, cols])."""
+        if w.shape != (layout.rows, layout.cols):
+            raise UserError(f"a matrix of shape {w.shape} does not fit a layout of {(layout.rows, layout.cols)}")
+        if layout.col_scale:
+            raise UserError("round-to-nearest chooses no column scale; build the arrays where the scale is chosen")
+        out, row = cls(layout), 0
+        for i, s in enumerate(layout.segments):
+            for part, a in FORMATS[s.format].pack(w[row : row + s.rows]).items():
+                out.arrays[layout.part_name(i, part)] = a
+            row += s.rows
+        if layout.lowrank:
+            if lowrank is None:
+                raise UserError("the layout has a low-rank correction but no factors were given")
+            out.arrays["lowrank_a"], out.arrays["lowrank_a_scale"] = quantize_rows(lowrank[0])
+            out.arrays["lowrank_b"], out.arrays["lowrank_b_scale"] = quantize_rows(lowrank[1])
+        return out
+
+    def lowrank_factors(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Dequantised (A, B), or None."""
+        if not self.layout.lowrank:
+            return None
+        a, b = (
+            self.arrays[k].astype(np.float32) * self.arrays[k + "_scale"].astype(np.float32)[:, None]
+            for k in ("lowrank_a", "lowrank_b")
+        )
+        return a, b
+
+    def dequantize(self) -> np.ndarray:
+        """float32 [rows, cols], the matrix that every engine must multiply by."""
+        cols = self.layout.cols
+        w = np.concatenate(
+            [FORMATS[s.format].unpack(self.segment_parts(i), cols) for i, s in enumerate(self.layout.segments)]
+        )
+        factors = self.lowrank_factors()
+        if factors and self.layout.lowrank:
+            w[self.layout.lowrank.start : self.layout.lowrank.stop] += factors[0] @ factors[1]
+        if self.layout.col_scale:
+            w *= self.arrays["col_scale"].astype(np.float32)
+        return w
+
+    def rows_at(self, ids: np.ndarray) -> np.ndarray:
+        """Dequantised rows (an embedding look-up): int [n] -> float32 [n, cols]. One-segment matrices only."""
+        (s,) = self.layout.segments
+        parts = {p: a[ids] for p, a in self.segment_parts(0).items()}
+        return np.asarray(FORMATS[s.format].unpack(parts, self.layout.cols), dtype=np.float32)
+
+    def matmul(self, x: np.ndarray) -> np.ndarray:
+        """x float32 [..., cols] -> [..., rows], computed from the packed parts; the engines' kernels follow this."""
+        if self.layout.col_scale:
+            x = x * self.arrays["col_scale"].astype(np.float32)
+        y = np.concatenate(
+            [FORMATS[s.format].matmul(self.segment_parts(i), x) for i, s in enumerate(self.layout.segments)], axis=-1
+        )
+        factors = self.lowrank_factors()
+        if factors and self.layout.lowrank:
+            y[..., self.layout.lowrank.start : self.layout.lowrank.stop] += (x @ factors[1].T) @ factors[0].T
+        return y

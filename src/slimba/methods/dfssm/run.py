@@ -1,0 +1,160 @@
+"""`slimba compress --method dfssm`: a float teacher in, a packed one-bit model out.
+
+    run(teacher, out, ids, recipe, device="auto", resume=False, ...)
+
+Work in progress lives in `<out>.work/` (log, checkpoint, settings); it goes when the packed directory is in place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import slimba
+from slimba.checkpoints.checkpoint import Checkpoint
+from slimba.checkpoints.packed import write_packed
+from slimba.data.batches import WindowBatches
+from slimba.errors import UserError
+from slimba.methods.dfssm.recipe import DfssmRecipe, layouts
+from slimba.methods.dfssm.student import DistilTask, Student
+from slimba.models.lm import SSMForCausalLM, load_weights
+from slimba.training.loop import LoopSettings, pick_device, train
+
+__all__ = ["run"]
+
+
+def run(
+    teacher: Checkpoint,
+    out: Path,
+    ids: np.ndarray,
+    recipe: DfssmRecipe,
+    *,
+    data: dict[str, Any],
+    tokens: int | None,
+    seed: int,
+    device: str,
+    resume: bool,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Distil `teacher` on `ids` int32 [n] and write the packed model to `out`. Returns the run's record.
+
+    `data` describes where the ids came from. Raises UserError for a teacher that is not float or holds NaN, for
+    `resume` with other settings, and where memory runs out.
+    """
+    teacher.require_float("the teacher")
+    check_finite(teacher)
+    where = pick_device(device)
+    batches = WindowBatches(ids, recipe.window, recipe.batch, seed)
+    settings = LoopSettings(
+        steps=batches.steps_for(tokens),
+        warmup=recipe.warmup,
+        decay=recipe.decay,
+        clip=recipe.grad_clip,
+        micro_batch=recipe.micro_batch,
+        label="distilling",
+    )
+    record: dict[str, Any] = {
+        "method": "dfssm",
+        "slimba": slimba.__version__,
+        "recipe": dataclasses.asdict(recipe),
+        "seed": seed,
+        "data": data | {"token_sha256": hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()},
+        "teacher_sha256": fingerprint(teacher),
+        "steps": settings.steps,
+        "tokens": settings.steps * batches.tokens_per_step,
+    }
+    work = out.with_name(out.name + ".work")
+    fresh = prepare_work(work, record, resume)
+    try:
+        student, task = build(teacher, recipe, batches, where, fresh)
+        progress = train(task, batches, settings, work, resume=not fresh)
+    except torch.cuda.OutOfMemoryError:
+        raise UserError("the GPU's memory is too small; set micro_batch to 1 or 2, or a smaller batch or window") from None
+    record |= {
+        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
+        "seconds": round(progress.seconds, 1),
+        "final": {k: round(v, 5) for k, v in progress.last.items()},
+    }
+    packed = Checkpoint(
+        spec=teacher.spec,
+        layouts=student.layouts,
+        tensors=student.export(),
+        tokenizer_file=teacher.tokenizer_file,
+        provenance=record,
+        generation=teacher.generation,
+    )
+    write_packed(packed, out, card=card(record), overwrite=overwrite)
+    shutil.copy(work / "log.jsonl", out / "training.jsonl")
+    shutil.rmtree(work)
+    return record
+
+
+def check_finite(teacher: Checkpoint) -> None:
+    """UserError naming the first tensor of the teacher that holds NaN or infinity."""
+    for name, tensor in teacher.tensors.items():
+        if not np.isfinite(np.asarray(tensor).astype(np.float32)).all():
+            raise UserError(f"the teacher's {name} holds NaN or infinity; the checkpoint is damaged or diverged in training")
+
+
+def fingerprint(teacher: Checkpoint) -> str:
+    """SHA-256 over names and bytes of every tensor."""
+    digest = hashlib.sha256()
+    for name in sorted(teacher.tensors):
+        digest.update(name.encode() + b"\0")
+        digest.update(np.ascontiguousarray(teacher.tensors[name]).tobytes())
+    return digest.hexdigest()
+
+
+def prepare_work(work: Path, record: dict[str, Any], resume: bool) -> bool:
+    """Make the work directory; False when a run with the same settings is to be continued there."""
+    settings_file = work / "settings.json"
+    text = json.dumps(record, indent=1, sort_keys=True)
+    if resume and settings_file.is_file() and (work / "checkpoint.pt").is_file():
+        before, now = json.loads(settings_file.read_text("utf-8")), json.loads(text)
+        for k in now:
+            if before.get(k) != now[k]:
+                raise UserError(f"--resume: {k} differs from the interrupted run's in {settings_file}; use its settings or start anew")
+        return False
+    if work.exists():
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    settings_file.write_text(text, "utf-8")
+    return True
+
+
+def build(
+    teacher: Checkpoint, recipe: DfssmRecipe, batches: WindowBatches, where: torch.device, fresh: bool
+) -> tuple[Student, DistilTask]:
+    """Teacher network, student and task on the device; a student to be resumed is not fitted."""
+    network = SSMForCausalLM(teacher.spec)
+    load_weights(network, teacher)
+    network.to(where).eval()
+    student = Student(teacher.spec, layouts(teacher.spec, recipe), recipe).to(where)
+    if fresh:
+        n = min(recipe.calibration_windows, batches.n_windows)
+        rows = [batches[i][:, :-1] for i in range(-(-n // batches.batch))]
+        windows = torch.from_numpy(np.concatenate(rows)[:n]).to(where).long()
+        student.initialise(network, windows)
+    return student, DistilTask(student, network, recipe)
+
+
+def card(record: dict[str, Any]) -> str:
+    """The model card's body."""
+    hours = time.strftime("%H:%M:%S", time.gmtime(record["seconds"]))
+    return f"""One-bit state-space model made with `slimba compress --method dfssm`.
+
+- Projections: signs with row and column scales, int8 low-rank correction of rank {record["recipe"]["rank"]}
+- Distilled on {record["tokens"]:,} tokens in {record["steps"]:,} steps, {hours} on {record["device"]}
+- Training text: {", ".join(record["data"].get("sources", [])) or "token ids given by the caller"}
+- Last training figures: {", ".join(f"{k} {v}" for k, v in record["final"].items())}
+
+`slimba inspect` on this directory shows the format of every layer and checks its checksums; `slimba eval` measures it.
+"""

@@ -1,0 +1,76 @@
+"""Rounding inside training with a straight-through gradient: the torch twins of the NumPy formats, equal bit for bit.
+
+    w_q = int8_rows(w)   # forward: what the packed file will hold; backward: identity
+
+tests/methods/test_fake_quant.py holds each against its NumPy format.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from slimba.formats.int4 import GROUP
+
+__all__ = ["float16", "int4_groups", "int8_rows", "signs"]
+
+SMALLEST_SCALE = 2.0**-24
+
+
+def _through(w: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Value of q, gradient of w. The detached difference would round; a swap of the data would not track gradients."""
+    return StraightThrough.apply(w, q)  # type: ignore[no-any-return]
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w: torch.Tensor, q: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        return q
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def, override]
+        return grad, None
+
+
+class ClippedSign(torch.autograd.Function):
+    """sign with sign(0) = +1; the gradient passes where |latent| <= 1 (in units of the row scale) and is 0 beyond."""
+
+    @staticmethod
+    def forward(ctx, latent: torch.Tensor, clip: float) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(latent)
+        ctx.clip = clip
+        return torch.where(latent >= 0, 1.0, -1.0).to(latent.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def, override]
+        (latent,) = ctx.saved_tensors
+        return torch.where(latent.abs() <= ctx.clip, grad, torch.zeros_like(grad)), None
+
+
+def signs(latent: torch.Tensor, clip: float) -> torch.Tensor:
+    """+-1 in the latent's dtype, straight-through within `clip`."""
+    return ClippedSign.apply(latent, clip)  # type: ignore[no-any-return]
+
+
+def float16(w: torch.Tensor) -> torch.Tensor:
+    """Rounded to float16, kept in float32."""
+    return _through(w, w.detach().to(torch.float16).to(torch.float32))
+
+
+def int8_rows(w: torch.Tensor) -> torch.Tensor:
+    """int8 with a float16 scale per row, dequantised: [rows, cols] -> [rows, cols]."""
+    with torch.no_grad():
+        # a divisor on the device: torch's CUDA division by a Python number multiplies by the reciprocal, one ulp off
+        scale = (w.abs().amax(dim=1, keepdim=True) / w.new_full((), 127.0)).to(torch.float16).float().clamp_min(SMALLEST_SCALE)
+        q = torch.clamp(torch.round(w / scale), -127, 127) * scale
+    return _through(w, q)
+
+
+def int4_groups(w: torch.Tensor) -> torch.Tensor:
+    """int4 in groups of 128 columns, dequantised: [rows, cols] -> [rows, cols]."""
+    with torch.no_grad():
+        rows, cols = w.shape
+        groups = -(-cols // GROUP)
+        padded = torch.nn.functional.pad(w, (0, groups * GROUP - cols)).view(rows, groups, GROUP)
+        scale = (padded.abs().amax(dim=2, keepdim=True) / w.new_full((), 7.0)).to(torch.float16).float().clamp_min(SMALLEST_SCALE)
+        q = (torch.clamp(torch.round(padded / scale), -7, 7) * scale).view(rows, -1)[:, :cols]
+    return _through(w, q)

@@ -1,0 +1,78 @@
+"""The entry of every method: `slimba.compress(teacher, out, method="dfssm", ...)` and the verb `compress`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slimba.errors import UserError
+
+__all__ = ["METHODS", "compress"]
+
+METHODS = ("dfssm",)
+
+
+def compress(
+    teacher: str | Path,
+    out: str | Path,
+    *,
+    method: str = "dfssm",
+    recipe: str | Path | None = None,
+    data: Sequence[str | Path] = (),
+    split_documents: str = "blank-line",
+    tokens: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    tokenizer: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Compress `teacher` (directory, hub id or bundled name) into the packed directory `out`; returns the run's record.
+
+    data: text files. tokens: how many training tokens to use (None: one pass). settings, or keyword arguments: single keys of the recipe.
+    Raises UserError for an unknown method or setting, a damaged teacher, too little text, an existing `out`.
+    """
+    if method not in METHODS:
+        raise UserError(f"unknown method {method!r}, known are {', '.join(METHODS)}")
+    if tokens is not None and tokens < 1:
+        raise UserError("tokens must be at least 1")
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists; give another name or --overwrite")
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise UserError('compressing needs torch; pip install "slimba[train]"') from None
+    from slimba.checkpoints.reader import open_checkpoint
+    from slimba.data.text import documents, encode_documents
+    from slimba.data.tokenizer import Tokenizer
+    from slimba.methods.dfssm.recipe import DfssmRecipe
+    from slimba.methods.dfssm.run import run
+    from slimba.training.recipes import load_recipe
+
+    chosen = load_recipe(DfssmRecipe, "dfssm.yaml", recipe, {**(settings or {}), **more})
+    checkpoint = open_checkpoint(teacher, tokenizer=tokenizer)
+    if checkpoint.tokenizer_file is None:
+        raise UserError(f"{teacher} has no tokenizer and the text must be tokenised; name one with --tokenizer")
+    bos = checkpoint.spec.bos_token_id
+    ids = encode_documents(
+        Tokenizer.from_file(checkpoint.tokenizer_file),
+        documents(list(data), split_documents),  # type: ignore[arg-type]
+        bos_id=checkpoint.spec.eos_token_id if bos is None else bos,
+    )
+    description = {"sources": [Path(d).name for d in data], "split_documents": split_documents}
+    return run(
+        checkpoint,
+        out,
+        ids,
+        chosen,
+        data=description,
+        tokens=tokens,
+        seed=seed,
+        device=device,
+        resume=resume,
+        overwrite=overwrite,
+    )

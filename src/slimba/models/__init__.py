@@ -1,0 +1,1 @@
+"""The networks. This package imports nothing, so that `models.spec` is usable without torch."""

@@ -1,0 +1,1 @@
+"""The packaged recipes (YAML, a comment above every key)."""

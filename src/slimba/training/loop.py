@@ -1,0 +1,310 @@
+"""The one training loop: optimiser steps with progress, a JSON-lines log, checkpoints and exact resume.
+
+A method gives a `Task`: the model, its parameter groups and a loss for one batch of token windows. The loop owns the
+step count; everything that changes over time (learning rates, loss weights, phases) is a function of it, and the batch
+of a step is too, so a run that is killed and resumed ends in the same weights as one that is not (on one machine).
+
+On a GPU the whole step is captured in a CUDA graph: small models are bound by launches, not by arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from slimba.data.batches import WindowBatches
+from slimba.errors import UserError
+from slimba.training.schedule import lr_factor
+
+__all__ = ["Group", "LoopSettings", "Task", "pick_device", "train"]
+
+
+@dataclass(slots=True)
+class Group:
+    """Parameters that share a learning rate and a weight decay."""
+
+    name: str
+    params: list[nn.Parameter]
+    lr: float
+    weight_decay: float = 0.0
+
+
+class Task(Protocol):
+    """What a method hands to the loop."""
+
+    model: nn.Module
+
+    def groups(self) -> list[Group]: ...
+
+    def at_step(self, step: int, total: int) -> bool:
+        """Set what depends on the step (phases, loss weights in device tensors); True when the graph must be captured anew."""
+        ...
+
+    def loss(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """int64 [B, L + 1] -> {"loss": scalar with gradient, other scalars to log}."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopSettings:
+    """How to run a task. `micro_batch` windows go through the model at a time (0: the whole batch)."""
+
+    steps: int
+    warmup: float = 0.05
+    decay: str = "linear"
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0
+    micro_batch: int = 0
+    log_every: int = 10
+    save_every_s: float = 120.0
+    cuda_graph: bool = True
+    label: str = "training"
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands; what a checkpoint holds beside weights and optimiser state."""
+
+    step: int = 0
+    seconds: float = 0.0
+    last: dict[str, float] = field(default_factory=dict)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one. UserError for a GPU that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"unknown device {name!r}, known are auto, cpu and cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: torch sees no GPU here; use --device cpu")
+    return torch.device(name)
+
+
+def train(
+    task: Task,
+    batches: WindowBatches,
+    settings: LoopSettings,
+    workdir: Path,
+    *,
+    resume: bool = False,
+    on_log: Callable[[Progress, int], None] | None = None,
+) -> Progress:
+    """Run `settings.steps` optimiser steps; afterwards the task's model is trained in place.
+
+    Writes `workdir/log.jsonl` and `workdir/checkpoint.pt`. With `resume` a checkpoint found there is continued.
+    Raises UserError when the loss stops being finite (the last good checkpoint stays).
+    """
+    run = _Run(task, batches, settings, workdir)
+    if resume:
+        run.restore()
+    with run.progress_bar() as advance:
+        run.steps(advance, on_log)
+    return run.progress
+
+
+class _Run:
+    def __init__(self, task: Task, batches: WindowBatches, settings: LoopSettings, workdir: Path) -> None:
+        self.task, self.batches, self.settings, self.workdir = task, batches, settings, workdir
+        self.device = next(task.model.parameters()).device
+        self.cuda = self.device.type == "cuda"
+        self.group_list = task.groups()
+        self.params = [p for g in self.group_list for p in g.params]
+        # learning rates are tensors so that a captured graph reads the value of its step
+        self.lrs = [torch.zeros((), device=self.device) for _ in self.group_list]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": g.params, "lr": lr, "weight_decay": g.weight_decay}
+                for g, lr in zip(self.group_list, self.lrs, strict=True)
+            ],
+            betas=settings.betas,
+            eps=1e-10,
+            fused=True,
+            capturable=self.cuda,
+        )
+        self.progress = Progress()
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.eager_left = 0
+        self.stream = torch.cuda.Stream() if self.cuda else None
+        self.static_ids: torch.Tensor | None = None
+        self.static_out: dict[str, torch.Tensor] = {}
+
+    # ---------------------------------------------------------------- one step
+
+    def backward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        size = self.settings.micro_batch or ids.shape[0]
+        pieces = ids.split(size)
+        out: dict[str, torch.Tensor] = {}
+        for piece in pieces:
+            values = self.task.loss(piece)
+            share = piece.shape[0] / ids.shape[0]
+            (values["loss"] * share).backward()
+            for k, v in values.items():
+                out[k] = out.get(k, 0) + v.detach() * share
+        return out
+
+    def whole_step(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        out = self.backward(ids)
+        out["grad_norm"] = nn.utils.clip_grad_norm_(self.params, self.settings.clip, foreach=True)
+        self.optimizer.step()
+        return out
+
+    def step(self, ids: torch.Tensor, changed: bool) -> dict[str, torch.Tensor]:
+        if not (self.cuda and self.settings.cuda_graph):
+            self.optimizer.zero_grad(set_to_none=True)
+            return self.whole_step(ids)
+        assert self.stream is not None
+        if changed or (self.graph is None and self.eager_left == 0):
+            self.graph, self.static_out, self.eager_left = None, {}, 3
+        if self.eager_left:
+            self.eager_left -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.optimizer.zero_grad(set_to_none=True)
+                out = self.whole_step(ids)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            if self.eager_left == 0:
+                self.capture(ids)
+            return out
+        assert self.graph is not None and self.static_ids is not None
+        self.static_ids.copy_(ids)
+        self.graph.replay()
+        return self.static_out
+
+    def capture(self, ids: torch.Tensor) -> None:
+        """Capturing runs nothing: the next step replays."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.static_ids = ids.clone()
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.static_out = self.whole_step(self.static_ids)
+
+    # ---------------------------------------------------------------- all steps
+
+    def steps(self, advance: Callable[[Progress], None], on_log: Callable[[Progress, int], None] | None) -> None:
+        s, total = self.settings, self.settings.steps
+        last_save = time.monotonic()
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        # phases before the current step must have happened: a resumed run replays their switches
+        for past in range(self.progress.step):
+            self.task.at_step(past, total)
+        started = time.monotonic() - self.progress.seconds
+        with open(self.workdir / "log.jsonl", "a", encoding="utf-8") as log:
+            try:
+                while self.progress.step < total:
+                    step = self.progress.step
+                    changed = self.task.at_step(step, total)
+                    for group, lr in zip(self.group_list, self.lrs, strict=True):
+                        lr.fill_(group.lr * lr_factor(step, total, s.warmup, s.decay))
+                    ids = torch.from_numpy(self.batches[step]).to(self.device, non_blocking=True).long()
+                    out = self.step(ids, changed)
+                    self.progress.step = step + 1
+                    self.progress.seconds = time.monotonic() - started
+                    if self.progress.step % s.log_every == 0 or self.progress.step == total:
+                        self.log(out, log)
+                        if on_log:
+                            on_log(self.progress, total)
+                    due = time.monotonic() - last_save > s.save_every_s and self.progress.step < total
+                    if due and math.isfinite(float(out["loss"])):  # never replace a good checkpoint by a broken one
+                        self.save()
+                        last_save = time.monotonic()
+                    advance(self.progress)
+            except KeyboardInterrupt:
+                self.save()
+                raise
+
+    def log(self, out: dict[str, torch.Tensor], log: Any) -> None:
+        values = {k: float(v) for k, v in out.items()}
+        if not math.isfinite(values["loss"]):
+            raise UserError(
+                f"the loss is {values['loss']} at step {self.progress.step}; lower the learning rates"
+                " (the last good checkpoint is kept, --resume continues from it)"
+            )
+        self.progress.last = values
+        row = {"step": self.progress.step, "tokens": self.progress.step * self.batches.tokens_per_step}
+        row |= {"seconds": round(self.progress.seconds, 3)}
+        log.write(json.dumps(row | {k: round(v, 6) for k, v in values.items()}) + "\n")
+        log.flush()
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def save(self) -> None:
+        path = self.workdir / "checkpoint.pt"
+        partial = path.with_suffix(".partial")
+        payload = {
+            "model": self.task.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.progress.step,
+            "seconds": self.progress.seconds,
+        }
+        try:
+            with open(partial, "wb") as f:
+                torch.save(payload, f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(partial, path)
+        except OSError as e:
+            partial.unlink(missing_ok=True)
+            raise UserError(f"cannot write the checkpoint {path}: {e.strerror}") from None
+
+    def restore(self) -> None:
+        path = self.workdir / "checkpoint.pt"
+        if not path.is_file():
+            return
+        try:
+            payload = torch.load(path, map_location=self.device, weights_only=True)
+            # fused AdamW keeps lr as our tensors; its state_dict would replace them
+            lrs = [g["lr"] for g in self.optimizer.param_groups]
+            self.task.model.load_state_dict(payload["model"])
+            self.optimizer.load_state_dict(payload["optimizer"])
+            for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
+                group["lr"] = lr
+        except (RuntimeError, KeyError, ValueError, EOFError) as e:
+            raise UserError(f"the checkpoint {path} cannot be continued ({e}); start again without --resume") from None
+        self.progress = Progress(payload["step"], payload["seconds"])
+
+    # ---------------------------------------------------------------- progress bar
+
+    def progress_bar(self) -> _Bar:
+        return _Bar(self.settings.label, self.settings.steps, self.batches.tokens_per_step)
+
+
+class _Bar:
+    """A rich progress bar with loss and tokens/s; on a terminal only, silent in logs."""
+
+    def __init__(self, label: str, total: int, tokens_per_step: int) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns: Iterable[Any] = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} {task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(*columns, transient=True)
+        self.id = self.bar.add_task(label, total=total, note="")
+        self.tokens_per_step = tokens_per_step
+
+    def __enter__(self) -> Callable[[Progress], None]:
+        self.bar.start()
+
+        def advance(p: Progress) -> None:
+            speed = p.step * self.tokens_per_step / max(p.seconds, 1e-9)
+            note = f"loss {p.last['loss']:.3f} {speed:,.0f} tok/s" if p.last else ""
+            self.bar.update(self.id, completed=p.step, note=note)
+
+        return advance
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
