@@ -1,0 +1,115 @@
+"""Between layouts: packed, transformers and mamba_ssm directories, without losing a bit unless a type is asked for.
+
+    notes = convert_checkpoint(open_checkpoint("mamba2-130m"), Path("out"), to="slimba")
+
+Run the tests: `pytest tests/checkpoints/test_convert.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimba.checkpoints.checkpoint import Checkpoint
+from slimba.checkpoints.common import FLOATS
+from slimba.checkpoints.mamba_ssm import write_mamba_ssm
+from slimba.checkpoints.packed import write_packed
+from slimba.checkpoints.transformers import write_transformers
+from slimba.errors import UserError
+from slimba.formats import MatrixLayout
+from slimba.formats.floats import DTYPES
+
+__all__ = ["TARGETS", "cast", "convert_checkpoint"]
+
+TARGETS: dict[str, Callable[..., Path]] = {
+    "slimba": write_packed,
+    "transformers": write_transformers,
+    "mamba-ssm": write_mamba_ssm,
+}
+
+
+def convert_checkpoint(
+    checkpoint: Checkpoint, out: str | Path, *, to: str, dtype: str | None = None, overwrite: bool = False
+) -> list[str]:
+    """Write `checkpoint` in the layout `to`; returns one line for each thing the user should know.
+
+    Without `dtype` every tensor keeps its bytes. With it every tensor becomes that float type, packed weights are
+    dequantised. UserError: what the target cannot express, by name.
+    """
+    if to not in TARGETS:
+        raise UserError(f"unknown layout {to!r}, known are {', '.join(TARGETS)}")
+    notes = []
+    if dtype:
+        if not checkpoint.is_float:
+            notes.append(f"dequantised weights were written: {dtype} values of what is stored as {_formats(checkpoint)}")
+        elif _rounds(checkpoint, dtype):
+            notes.append(f"the weights were rounded to {dtype}, as asked")
+        checkpoint = cast(checkpoint, dtype)
+    elif to != "slimba" and not checkpoint.is_float:
+        raise UserError(
+            f"the {to} layout cannot hold weights stored as {_formats(checkpoint)}; "
+            "add --type float16 (or float32) to write dequantised weights"
+        )
+    if to != "slimba" and checkpoint.provenance:
+        notes.append(f"the {to} layout has no place for where the model came from; keep the packed directory for that")
+    TARGETS[to](checkpoint, out, overwrite=overwrite)
+    return notes
+
+
+def cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+    """The same model with every tensor in one float type, packed matrices dequantised, one at a time as it is used."""
+    if dtype not in FLOATS:
+        raise UserError(f"unknown type {dtype!r}, known are {', '.join(FLOATS)}")
+    layouts = {
+        name: MatrixLayout.plain(layout.rows, layout.cols, dtype) for name, layout in checkpoint.layouts.items()
+    }
+    return dataclasses.replace(checkpoint, layouts=layouts, tensors=_CastTensors(checkpoint, dtype))
+
+
+class _CastTensors(Mapping[str, np.ndarray]):
+    """Tensors of a float checkpoint, computed from another checkpoint each time they are asked for."""
+
+    def __init__(self, source: Checkpoint, dtype: str) -> None:
+        self.source, self.dtype = source, dtype
+        self.matrices = {f"{name}.weight": name for name in source.layouts}
+        self.names = [*self.matrices, *source.spec.vectors()]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name in self.matrices:
+            matrix = self.source.matrix(self.matrices[name])
+            a = matrix.arrays["weight"] if matrix.layout.is_plain_float else matrix.dequantize()
+        else:
+            a = self.source.tensors[name]
+        if a.dtype.name == self.dtype:
+            return a
+        with np.errstate(over="ignore"):
+            out = a.astype(DTYPES[self.dtype])
+        if np.isfinite(a.astype(np.float32)).all() and not np.isfinite(out.astype(np.float32)).all():
+            raise UserError(f"{name} holds values beyond the range of {self.dtype}; use --type float32 or bfloat16")
+        return out
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _formats(checkpoint: Checkpoint) -> str:
+    """The formats other than float of a checkpoint, most used first."""
+    rows: dict[str, int] = {}
+    for layout in checkpoint.layouts.values():
+        for s in layout.segments:
+            if s.format not in FLOATS:
+                rows[s.format] = rows.get(s.format, 0) + s.rows * layout.cols
+    return ", ".join(sorted(rows, key=lambda f: -rows[f])) or "float with corrections"
+
+
+def _rounds(checkpoint: Checkpoint, dtype: str) -> bool:
+    """Whether some tensor's type does not fit into `dtype` exactly."""
+    exact: dict[str, Any] = {"float32": FLOATS, "float16": ("float16",), "bfloat16": ("bfloat16",)}
+    return any(a.dtype.name not in exact[dtype] for a in checkpoint.tensors.values())
