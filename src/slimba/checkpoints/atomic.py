@@ -4,9 +4,9 @@
         (tmp / "config.json").write_text(...)
     atomic_write("figures.json", text)
 
-The work goes to `.NAME.tmp-XXXXXXXX` beside the target (same file system), is synced to the disk and moved into place in
-one step. The writer holds a lock on its temporary until then, so that one left by a killed process is known by being
-unlocked; the next write to the same target removes it. POSIX only.
+The work goes to `.NAME.tmp-XXXXXXXX` beside the target (same file system), is synced to the disk and moved into place
+in one step. The writer holds a lock on its temporary until then, so that one left by a killed process is known by
+being unlocked; the next write to the same target removes it. POSIX only.
 
 Run the tests: `pytest tests/checkpoints/test_atomic.py`.
 """
@@ -94,7 +94,7 @@ def _clear_errors(target: Path) -> Iterator[None]:
         yield
     except OSError as e:
         if e.errno in NO_SPACE:
-            raise UserError(f"no space left while writing {target}; free some or write elsewhere (nothing was kept)") from e
+            raise UserError(f"no space left while writing {target}; nothing was kept, free some space first") from e
         if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(f"cannot write {e.filename or target}: {e.strerror}; choose another place") from e
         raise

@@ -1,4 +1,4 @@
-"""What the three layouts share: the check of tensors against a spec, float layouts, tokenizer and text policy. No torch.
+"""What the three layouts share: tensors against a spec, float layouts, tokenizer and text policy. No torch.
 
 Run the tests: `pytest tests/checkpoints`.
 """
@@ -62,16 +62,23 @@ def check_finite(name: str, a: np.ndarray, where: Path | str) -> None:
 
 
 def checkpoint_entries(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Every tensor that `checkpoint` must hold, embedding first: name -> (dtype, shape); vectors keep their dtype."""
+    """Every tensor that `checkpoint` must hold, embedding first: name -> (dtype, shape); vectors keep their dtype.
+
+    UserError naming a tensor that is missing or unknown; the writer checks types and shapes as it goes.
+    """
     spec = checkpoint.spec
     out: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name in spec.matrices():
         out |= checkpoint.layouts[name].tensors(name)
-    for name, (shape, _) in spec.vectors().items():
+    vectors = spec.vectors()
+    for name in [*out, *vectors]:
         if name not in checkpoint.tensors:
-            raise UserError(f"tensor {name} is missing")
-        dtype = dtype_name(checkpoint.tensors[name])
-        out[name] = (dtype if dtype in FLOATS else "float32", shape)
+            raise UserError(f"{checkpoint.path or 'the model to write'}: tensor {name} is missing")
+    for name in checkpoint.tensors:
+        if name not in out and name not in vectors:
+            raise UserError(f"{checkpoint.path or 'the model to write'}: unknown tensor {name}")
+    for name, (shape, _) in vectors.items():
+        out[name] = (dtype_name(checkpoint.tensors[name]), shape)
     return out
 
 
@@ -94,7 +101,9 @@ def float_checkpoint(
     for name, (rows, cols) in spec.matrices().items():
         dtype = _float_dtype(tensors, f"{name}.weight", directory)
         layouts[name] = MatrixLayout.plain(rows, cols, dtype)
-    expected = {f"{n}.weight": (layout.segments[0].format, (layout.rows, layout.cols)) for n, layout in layouts.items()}
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, layout in layouts.items():
+        expected |= layout.tensors(name)
     for name, (shape, _) in spec.vectors().items():
         expected[name] = (_float_dtype(tensors, name, directory), shape)
     check_tensors(tensors, expected, directory)
@@ -159,7 +168,7 @@ def with_text_policy(spec: ModelSpec, directory: Path, tokenizer_file: Path | No
     special token as both. add_bos: tokenizer_config.json, else whether the tokenizer's own template puts bos first.
     """
     generation = generation_config(directory)
-    ids = {}
+    ids: dict[str, int | None] = {}
     for key in ID_KEYS:
         value = getattr(spec, key)
         ids[key] = _first_id(generation.get(key), directory) if value is None else value
@@ -179,7 +188,13 @@ def with_text_policy(spec: ModelSpec, directory: Path, tokenizer_file: Path | No
         add_bos = stated
     elif _template_starts_with(tokenizer, ids["bos_token_id"]):
         add_bos = True
-    return dataclasses.replace(spec, **ids, add_bos=add_bos and ids["bos_token_id"] is not None)
+    return dataclasses.replace(
+        spec,
+        bos_token_id=ids["bos_token_id"],
+        eos_token_id=ids["eos_token_id"],
+        pad_token_id=ids["pad_token_id"],
+        add_bos=add_bos and ids["bos_token_id"] is not None,
+    )
 
 
 def _first_id(value: Any, directory: Path) -> int | None:

@@ -45,7 +45,7 @@ def convert_checkpoint(
     notes = []
     if dtype:
         if not checkpoint.is_float:
-            notes.append(f"dequantised weights were written: {dtype} values of what is stored as {_formats(checkpoint)}")
+            notes.append(f"dequantised weights were written, {dtype} values of what was {_formats(checkpoint)}")
         elif _rounds(checkpoint, dtype):
             notes.append(f"the weights were rounded to {dtype}, as asked")
         checkpoint = cast(checkpoint, dtype)
@@ -76,7 +76,7 @@ class _CastTensors(Mapping[str, np.ndarray]):
     def __init__(self, source: Checkpoint, dtype: str) -> None:
         self.source, self.dtype = source, dtype
         self.matrices = {f"{name}.weight": name for name in source.layouts}
-        self.names = [*self.matrices, *source.spec.vectors()]
+        self.names = dict.fromkeys([*self.matrices, *source.spec.vectors()])
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name in self.matrices:
@@ -91,6 +91,9 @@ class _CastTensors(Mapping[str, np.ndarray]):
         if np.isfinite(a.astype(np.float32)).all() and not np.isfinite(out.astype(np.float32)).all():
             raise UserError(f"{name} holds values beyond the range of {self.dtype}; use --type float32 or bfloat16")
         return out
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

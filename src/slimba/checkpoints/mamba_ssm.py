@@ -1,7 +1,7 @@
 """mamba_ssm directories: its config keys and its tensor names, safetensors or `.bin`. torch only for the latter.
 
     checkpoint = read_mamba_ssm(Path("mamba2-130m"), tokenizer="gpt-neox-tokenizer.json")
-    write_mamba_ssm(checkpoint, Path("out"))       # safetensors; its pytorch_model.bin is a pickle, which we never write
+    write_mamba_ssm(checkpoint, Path("out"))    # safetensors; its pytorch_model.bin is a pickle, never written here
 
 Run the tests: `pytest tests/checkpoints/test_mamba_ssm.py`.
 """

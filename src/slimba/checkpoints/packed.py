@@ -81,7 +81,6 @@ def write_packed(
     """
     _check_layouts(checkpoint.spec, checkpoint.layouts)
     entries = checkpoint_entries(checkpoint)
-    check_tensors(checkpoint.tensors, entries, checkpoint.path or "the model to write")
     config = _config(checkpoint, entries)
     with atomic_directory(out, overwrite=overwrite) as tmp:
         write_tensors(
@@ -145,12 +144,12 @@ def _model_card(checkpoint: Checkpoint, name: str, card: str) -> str:
     tags = ["slimba", checkpoint.spec.architecture]
     if any(s.format == "sign" for layout in checkpoint.layouts.values() for s in layout.segments):
         tags.append("1-bit")
-    lines = ["---", "library_name: slimba", "pipeline_tag: text-generation", "tags:", *(f"- {t}" for t in tags), "---", ""]
+    lines = ["---", "library_name: slimba", "pipeline_tag: text-generation", "tags:", *(f"- {t}" for t in tags), "---"]
     body = card.strip() or (
         f"# {name}\n\nA {checkpoint.spec.architecture} language model of {checkpoint.spec.n_params():,} parameters in "
-        "Slimba's packed format.\n\n    slimba inspect DIRECTORY\n    slimba generate DIRECTORY --prompt \"Once\""
+        "Slimba's packed format.\n\n    slimba inspect DIRECTORY\n    slimba generate DIRECTORY --prompt TEXT"
     )
-    return "\n".join(lines) + "\n" + body + "\n"
+    return "\n".join(lines) + "\n\n" + body + "\n"
 
 
 def _canonical(data: Any) -> bytes:
@@ -176,9 +175,9 @@ def read_packed(path: str | Path, *, verify: bool = True, tokenizer: str | Path 
     quantization = config["quantization_config"]
     files = read_tensors(path)
     if files.metadata.get("format") != METADATA["format"]:
-        raise UserError(f"{files.files[0]} was not written by Slimba, but config.json says so; get both from one source")
-    if spec.n_layer > len(files.tensors):
-        raise UserError(f"{path}: config.json says {spec.n_layer} layers, the file has {len(files.tensors)} tensors")
+        raise UserError(f"{files.files[0]} is not Slimba's, but config.json says so; get both from one source")
+    if spec.n_layer > len(files.tensors):  # before anything is listed for so many layers
+        raise UserError(f"{path}: config.json says {spec.n_layer} layers, but there are {len(files.tensors)} tensors")
     layouts = _layouts(quantization["layers"], path)
     _check_layouts(spec, layouts)
     check_tensors(files.tensors, _expected(spec, layouts, quantization["vectors"], path), path)
@@ -210,7 +209,7 @@ def spec_of(config: Mapping[str, Any], *, where: str | Path = "config.json", ver
         raise UserError(f"{where}: config.json has no quantization_config of Slimba")
     version = quantization.get("format_version")
     if version != FORMAT_VERSION:
-        raise UserError(f"{where}: format_version is {version}, this Slimba reads {FORMAT_VERSION}; install a newer Slimba")
+        raise UserError(f"{where}: format_version is {version}, not {FORMAT_VERSION}; install the Slimba that reads it")
     for key in sorted(set(quantization) ^ KEYS):
         problem = "an unknown" if key in quantization else "no"
         raise UserError(f"{where}: quantization_config has {problem} key {key!r}")
@@ -221,7 +220,7 @@ def spec_of(config: Mapping[str, Any], *, where: str | Path = "config.json", ver
         stored = quantization["checksums"].get("quantization_config")
         if stored != _crc32(_canonical({k: v for k, v in quantization.items() if k != "checksums"})):
             raise UserError(
-                f"{where}: quantization_config in config.json does not agree with its checksum: the file was damaged or "
+                f"{where}: quantization_config in config.json does not agree with its checksum: it was damaged or "
                 "edited; copy it again, or pass --no-verify if you edited it"
             )
     for key, value in quantization["numerics"].items():
@@ -241,10 +240,10 @@ def _spec(data: Mapping[str, Any], where: str | Path) -> ModelSpec:
     for key, value in data.items():
         allowed = TYPES.get(str(annotations.get(key)))
         if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)):
-            raise UserError(f"{where}: {key} in quantization_config.spec is {value!r}, which is not of type {annotations[key]}")
+            raise UserError(f"{where}: {key} in quantization_config.spec is {value!r}, not of type {annotations[key]}")
     limit = data.get("dt_limit", [0.0, None])
     if not (isinstance(limit, list) and len(limit) == 2 and all(isinstance(v, int | float | None) for v in limit)):
-        raise UserError(f"{where}: dt_limit in quantization_config.spec is {limit!r}, which is not a pair of numbers")
+        raise UserError(f"{where}: dt_limit in quantization_config.spec is {limit!r}, not a pair of numbers")
     return ModelSpec.from_dict(data)
 
 
@@ -266,8 +265,9 @@ def _check_layouts(spec: ModelSpec, layouts: Mapping[str, MatrixLayout]) -> None
     for name, shape in shapes.items():
         if name not in layouts:
             raise UserError(f"no format is given for {name}")
-        if (layouts[name].rows, layouts[name].cols) != shape:
-            raise UserError(f"the format of {name} is for {layouts[name].rows} x {layouts[name].cols}, the model has {shape}")
+        given = (layouts[name].rows, layouts[name].cols)
+        if given != shape:
+            raise UserError(f"the format of {name} is for a matrix of {given}, but the model's is {shape}")
     for name in layouts:
         if name not in shapes:
             raise UserError(f"a format is given for {name}, which the model does not have")
@@ -300,7 +300,7 @@ def _expected(
 def _check_tokenizer(file: Path, stored: str | None) -> None:
     """The tokenizer that came with the model must be undamaged; one that was added later has no checksum."""
     if stored is not None and _crc32(file.read_bytes()) != stored:
-        raise UserError(f"{file} does not agree with its checksum; copy it again, or pass --no-verify if you changed it")
+        raise UserError(f"{file} does not agree with its checksum; copy it again (--no-verify if you changed it)")
 
 
 def _check_small_tensors(spec: ModelSpec, files: TensorFiles, path: Path) -> None:

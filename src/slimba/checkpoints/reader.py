@@ -66,7 +66,8 @@ def find_model(path_or_id: str | Path) -> Path:
         return bundled
     if HUB_ID.fullmatch(name):
         return _download(name)
-    raise UserError(f"no model at {name}: not a directory, nor one of the bundled models ({', '.join(bundled_names())})")
+    known = ", ".join(bundled_names()) or "none"
+    raise UserError(f"no model called {name}: it is not a directory, nor a bundled model ({known})")
 
 
 def bundled_names() -> list[str]:

@@ -1,6 +1,6 @@
 """safetensors files: checked reading as memory-mapped NumPy views, deterministic streaming writes, checksums. No torch.
 
-    files = read_tensors(Path("model-dir"))     # model.safetensors, or the shards that model.safetensors.index.json names
+    files = read_tensors(Path("model-dir"))     # model.safetensors, or the shards that its index names
     files.tensors["backbone.norm_f.weight"]     # a read-only view: nothing is read from the disk until it is used
     verify_checksums(files)
 
@@ -209,7 +209,7 @@ def _view(mapped: mmap.mmap, path: Path, name: str, entry: dict[str, Any], start
 
 def crc32_of(a: np.ndarray) -> str:
     """Eight hex digits of the CRC-32 of the bytes of `a`."""
-    return f"{zlib.crc32(np.ascontiguousarray(a).reshape(-1).view(np.uint8)):08x}"
+    return f"{zlib.crc32(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data):08x}"
 
 
 def verify_checksums(files: TensorFiles) -> int:
@@ -219,14 +219,16 @@ def verify_checksums(files: TensorFiles) -> int:
     """
     prefix = "crc32."
     for key in files.metadata:
-        if key.startswith(prefix) and key.removeprefix(prefix) not in files.tensors:
-            raise UserError(f"{files.files[0]} has a checksum for {key.removeprefix(prefix)}, but no such tensor; {AGAIN}")
+        name = key.removeprefix(prefix)
+        if name != key and name not in files.tensors:
+            raise UserError(f"{files.files[0]} has a checksum for {name}, but no such tensor; {AGAIN}")
 
     def check(name: str) -> str | None:
         stored = files.metadata.get(prefix + name)
         if stored is None:
             return "has no checksum"
-        return None if crc32_of(files.tensors[name]) == stored else "does not agree with its checksum: the file is damaged"
+        agrees = crc32_of(files.tensors[name]) == stored
+        return None if agrees else "does not agree with its checksum: the file is damaged"
 
     names = sorted(files.tensors, key=lambda n: -files.tensors[n].nbytes)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -295,7 +297,8 @@ def _order(entries: Entries) -> list[str]:
 
 def _header(entries: Entries, metadata: Mapping[str, str], crcs: Mapping[str, str]) -> bytes:
     """Length field and JSON header, padded with spaces so that the data starts at a multiple of 64 bytes."""
-    header: dict[str, Any] = {"__metadata__": dict(sorted({**metadata, **{f"crc32.{n}": c for n, c in crcs.items()}}.items()))}
+    all_metadata = dict(metadata) | {f"crc32.{name}": crc for name, crc in crcs.items()}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(all_metadata.items()))}
     at = 0
     for name in _order(entries):
         dtype, shape = entries[name]
@@ -315,8 +318,9 @@ def _write_file(
     f.write(_header(entries, metadata, crcs))
     for name in _order(entries):
         a = np.ascontiguousarray(get(name))
-        if (dtype_name(a), a.shape) != entries[name]:
-            raise UserError(f"{name} is {dtype_name(a)} {a.shape}, but the layout says {' '.join(map(str, entries[name]))}")
+        dtype, shape = entries[name]
+        if (dtype_name(a), a.shape) != (dtype, shape):
+            raise UserError(f"{name} is {dtype_name(a)} {a.shape}, but the layout says {dtype} {shape}")
         f.write(a.reshape(-1).view(np.uint8).data)
         if checksums:
             crcs[name] = crc32_of(a)

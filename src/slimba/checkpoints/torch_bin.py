@@ -38,7 +38,7 @@ def _read_bin(path: Path) -> TensorFiles:
     try:
         import torch
     except ImportError:
-        raise UserError(f"{path} needs torch to be read: pip install slimba[train], or get the model as safetensors") from None
+        raise UserError(f"reading {path} needs torch: pip install slimba[train], or get safetensors") from None
     if not path.exists():
         raise UserError(f"{path} is missing")
     try:
@@ -49,7 +49,8 @@ def _read_bin(path: Path) -> TensorFiles:
             "nothing in it was run; get the model as safetensors"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as e:
-        raise UserError(f"{path} is damaged or truncated ({str(e).splitlines()[0]}); copy or download it again") from None
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise UserError(f"{path} is damaged or truncated ({reason}); copy or download it again") from None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{path} is not a state dict of tensors; save the model's state_dict() alone, as safetensors")
     tensors = {str(name): _to_numpy(path, str(name), value) for name, value in state.items()}

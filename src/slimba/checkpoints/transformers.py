@@ -46,12 +46,13 @@ def read_transformers(directory: str | Path, *, tokenizer: str | Path | None = N
         raise UserError(
             f"{directory}: model_type {config.get('model_type')!r} is not supported, known are {', '.join(MODEL_TYPES)}"
         )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method") if isinstance(config["quantization_config"], dict) else "?"
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UserError(f"{directory} is quantised with {method!r}; start from the model's float weights")
     files = read_weights(directory)
     if files.metadata.get("format") == "slimba":
-        raise UserError(f"{directory} holds Slimba's packed tensors, but its config.json lacks quantization_config; copy both again")
+        raise UserError(f"{directory}: Slimba's tensors, but config.json lacks quantization_config; copy it again")
     tensors = {EMBEDDING if name == OLD_EMBEDDING else name: a for name, a in files.tensors.items()}
     spec = from_config(config, tensor_shapes={name: a.shape for name, a in tensors.items()})
     tokenizer_file = find_tokenizer(directory, tokenizer)
@@ -62,7 +63,7 @@ def read_transformers(directory: str | Path, *, tokenizer: str | Path | None = N
 def write_transformers(
     checkpoint: Checkpoint, out: str | Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES
 ) -> Path:
-    """Write a float checkpoint so that `AutoModelForCausalLM.from_pretrained` loads it, every byte of every tensor kept.
+    """Write a float checkpoint that `AutoModelForCausalLM.from_pretrained` loads, every byte of every tensor kept.
 
     UserError: quantised matrices, or a spec that transformers cannot express (named by `to_transformers_config`).
     """

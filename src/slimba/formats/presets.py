@@ -3,8 +3,8 @@
     layouts = preset_layouts(spec, "dfssm", rank=16)      # one MatrixLayout per spec.matrices()
     dtypes = preset_dtypes("dfssm")                       # dtype of the small tensors by kind
 
-`dfssm` is the default recipe's: signs with a low-rank correction where the bulk of the weights is, int8 for the few rows
-that steer the recurrence (B, C and dt of a Mamba-2; x_proj and dt_proj of a Mamba-1), int4 embedding.
+`dfssm` is the default recipe's: signs with a low-rank correction where the bulk of the weights is, int8 for the few
+rows that steer the recurrence (B, C and dt of a Mamba-2; x_proj and dt_proj of a Mamba-1), int4 embedding.
 `dfssm-published` is the published design, which has signs and the correction in every row of both projections and an
 int8 embedding. The other presets store every matrix in the format they are named after.
 

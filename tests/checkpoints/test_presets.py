@@ -1,0 +1,57 @@
+"""The named layouts: what is stored how. Run: pytest tests/checkpoints/test_presets.py"""
+
+from __future__ import annotations
+
+import pytest
+
+from slimba.errors import UserError
+from slimba.formats.presets import PRESETS, preset_dtypes, preset_layouts
+from slimba.models.spec import ModelSpec
+
+MAMBA2 = ModelSpec(
+    architecture="mamba2", n_layer=2, d_model=48, d_inner=96, d_state=16, vocab_size=50, headdim=32, n_groups=1,
+    norm_group_size=96, tie_embeddings=False,
+)
+MAMBA1 = ModelSpec(architecture="mamba1", n_layer=1, d_model=48, d_inner=96, d_state=16, vocab_size=50, dt_rank=3)
+IN, OUT = "backbone.layers.0.mixer.in_proj", "backbone.layers.0.mixer.out_proj"
+
+
+def test_dfssm() -> None:
+    layouts = preset_layouts(MAMBA2, "dfssm", rank=4)
+    assert set(layouts) == set(MAMBA2.matrices())
+    assert layouts[IN].describe() == "sign:192 int8:35 +r4"
+    assert (layouts[IN].lowrank.start, layouts[IN].lowrank.stop) == (0, 192)  # type: ignore[union-attr]
+    assert layouts[OUT].describe() == "sign +r4"
+    assert layouts["backbone.embeddings"].describe() == layouts["lm_head"].describe() == "int4"
+
+
+def test_dfssm_published() -> None:
+    layouts = preset_layouts(MAMBA2, "dfssm-published")
+    assert layouts[IN].describe() == layouts[OUT].describe() == "sign +r16"
+    assert layouts[IN].lowrank.stop == 227  # type: ignore[union-attr]
+    assert layouts["backbone.embeddings"].describe() == "int8"
+
+
+def test_mamba1() -> None:
+    layouts = preset_layouts(MAMBA1, "dfssm", rank=2, embedding="int8")
+    assert [layouts[n].describe() for n in MAMBA1.matrices()] == ["int8", "sign +r2", "int8", "int8", "sign +r2"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("spec", [MAMBA1, MAMBA2])
+def test_every_preset_fits_every_matrix(name: str, spec: ModelSpec) -> None:
+    layouts = preset_layouts(spec, name)
+    assert {n: (x.rows, x.cols) for n, x in layouts.items()} == spec.matrices()
+    assert set(preset_dtypes(name)) == {"norm", "conv", "ssm", "bias"}
+
+
+def test_no_correction_and_bad_settings() -> None:
+    assert preset_layouts(MAMBA2, "dfssm", rank=0)[OUT].describe() == "sign"
+    with pytest.raises(UserError, match="unknown format 'nf4'"):
+        preset_layouts(MAMBA2, "nf4")
+    with pytest.raises(UserError, match="unknown format 'nf4'"):
+        preset_dtypes("nf4")
+    with pytest.raises(UserError, match="rank is -1"):
+        preset_layouts(MAMBA2, "dfssm", rank=-1)
+    with pytest.raises(UserError, match="unknown weight format 'int5'"):
+        preset_layouts(MAMBA2, "dfssm", embedding="int5")
