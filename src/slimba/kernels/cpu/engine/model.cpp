@@ -1,0 +1,130 @@
+// Matrix products over a model's row segments, embedding rows and states; the layers are in forward.cpp.
+#include "model.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace slimba {
+
+void Matrix::row(std::int64_t r, float* out, float* temp) const {
+  for (const Segment& s : segments) {
+    if (r < s.first_row || r >= s.first_row + s.rows) continue;
+    kDequantRow[s.format](s.data, s.scale, cols, r - s.first_row, out);
+  }
+  if (rank && r >= lowrank_start && r < lowrank_stop) {
+    std::vector<float> factors(static_cast<std::size_t>(rank));
+    kDequantRow[kInt8](a.data, a.scale, rank, r - lowrank_start, factors.data());
+    for (std::int64_t k = 0; k < rank; ++k) {
+      kDequantRow[kInt8](b.data, b.scale, cols, k, temp);
+      for (std::int64_t c = 0; c < cols; ++c) out[c] += factors[std::size_t(k)] * temp[c];
+    }
+  }
+  if (!col_scale.empty())
+    for (std::int64_t c = 0; c < cols; ++c) out[c] *= col_scale[std::size_t(c)];
+}
+
+State::State(const Config& config, std::int64_t batch)
+    : n_layer_(config.n_layer), ssm_floats_(config.ssm_floats()), conv_floats_(config.conv_floats()), batch_(batch) {
+  ssm_.at_least(std::max<std::int64_t>(1, n_layer_ * batch_ * ssm_floats_));
+  conv_.at_least(std::max<std::int64_t>(1, n_layer_ * batch_ * conv_floats_));
+  reset();
+}
+
+State State::clone() const {
+  State copy;
+  copy.n_layer_ = n_layer_;
+  copy.ssm_floats_ = ssm_floats_;
+  copy.conv_floats_ = conv_floats_;
+  copy.batch_ = batch_;
+  copy.interrupted = interrupted;
+  std::memcpy(copy.ssm_.at_least(ssm_.size()), ssm_.data(), std::size_t(ssm_.size()) * 4);
+  std::memcpy(copy.conv_.at_least(conv_.size()), conv_.data(), std::size_t(conv_.size()) * 4);
+  return copy;
+}
+
+void State::reset() {
+  std::memset(ssm_.data(), 0, std::size_t(ssm_.size()) * 4);
+  std::memset(conv_.data(), 0, std::size_t(conv_.size()) * 4);
+  interrupted = false;
+}
+
+Model::Model(const Config& c, const Kernels& kernels, int threads) : config(c), kernels_(kernels), pool_(threads) {
+  layers.resize(std::size_t(c.n_layer));
+  scratch_.resize(std::size_t(pool_.threads()));
+}
+
+// Activations of every token in the form that each format of this matrix wants, column scale applied.
+void Model::prepare(const Matrix& m, const float* x, std::int64_t x_stride, std::int64_t tokens) {
+  bool wanted[kFormats] = {};
+  for (const Segment& s : m.segments) wanted[s.format] = true;
+  if (m.rank) wanted[kInt8] = true;  // B is int8
+  float* out[kFormats] = {};
+  for (int f = 0; f < kFormats; ++f) {
+    if (wanted[f]) out[f] = prepared_[f].at_least(tokens * kernels_.format[f]->prepared_floats(m.cols));
+  }
+  for (auto& buffer : scratch_) buffer.at_least(m.cols);
+  pool_.run(tokens, [&](std::int64_t t, int thread) {
+    const float* row = x + t * x_stride;
+    if (!m.col_scale.empty()) {
+      float* scaled = scratch_[std::size_t(thread)].data();
+      for (std::int64_t c = 0; c < m.cols; ++c) scaled[c] = row[c] * m.col_scale[std::size_t(c)];
+      row = scaled;
+    }
+    for (int f = 0; f < kFormats; ++f) {
+      const FormatKernels& k = *kernels_.format[f];
+      if (wanted[f]) k.prepare(row, m.cols, out[f] + t * k.prepared_floats(m.cols));
+    }
+  });
+}
+
+void Model::matmul(const Matrix& m, const float* x, std::int64_t x_stride, std::int64_t tokens, float* y,
+                   std::int64_t y_stride, bool add) {
+  constexpr std::int64_t kTokenBlock = 16;
+  prepare(m, x, x_stride, tokens);
+  const FormatKernels& int8 = *kernels_.format[kInt8];
+  std::int64_t scratch = 0;
+  for (const Segment& s : m.segments) scratch = std::max(scratch, kernels_.format[s.format]->scratch_floats(m.cols));
+  if (m.rank) scratch = std::max({scratch, int8.scratch_floats(m.cols), int8.scratch_floats(m.rank)});
+  for (auto& buffer : scratch_) buffer.at_least(scratch);
+
+  const std::int64_t factor_floats = int8.prepared_floats(m.rank);
+  if (m.rank) {  // t = B x for every token
+    float* t = factor_.at_least(tokens * m.rank);
+    float* t_prepared = factor_prepared_.at_least(tokens * factor_floats);
+    pool_.run((tokens + kTokenBlock - 1) / kTokenBlock, [&](std::int64_t block, int thread) {
+      const std::int64_t first = block * kTokenBlock, n = std::min(kTokenBlock, tokens - first);
+      const float* prepared = prepared_[kInt8].data() + first * int8.prepared_floats(m.cols);
+      int8.matmul({m.b.data, m.b.scale, m.rank, m.cols, 0, m.rank, prepared, n, t + first * m.rank, m.rank, false,
+                   scratch_[std::size_t(thread)].data()});
+      for (std::int64_t i = first; i < first + n; ++i) int8.prepare(t + i * m.rank, m.rank, t_prepared + i * factor_floats);
+    });
+  }
+
+  // Panels: enough of them to share the work evenly, large enough to amortise what is set up per panel.
+  const std::int64_t panel = m.rows * m.cols * tokens < 65536 ? m.rows : tokens > 4 ? 256 : 128;
+  pool_.run((m.rows + panel - 1) / panel, [&](std::int64_t task, int thread) {
+    const std::int64_t begin = task * panel, end = std::min(begin + panel, m.rows);
+    float* own = scratch_[std::size_t(thread)].data();
+    for (const Segment& s : m.segments) {
+      const std::int64_t from = std::max(begin, s.first_row), to = std::min(end, s.first_row + s.rows);
+      if (from >= to) continue;
+      kernels_.format[s.format]->matmul({s.data, s.scale, s.rows, m.cols, from - s.first_row, to - s.first_row,
+                                         prepared_[s.format].data(), tokens, y + s.first_row, y_stride, add, own});
+    }
+    const std::int64_t from = std::max(begin, m.lowrank_start), to = std::min(end, m.lowrank_stop);
+    if (m.rank && from < to) {
+      int8.matmul({m.a.data, m.a.scale, m.a.rows, m.rank, from - m.lowrank_start, to - m.lowrank_start,
+                   factor_prepared_.data(), tokens, y + m.lowrank_start, y_stride, true, own});
+    }
+    if (!m.bias.empty()) {
+      for (std::int64_t t = 0; t < tokens; ++t)
+        for (std::int64_t r = begin; r < end; ++r) y[t * y_stride + r] += m.bias[std::size_t(r)];
+    }
+  });
+}
+
+void Model::logits(const float* hidden, std::int64_t tokens, float* out) {
+  matmul(head(), hidden, config.d_model, tokens, out, config.vocab, false);
+}
+
+}  // namespace slimba

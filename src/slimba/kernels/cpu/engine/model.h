@@ -1,0 +1,144 @@
+// The model as the engine sees it: shape, matrices as pointers into the mapped file, small vectors in float32.
+//
+// Filled by bindings.cpp from a Checkpoint; whoever fills it keeps the arrays alive. Legend: B batch, L length, D d_model,
+// I d_inner, H heads, P headdim, N d_state, G groups, K d_conv, V vocabulary rows, R rank, T tokens in a chunk.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <vector>
+
+#include "../kernels.h"
+#include "buffer.h"
+#include "threads.h"
+
+namespace slimba {
+
+struct Segment {
+  Format format;
+  std::int64_t first_row, rows;
+  const std::uint8_t* data;
+  const std::uint8_t* scale;
+};
+
+// W = (segments stacked; rows start..stop += A B) * col_scale, see docs/file-format.md.
+struct Matrix {
+  std::int64_t rows = 0, cols = 0;
+  std::vector<Segment> segments;
+  std::int64_t rank = 0, lowrank_start = 0, lowrank_stop = 0;
+  Segment a = {}, b = {};        // int8 factors with their scales, when rank > 0
+  std::vector<float> col_scale;  // empty: none
+  std::vector<float> bias;       // empty: none
+
+  bool present() const { return rows > 0; }
+  // Row r dequantised, corrections included (embedding look-up); temp holds `cols` floats.
+  void row(std::int64_t r, float* out, float* temp) const;
+};
+
+struct Layer {
+  Matrix in_proj, x_proj, dt_proj, out_proj;
+  std::vector<float> norm;         // [D]
+  std::vector<float> conv_weight;  // [K, channels], tap-major
+  std::vector<float> conv_bias;    // [channels] or empty
+  std::vector<float> a;            // -exp(A_log): [H] or [I, N]
+  std::vector<float> d;            // [H] or [I]
+  std::vector<float> dt_bias;      // [H] or [I]
+  std::vector<float> gated_norm;   // [I] or empty
+};
+
+struct Config {
+  bool mamba2 = true;
+  std::int64_t n_layer = 0, d_model = 0, d_inner = 0, d_state = 0, vocab = 0, d_conv = 0;
+  float norm_eps = 1e-5f;
+  // Mamba-2
+  std::int64_t headdim = 0, n_groups = 1, norm_group_size = 0;
+  bool gated_norm = true, norm_before_gate = false, d_has_hdim = false;
+  float dt_low = 0, dt_high = 0;
+  // Mamba-1
+  std::int64_t dt_rank = 0;
+  bool bcdt_norm = false;
+  float bcdt_norm_eps = 0;
+
+  std::int64_t heads() const { return d_inner / headdim; }
+  std::int64_t channels() const { return d_inner + (mamba2 ? 2 * n_groups * d_state : 0); }
+  std::int64_t ssm_floats() const { return d_inner * d_state; }             // of one sequence and layer
+  std::int64_t conv_floats() const { return (d_conv - 1) * channels(); }    // of one sequence and layer
+};
+
+// ssm [layer][B][H, P, N] or [layer][B][I, N]; conv [layer][B][K - 1, channels], oldest first.
+class State {
+ public:
+  State(const Config& config, std::int64_t batch);
+  State clone() const;
+  void reset();
+
+  float* ssm(std::int64_t layer, std::int64_t b) { return ssm_.data() + (layer * batch_ + b) * ssm_floats_; }
+  float* conv(std::int64_t layer, std::int64_t b) { return conv_.data() + (layer * batch_ + b) * conv_floats_; }
+  std::int64_t batch() const { return batch_; }
+  bool fits(const Config& c) const {
+    return c.n_layer == n_layer_ && c.ssm_floats() == ssm_floats_ && c.conv_floats() == conv_floats_;
+  }
+  static std::int64_t bytes(const Config& c, std::int64_t batch) {
+    return c.n_layer * batch * (c.ssm_floats() + c.conv_floats()) * 4;
+  }
+
+  bool interrupted = false;  // an exception left some layers ahead of others; reset() makes it usable again
+
+ private:
+  State() = default;
+  std::int64_t n_layer_ = 0, ssm_floats_ = 0, conv_floats_ = 0, batch_ = 0;
+  Buffer ssm_, conv_;
+};
+
+// Called between layers; throws to stop the work (Ctrl-C).
+using Poll = std::function<void()>;
+
+class Model {
+ public:
+  Model(const Config& config, const Kernels& kernels, int threads);
+
+  Config config;
+  std::vector<Layer> layers;
+  Matrix embedding, lm_head;  // lm_head absent: tied
+  std::vector<float> norm_f;
+
+  const Matrix& head() const { return lm_head.present() ? lm_head : embedding; }
+  const Kernels& kernels() const { return kernels_; }
+  ThreadPool& pool() { return pool_; }
+  std::mutex& mutex() { return mutex_; }  // held by whoever runs the model: buffers are shared
+
+  // Tokens of one sequence that one chunk takes, for B sequences side by side.
+  static std::int64_t chunk_tokens(std::int64_t sequences);
+
+  // ids [n, length] for the sequences slots[0..n) of the state -> hidden states after the final norm [n * length, D].
+  const float* hidden(const std::int32_t* ids, std::int64_t n, std::int64_t length, const std::int64_t* slots, State& state,
+                      const Poll& poll);
+  // logits [tokens, V] of `tokens` hidden states.
+  void logits(const float* hidden, std::int64_t tokens, float* out);
+  // y [T, y_stride] = x [T, x_stride] W^T (+ bias), or y += when add.
+  void matmul(const Matrix& m, const float* x, std::int64_t x_stride, std::int64_t tokens, float* y, std::int64_t y_stride,
+              bool add);
+
+ private:
+  // One chunk's worth of bookkeeping for the layer functions.
+  struct Chunk {
+    std::int64_t sequences, length, tokens;
+    const std::int64_t* slots;
+    State& state;
+  };
+  void mixer2(const Layer& layer, std::int64_t index, const Chunk& c);
+  void mixer1(const Layer& layer, std::int64_t index, const Chunk& c);
+  void conv(const Layer& layer, std::int64_t index, const Chunk& c, const float* in, std::int64_t in_stride);
+  void gate2(const Layer& layer, const Chunk& c);
+  void prepare(const Matrix& m, const float* x, std::int64_t x_stride, std::int64_t tokens);
+
+  const Kernels& kernels_;
+  ThreadPool pool_;
+  std::mutex mutex_;
+  std::vector<Buffer> scratch_;  // per thread
+  Buffer prepared_[kFormats], factor_, factor_prepared_;
+  Buffer residual_, normed_, projected_, conv_out_, dt_, decay_, y_, bcdt_;
+};
+
+}  // namespace slimba

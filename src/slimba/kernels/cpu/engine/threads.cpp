@@ -1,0 +1,132 @@
+// The pool's workers; see threads.h.
+#include "threads.h"
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(_WIN32)
+#include <process.h>
+#define getpid _getpid
+#else
+#include <unistd.h>
+#endif
+
+namespace slimba {
+
+namespace {
+
+constexpr auto kSpin = std::chrono::microseconds(60);  // longer than the serial work between two jobs of a token
+
+void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+// A job is open while `generation` is odd. A worker announces itself in `active` and then looks at the generation again:
+// the caller closes the job first and waits for `active` to fall to zero second, so no worker can touch a closed job.
+struct ThreadPool::Shared {
+  std::mutex mutex;
+  std::condition_variable wake;
+  int sleepers = 0;
+  bool stop = false;
+  std::vector<std::thread> workers;
+
+  alignas(64) std::atomic<std::uint64_t> generation{0};
+  alignas(64) std::atomic<std::int64_t> next{0};
+  alignas(64) std::atomic<int> active{0};
+  std::int64_t tasks = 0;
+  Function function = nullptr;
+  void* context = nullptr;
+
+  void claim(int thread) {
+    for (std::int64_t task; (task = next.fetch_add(1)) < tasks;) function(context, task, thread);
+  }
+
+  void work(int thread) {
+    std::uint64_t seen = 0;
+    while (wait_for_job(seen)) {
+      active.fetch_add(1);
+      if (generation.load() == seen) claim(thread);
+      active.fetch_sub(1);
+    }
+  }
+
+  // True with the generation of an open job in `seen`, false when the pool stops.
+  bool wait_for_job(std::uint64_t& seen) {
+    const auto fresh = [&] {
+      const std::uint64_t now = generation.load();
+      if (now == seen || now % 2 == 0) return false;
+      seen = now;
+      return true;
+    };
+    const auto until = std::chrono::steady_clock::now() + kSpin;
+    do {
+      for (int i = 0; i < 32; ++i) {
+        if (fresh()) return true;
+        relax();
+      }
+    } while (std::chrono::steady_clock::now() < until);
+    std::unique_lock<std::mutex> lock(mutex);
+    ++sleepers;
+    bool got = false;
+    wake.wait(lock, [&] { return stop || (got = fresh()); });
+    --sleepers;
+    return got;
+  }
+};
+
+ThreadPool::ThreadPool(int threads) : threads_(threads < 1 ? 1 : threads) {}
+
+ThreadPool::~ThreadPool() {
+  if (!shared_ || owner_pid_ != long(getpid())) return;
+  {
+    std::lock_guard<std::mutex> lock(shared_->mutex);
+    shared_->stop = true;
+  }
+  shared_->wake.notify_all();
+  for (auto& worker : shared_->workers) worker.join();
+  delete shared_;
+}
+
+void ThreadPool::start() {
+  shared_ = new Shared;
+  owner_pid_ = long(getpid());
+  for (int i = 1; i < threads_; ++i) shared_->workers.emplace_back([shared = shared_, i] { shared->work(i); });
+}
+
+void ThreadPool::run_raw(std::int64_t tasks, Function function, void* context) {
+  if (threads_ == 1 || tasks <= 1) {
+    for (std::int64_t task = 0; task < tasks; ++task) function(context, task, 0);
+    return;
+  }
+  if (!shared_ || owner_pid_ != long(getpid())) start();
+  Shared& s = *shared_;
+  s.tasks = tasks;
+  s.function = function;
+  s.context = context;
+  s.next.store(0);
+  bool asleep;
+  {
+    std::lock_guard<std::mutex> lock(s.mutex);
+    s.generation.fetch_add(1);
+    asleep = s.sleepers > 0;
+  }
+  if (asleep) s.wake.notify_all();
+  s.claim(0);
+  s.generation.fetch_add(1);
+  for (int spins = 0; s.active.load() > 0; ++spins) {
+    if (spins < 4096) relax();
+    else std::this_thread::yield();
+  }
+}
+
+}  // namespace slimba

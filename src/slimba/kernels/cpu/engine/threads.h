@@ -1,0 +1,41 @@
+// A small thread pool: workers claim numbered tasks, spin for a moment after a job, then sleep. No OpenMP.
+//
+// Which thread runs a task is not fixed, so a task's result must not depend on it. Survives fork(): the child starts
+// workers of its own at its first job.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+namespace slimba {
+
+class ThreadPool {
+ public:
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int threads() const { return threads_; }
+
+  // Calls f(task, thread) for 0 <= task < tasks and 0 <= thread < threads(). One caller at a time; f must not throw.
+  template <class F>
+  void run(std::int64_t tasks, F&& f) {
+    using Plain = std::remove_reference_t<F>;
+    run_raw(
+        tasks, [](void* context, std::int64_t task, int thread) { (*static_cast<Plain*>(context))(task, thread); },
+        const_cast<void*>(static_cast<const void*>(&f)));
+  }
+
+ private:
+  using Function = void (*)(void* context, std::int64_t task, int thread);
+  void run_raw(std::int64_t tasks, Function function, void* context);
+  void start();
+
+  struct Shared;
+  int threads_;
+  Shared* shared_ = nullptr;  // leaked in a forked child: its threads do not exist there
+  long owner_pid_ = 0;
+};
+
+}  // namespace slimba

@@ -1,0 +1,124 @@
+// The contract between the engine and the kernels: plain structs and function pointers, one table per instruction set.
+//
+// Every family folder (sign, int8, int4, floats, norm, ssm) holds naive.cpp, the readable portable twin, and avx2.cpp and
+// avx512.cpp, compiled with their own flags. This header must stay free of inline functions and templates: whatever two
+// translation units with different flags share, the linker may merge into the faster one and break older machines.
+//
+// Tested by tests/kernels/. Legend: T tokens, W lanes of a vector register, y and x are float32 everywhere.
+#pragma once
+
+#include <cstdint>
+
+namespace slimba {
+
+enum Format : int { kFloat32, kFloat16, kBfloat16, kInt8, kInt4, kSign, kFormats };
+
+// y[t * y_stride + r] = (add ? y : 0) + sum_c w[r, c] * x[t, c] for the rows row_begin <= r < row_end of one segment.
+// The order of the additions for one (r, t) depends on the columns only: not on T, the row range or the other tokens.
+struct MatmulArgs {
+  const std::uint8_t* data;   // the segment as stored in the file, any alignment
+  const std::uint8_t* scale;  // float16: one a row (sign, int8), one a group of 128 columns (int4), null (floats)
+  std::int64_t rows, cols;
+  std::int64_t row_begin, row_end;
+  const float* x;  // activations as the family's `prepare` wrote them, prepared_floats(cols) floats a token
+  std::int64_t tokens;
+  float* y;
+  std::int64_t y_stride;
+  bool add;
+  float* scratch;  // scratch_floats(cols) floats of this thread, 64-byte aligned
+};
+
+struct FormatKernels {
+  std::int64_t (*prepared_floats)(std::int64_t cols);  // a multiple of 16
+  void (*prepare)(const float* x, std::int64_t cols, float* out);
+  std::int64_t (*scratch_floats)(std::int64_t cols);
+  void (*matmul)(const MatmulArgs& a);
+};
+
+// Causal depthwise convolution and SiLU of `channels` channels over T tokens that continue from `state`.
+struct ConvArgs {
+  const float* in;  // [T, in_stride]
+  std::int64_t in_stride, tokens, channels;
+  const float* weight;  // [K, weight_stride]: tap k meets the input of k - (K - 1) tokens ago
+  std::int64_t weight_stride;
+  const float* bias;  // [channels] or null
+  int taps;           // K
+  float* state;       // [K - 1, weight_stride]: inputs before the first token, oldest first; moved on by T tokens
+  float* out;         // [T, out_stride], not overlapping `in`
+  std::int64_t out_stride;
+};
+
+// Mamba-2 recurrence of one head over T tokens: S[p, :] = a[t] S[p, :] + (dt[t] x[t, p]) B[t], y[t, p] = <S[p], C[t]> + D[p] x[t, p].
+struct Ssm2Args {
+  std::int64_t tokens, headdim, d_state;
+  const float *x, *b, *c;
+  std::int64_t xbc_stride;
+  const float *dt, *decay;  // [T, dt_stride], this head's column
+  std::int64_t dt_stride;
+  const float* d;  // D of this head: one value, or one per channel when d_per_channel
+  bool d_per_channel;
+  float* state;  // [P, N]
+  float* y;      // [T, y_stride]
+  std::int64_t y_stride;
+};
+
+// Mamba-1 recurrence of `channels` channels: S[i, :] = exp(dt[t, i] A[i, :]) S[i, :] + (dt[t, i] x[t, i]) B[t], y = <S[i], C[t]> + D[i] x.
+struct Ssm1Args {
+  std::int64_t tokens, channels, d_state;
+  const float* x;
+  std::int64_t x_stride;
+  const float *b, *c;
+  std::int64_t bc_stride;
+  const float* dt;
+  std::int64_t dt_stride;
+  const float* a;  // [channels, N], negative
+  const float* d;  // [channels]
+  float* state;    // [channels, N]
+  float* y;
+  std::int64_t y_stride;
+};
+
+struct Kernels {
+  const char* isa;
+  const FormatKernels* format[kFormats];
+  // norm/
+  void (*rms_norm)(const float* x, const float* weight, std::int64_t n, float eps, float* y);  // weight may be null; y may be x
+  void (*gate)(const float* y, const float* z, std::int64_t n, float* out);                    // out = y * silu(z); out may be y
+  float (*max)(const float* x, std::int64_t n);                                                // NaN anywhere gives NaN
+  double (*sum_exp)(const float* x, std::int64_t n, float shift);                              // sum of exp(x - shift)
+  void (*read)(const float* x, std::int64_t n, float* sink);                                   // bandwidth probe
+  // ssm/
+  void (*conv_silu)(const ConvArgs& a);
+  void (*softplus)(const float* x, const float* bias, std::int64_t n, float low, float high, float* out);  // clamped
+  void (*decay)(const float* dt, const float* a, std::int64_t n, float* out);                              // exp(dt * a)
+  void (*ssm2)(const Ssm2Args& a);
+  void (*ssm1)(const Ssm1Args& a);
+};
+
+// Writes row r of a stored segment as `cols` floats (embedding look-up, and the heart of every naive matmul).
+using DequantRow = void (*)(const std::uint8_t* data, const std::uint8_t* scale, std::int64_t cols, std::int64_t r, float* out);
+extern const DequantRow kDequantRow[kFormats];
+
+extern const FormatKernels kNaiveFloat32, kNaiveFloat16, kNaiveBfloat16, kNaiveInt8, kNaiveInt4, kNaiveSign;
+void naive_dequant_float32(const std::uint8_t*, const std::uint8_t*, std::int64_t, std::int64_t, float*);
+void naive_dequant_float16(const std::uint8_t*, const std::uint8_t*, std::int64_t, std::int64_t, float*);
+void naive_dequant_bfloat16(const std::uint8_t*, const std::uint8_t*, std::int64_t, std::int64_t, float*);
+void naive_dequant_int8(const std::uint8_t*, const std::uint8_t*, std::int64_t, std::int64_t, float*);
+void naive_dequant_int4(const std::uint8_t*, const std::uint8_t*, std::int64_t, std::int64_t, float*);
+void naive_dequant_sign(const std::uint8_t*, const std::uint8_t*, std::int64_t, std::int64_t, float*);
+void naive_norm(Kernels& k);
+void naive_ssm(Kernels& k);
+
+#if defined(SLIMBA_X86)
+extern const FormatKernels kAvx2Float32, kAvx2Float16, kAvx2Bfloat16, kAvx2Int8, kAvx2Int4, kAvx2Sign;
+void avx2_norm(Kernels& k);
+void avx2_ssm(Kernels& k);
+extern const FormatKernels kAvx512Float32, kAvx512Float16, kAvx512Bfloat16, kAvx512Int8, kAvx512Int4, kAvx512Sign;
+void avx512_norm(Kernels& k);
+void avx512_ssm(Kernels& k);
+#endif
+
+// The table for `isa` ("" chooses by cpuid; "portable", "avx2", "avx512" force one). Null when this machine cannot run it.
+const Kernels* kernels_for(const char* isa);
+
+}  // namespace slimba
