@@ -33,11 +33,23 @@ MAY_IMPORT = {
     "methods": {"training", "checkpoints", "data", "formats", "models", "recipes", "evaluation", "runtime"},
 }
 # Rooms that a base install runs: nothing in them may import torch when it is imported, and only the files named may at all.
-TORCH_FREE = ("formats", "checkpoints", "runtime", "evaluation", "data", "cli", "errors.py", "__init__.py", "__main__.py")
+TORCH_FREE = (
+    "formats",
+    "checkpoints",
+    "runtime",
+    "evaluation",
+    "data",
+    "cli",
+    "errors.py",
+    "__init__.py",
+    "__main__.py",
+)
 TORCH_INSIDE = ("checkpoints/", "runtime/backends/reference.py", "cli/", "evaluation/", "__init__.py")
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-PYTHON = sorted([*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "scripts").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
+PYTHON = sorted(
+    [*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "scripts").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+)
 CPP = sorted(p for p in PACKAGE.rglob("*") if p.suffix in {".cpp", ".hpp", ".h"})
 
 
@@ -133,7 +145,9 @@ def test_no_machine_paths_or_leftovers(path: Path) -> None:
     if path == Path(__file__).resolve():
         return
     text = path.read_text(encoding="utf-8")
-    found = re.findall(r"(?:^|[\s\"'=(])(/(?:work|root|home|opt/dev)/\S*)", text) + re.findall(r"\b(?:TODO|FIXME|XXX)\b", text)
+    found = re.findall(r"(?:^|[\s\"'=(])(/(?:work|root|home|opt/dev)/\S*)", text) + re.findall(
+        r"\b(?:TODO|FIXME|XXX)\b", text
+    )
     assert not found, f"{name_of(path)}: {found}"
 
 
@@ -179,8 +193,9 @@ def test_makefile_has_the_targets_that_ci_and_the_documents_use() -> None:
 
 def test_readme_commands_exist() -> None:
     """Every `slimba VERB --flag` in a code block of the README and of docs/ is accepted by the command line."""
-    from slimba.cli.main import app
     from typer.main import get_command
+
+    from slimba.cli.main import app
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
     seen = set()
