@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "evaluation": {"runtime", "checkpoints", "data", "formats", "models"},
     "methods": {"training", "checkpoints", "data", "formats", "models", "recipes", "evaluation", "runtime"},
 }
-# Rooms that a base install runs: nothing in them may import torch when it is imported, and only the files named may at all.
+# What a base install runs: nothing here may import torch when it is imported, and only TORCH_INSIDE may at all.
 TORCH_FREE = (
     "formats",
     "checkpoints",
@@ -115,7 +115,7 @@ for name in ("torch", "transformers", "yaml", "pyarrow"):
 import slimba, slimba.cli
 for module in pkgutil.iter_modules(slimba.cli.__path__):
     importlib.import_module("slimba.cli." + module.name)
-for name in ("formats", "checkpoints.reader", "checkpoints.packed", "runtime.load", "runtime.backends.cpu", "evaluation"):
+for name in ("formats", "checkpoints.reader", "checkpoints.packed", "runtime.load", "runtime.backends.cpu"):
     importlib.import_module("slimba." + name)
 from typer.testing import CliRunner
 from slimba.cli.main import app
