@@ -32,7 +32,6 @@ class BigramState:
 
 class BigramEngine:
     name = "bigram"
-    state_dtype = "float32"
 
     def __init__(self, logits: np.ndarray) -> None:
         self.table = logits.astype(np.float32)

@@ -149,7 +149,7 @@ def run_fields(model: LoadedModel, window: int, stride: int | None) -> dict[str,
         "window": window,
         "stride": stride or window,
         "backend": model.engine.name,
-        "state_dtype": getattr(model.engine, "state_dtype", "float32"),
+        "state_dtype": model.state_dtype,
     }
 
 

@@ -38,6 +38,7 @@ class LoadedModel:
     engine: Engine
     checkpoint: Checkpoint
     tokenizer: Tokenizer | None = None
+    state_dtype: str = "float32"
 
     @property
     def spec(self) -> ModelSpec:

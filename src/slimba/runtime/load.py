@@ -72,7 +72,7 @@ def load(
         engine = make(model, threads, state)
     except MemoryError:
         raise UserError(f"{model.path or 'the model'} does not fit this machine's memory") from None
-    return LoadedModel(engine, model, found)
+    return LoadedModel(engine, model, found, state)
 
 
 def _choose(backend: str) -> Callable[[Checkpoint, int | None, str], Engine]:

@@ -1,0 +1,150 @@
+"""ReferenceEngine: the networks of `models/` in float32 behind the engine interface. Needs torch; slow and readable.
+
+The weights are exactly `Matrix.dequantize()` of what is on disk, so this is what every other engine is measured against.
+
+Run the tests: `pytest tests/runtime/test_reference_engine.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from slimba.checkpoints.checkpoint import Checkpoint
+from slimba.errors import UserError
+from slimba.models.spec import ModelSpec
+from slimba.runtime.engine import SamplingParams
+from slimba.runtime.sampling import Sampler
+from slimba.runtime.scoring import check_ids
+
+try:
+    import torch
+    import torch.nn.functional as F
+
+    from slimba.models.lm import ModelState, SSMForCausalLM, load_weights
+except ModuleNotFoundError as e:
+    if e.name != "torch":
+        raise
+    raise UserError('backend reference needs torch; pip install "slimba[train]", or use --backend cpu') from None
+
+__all__ = ["ReferenceEngine", "TorchState"]
+
+CHUNK = 256  # positions per pass of prefill and nll, which bounds their memory
+SCAN_CHUNK = 64  # chunk of the Mamba-2 scan that is fastest on a CPU; speed, not result
+
+
+class TorchState:
+    """Recurrent state of a batch of sequences, float32."""
+
+    def __init__(self, model: SSMForCausalLM, batch: int, inner: ModelState | None = None) -> None:
+        self.batch = batch
+        self._model = model
+        self.inner = inner or model.new_state(batch)
+
+    def clone(self) -> TorchState:
+        return TorchState(self._model, self.batch, self.inner.clone())
+
+    def reset(self) -> None:
+        self.inner = self._model.new_state(self.batch)
+
+
+class ReferenceEngine:
+    """Implements `runtime.engine.Engine` with torch.
+
+    threads sets torch's threads (for the process). device: a torch device name. UserError for a state or activation
+    type other than float32, and for weights that are not finite.
+    """
+
+    name = "reference"
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        threads: int | None = None,
+        state_dtype: str = "float32",
+        device: str = "cpu",
+    ) -> None:
+        activations = checkpoint.numerics.get("activations", "float32")
+        for what, dtype in (("state", state_dtype), ("activations", activations)):
+            if dtype != "float32":
+                raise UserError(f"backend reference computes with float32 {what}, {dtype} is not available")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.spec: ModelSpec = checkpoint.spec
+        self.model = SSMForCausalLM(self.spec)
+        load_weights(self.model, checkpoint)
+        self.model.requires_grad_(False).eval().to(device)
+        if self.spec.architecture == "mamba2":
+            self.model.set_chunk_size(min(SCAN_CHUNK, self.spec.chunk_size))
+        self._device = torch.device(device)
+
+    def new_state(self, batch: int = 1) -> TorchState:
+        """An empty state for `batch` sequences."""
+        if batch < 1:
+            raise UserError(f"batch is {batch}, it must be at least 1")
+        return TorchState(self.model, batch)
+
+    @torch.inference_mode()
+    def forward(self, ids: np.ndarray, state: TorchState) -> np.ndarray:
+        """int32 [B, L] -> float32 logits [B, L, V]; continues from `state` and moves it on by L tokens."""
+        return self._head(self._features(self._ids(ids, state), state))
+
+    @torch.inference_mode()
+    def prefill(self, ids: np.ndarray, state: TorchState) -> np.ndarray:
+        """int32 [B, L] -> float32 logits of the last position [B, V], in pieces of `CHUNK` positions."""
+        x = self._ids(ids, state)
+        if not x.shape[1]:
+            raise UserError("the prompt is empty; prefill needs at least one token")
+        for piece in x.split(CHUNK, dim=1):
+            last = self._features(piece, state)[:, -1]
+        return self._head(last)
+
+    @torch.inference_mode()
+    def nll(self, ids: np.ndarray, targets: np.ndarray, state: TorchState) -> np.ndarray:
+        """int32 [B, L] twice -> float64 negative log-likelihoods [B, L] in nats."""
+        if np.shape(ids) != np.shape(targets):
+            raise UserError(f"ids are {list(np.shape(ids))} but targets are {list(np.shape(targets))}")
+        x, y = self._ids(ids, state), self._ids(targets, state)
+        out = []
+        for piece, target in zip(x.split(CHUNK, dim=1), y.split(CHUNK, dim=1), strict=True):
+            logits = self.model.head(self._features(piece, state))
+            out.append(F.cross_entropy(logits.double().flatten(0, 1), target.flatten(), reduction="none").view_as(target))
+        return torch.cat(out, dim=1).cpu().numpy()
+
+    def generate(
+        self, prompt: np.ndarray, state: TorchState, params: SamplingParams, *, stride: int = 1
+    ) -> Iterator[np.ndarray]:
+        """int32 prompt [B, L] -> new ids in pieces [B, <= stride]; -1 pads a sequence that met a stop id.
+
+        The state takes in the prompt and every new id but the last of each sequence (in a batch, a sequence that ended
+        early takes in id 0 for its padding).
+        """
+        if stride < 1:
+            raise UserError(f"stride is {stride}, it must be at least 1")
+        logits = self.prefill(prompt, state)
+        sampler = Sampler(params, prompt)
+        ids = sampler.step(logits)
+        piece = [ids]
+        while not sampler.done:
+            if len(piece) == stride:
+                yield np.stack(piece, axis=1)
+                piece = []
+            logits = self.prefill(np.maximum(ids, 0)[:, None], state)
+            ids = sampler.step(logits)
+            piece.append(ids)
+        yield np.stack(piece, axis=1)
+
+    def _ids(self, ids: np.ndarray, state: TorchState) -> torch.Tensor:
+        ids = np.asarray(ids)
+        if ids.ndim != 2 or len(ids) != state.batch:
+            raise UserError(f"ids must be [{state.batch}, length] for this state, not {list(ids.shape)}")
+        return torch.from_numpy(check_ids(ids, self.spec.vocab_size).astype(np.int64)).to(self._device)
+
+    def _features(self, x: torch.Tensor, state: TorchState) -> torch.Tensor:
+        return self.model.features(x, state.inner)[0]
+
+    def _head(self, features: torch.Tensor) -> np.ndarray:
+        out: np.ndarray = self.model.head(features).float().cpu().numpy()
+        return out
