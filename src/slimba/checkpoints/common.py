@@ -176,7 +176,7 @@ def with_text_policy(spec: ModelSpec, directory: Path, tokenizer_file: Path | No
     if ids["bos_token_id"] is None and ids["eos_token_id"] is None:
         ids["bos_token_id"] = ids["eos_token_id"] = _end_of_text(tokenizer)
     for key, value in ids.items():
-        if value is not None and not 0 <= value < spec.vocab_size:
+        if key != "pad_token_id" and value is not None and not 0 <= value < spec.vocab_size:
             raise UserError(
                 f"{directory}: {key} is {value}, but the embedding has {spec.vocab_size} rows; "
                 "config.json or the tokenizer belongs to another model"

@@ -44,6 +44,7 @@ def read_mamba_ssm(directory: str | Path, *, tokenizer: str | Path | None = None
     """
     directory = Path(directory)
     config = read_json(directory / "config.json")
+    from_config(config)  # first of all: keys that are refused
     files = read_weights(directory)
     tensors = {OURS if name == THEIRS else name: a for name, a in files.tensors.items()}
     spec = from_config(config, tensor_shapes={name: a.shape for name, a in tensors.items()})

@@ -31,7 +31,6 @@ from slimba.models.configs import from_config, to_transformers_config
 
 __all__ = ["read_transformers", "write_transformers"]
 
-MODEL_TYPES = ("mamba", "mamba2", "falcon_mamba")
 OLD_EMBEDDING, EMBEDDING = "backbone.embedding.weight", "backbone.embeddings.weight"
 
 
@@ -42,14 +41,7 @@ def read_transformers(directory: str | Path, *, tokenizer: str | Path | None = N
     """
     directory = Path(directory)
     config = read_json(directory / "config.json")
-    if config.get("model_type") not in MODEL_TYPES:
-        raise UserError(
-            f"{directory}: model_type {config.get('model_type')!r} is not supported, known are {', '.join(MODEL_TYPES)}"
-        )
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UserError(f"{directory} is quantised with {method!r}; start from the model's float weights")
+    from_config(config)  # first of all: another kind of model, or one quantised by another tool
     files = read_weights(directory)
     if files.metadata.get("format") == "slimba":
         raise UserError(f"{directory}: Slimba's tensors, but config.json lacks quantization_config; copy it again")

@@ -101,6 +101,7 @@ def _print_inventory(title: str, inventory: Inventory, groups: list[dict[str, An
     table.add_section()
     table.add_row("all", f"{inventory.file_bytes:,}", "100.0 %", f"{inventory.bits_per_parameter:.3f}")
     Console().print(table)
+    print(f"weights on disk, headers included: {inventory.file_bytes:,} bytes")
     print(f"bits per projection weight, all parts counted: {inventory.bits_per_projection_weight:.4f}")
     for group in groups:
         first, last = group["first"], group["last"]
