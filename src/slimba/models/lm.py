@@ -1,39 +1,35 @@
 """The language model: embedding, blocks, final norm, head. Its state_dict keys are the canonical tensor names.
 
-    model = SSMForCausalLM(spec); load_weights(model, checkpoint); logits = model(ids)          # [B, L, V]
-    state = model.new_state(batch=1); logits = model(ids[:, :5], state); logits = model(ids[:, 5:], state)
+    model = SSMForCausalLM(spec); load_weights(model, checkpoint)
+    logits = model(ids)                                                  # a whole sequence: [B, L, V]
+    state = model.new_state(batch=1)
+    logits = model(ids[:, :5], state); logits = model(ids[:, 5:], state)  # the same, in pieces of any length
+
+Tests: `pytest tests/models`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from slimba.checkpoints.checkpoint import Checkpoint
+from slimba.errors import UserError
 from slimba.models.mamba1 import Mamba1Mixer
-from slimba.models.mamba2 import LayerState, Mamba2Mixer
+from slimba.models.mamba2 import Mamba2Mixer
 from slimba.models.norms import RMSNorm
 from slimba.models.spec import ModelSpec
+from slimba.models.state import LayerState, ModelState
 
 __all__ = ["ModelState", "SSMForCausalLM", "init_weights", "load_weights"]
 
 
-@dataclass(slots=True)
-class ModelState:
-    """One LayerState per block."""
-
-    layers: list[LayerState]
-
-    def clone(self) -> ModelState:
-        return ModelState([layer.clone() for layer in self.layers])
-
-
 class Block(nn.Module):
-    """u + mixer(norm(u)); the residual stream stays in the dtype it came in."""
+    """One residual block: u [B, L, D] + mixer(norm(u)). A float32 u stays float32, under autocast too."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -41,50 +37,74 @@ class Block(nn.Module):
         self.mixer = Mamba2Mixer(spec) if spec.architecture == "mamba2" else Mamba1Mixer(spec)
 
     def forward(self, u: torch.Tensor, state: LayerState | None = None) -> torch.Tensor:
-        return u + self.mixer(self.norm(u), state)
+        return u + self.mixer(self.norm(u), state).to(u.dtype)
 
 
 class Backbone(nn.Module):
+    """Everything but the head."""
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
+        self.residual_in_fp32 = spec.residual_in_fp32
         self.embeddings = nn.Embedding(spec.vocab_size, spec.d_model)
         self.layers = nn.ModuleList(Block(spec) for _ in range(spec.n_layer))
         self.norm_f = RMSNorm(spec.d_model, spec.norm_eps)
 
+    def forward(
+        self, ids: torch.Tensor, state: ModelState | None = None, hidden: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """ids [B, L] -> normed features [B, L, D]. The residual stream after each block is appended to `hidden`."""
+        if not ids.shape[1]:
+            raise UserError("the model was given no tokens; it needs at least one")
+        u = self.embeddings(ids)
+        if self.residual_in_fp32:
+            u = u.float()
+        layer_states: Iterable[LayerState | None] = state.layers if state else [None] * len(self.layers)
+        for block, layer_state in zip(self.layers, layer_states, strict=True):
+            u = block(u, layer_state)
+            if hidden is not None:
+                hidden.append(u)
+        return self.norm_f(u)
+
 
 class SSMForCausalLM(nn.Module):
-    """A Mamba or Mamba-2 language model."""
+    """A Mamba or Mamba-2 language model. Its weights are zero until `load_weights` or `init_weights` fills them."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.backbone = Backbone(spec)
-        self.lm_head = None if spec.tie_embeddings else nn.Linear(spec.d_model, spec.vocab_size, bias=False)
+        device = torch.get_default_device()
+        with torch.device("meta"):  # skips torch's own random first weights, minutes of them at 1.3B
+            self.backbone = Backbone(spec)
+            self.lm_head = None if spec.tie_embeddings else nn.Linear(spec.d_model, spec.vocab_size, bias=False)
+        self.to_empty(device=device)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.zero_()
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """[V, D]; the embedding where it is tied."""
+        """[V, D]; the embedding's where it is tied."""
         return self.backbone.embeddings.weight if self.lm_head is None else self.lm_head.weight
 
     def set_chunk_size(self, chunk_size: int) -> None:
-        """Chunk of the training-time scan: speed, not result."""
+        """Chunk of the scans: speed and memory, not the result. `ssd_chunked` and `selective_scan` say what is good."""
+        if chunk_size < 1:
+            raise UserError(f"chunk_size is {chunk_size}, it must be at least 1")
         for block in self.backbone.layers:
             block.mixer.chunk_size = chunk_size
 
-    def new_state(self, batch: int, dtype: torch.dtype = torch.float32) -> ModelState:
-        device = self.backbone.embeddings.weight.device
-        return ModelState([block.mixer.new_state(batch, device, dtype) for block in self.backbone.layers])
+    def new_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> ModelState:
+        """The state before the first token. `dtype` is that of the SSM states; the device defaults to the weights'."""
+        device = device or self.backbone.embeddings.weight.device
+        return ModelState([LayerState.zeros(self.spec, batch, device, dtype) for _ in range(self.spec.n_layer)])
 
-    def features(
-        self, ids: torch.Tensor, state: ModelState | None = None
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """ids [B, L] -> final normed features [B, L, D], and the residual stream after each block."""
-        u = self.backbone.embeddings(ids).float()
-        hidden = []
-        for i, block in enumerate(self.backbone.layers):
-            u = block(u, state.layers[i] if state else None)
-            hidden.append(u)
-        return self.backbone.norm_f(u), hidden
+    def features(self, ids: torch.Tensor, state: ModelState | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """ids [B, L] -> what `head` takes [B, L, D], and the n_layer residual streams after each block."""
+        hidden: list[torch.Tensor] = []
+        return self.backbone(ids, state, hidden), hidden
 
     def head(self, features: torch.Tensor) -> torch.Tensor:
         """[..., D] -> logits [..., V]."""
@@ -93,53 +113,65 @@ class SSMForCausalLM(nn.Module):
     def forward(
         self, ids: torch.Tensor, state: ModelState | None = None, *, return_hidden: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
-        """ids [B, L] -> logits [B, L, V] (and the hidden states); continues from `state` and moves it on."""
-        features, hidden = self.features(ids, state)
-        logits = self.head(features)
-        return (logits, hidden) if return_hidden else logits
+        """ids [B, L] -> logits [B, L, V], or (logits, hidden); continues from `state` and moves it on by L tokens."""
+        hidden: list[torch.Tensor] | None = [] if return_hidden else None
+        logits = self.head(self.backbone(ids, state, hidden))
+        return logits if hidden is None else (logits, hidden)
+
+
+# fields of a spec that leave the network's mathematics alone
+TEXT_AND_SPEED = {"chunk_size", "bos_token_id", "eos_token_id", "pad_token_id", "add_bos"}
 
 
 @torch.no_grad()
 def load_weights(model: SSMForCausalLM, checkpoint: Checkpoint) -> None:
-    """Fill `model` with the checkpoint's weights, dequantised to float32."""
-    weights = {n + ".weight": torch.from_numpy(checkpoint.matrix(n).dequantize()) for n in checkpoint.spec.matrices()}
-    weights |= {n: torch.from_numpy(checkpoint.vector(n).copy()) for n in checkpoint.spec.vectors()}
-    model.load_state_dict(weights, strict=True)
+    """Fill `model` with the checkpoint's weights, dequantised. UserError when the two describe different networks."""
+    ours, theirs = model.spec.to_dict(), checkpoint.spec.to_dict()
+    for name in ours.keys() - TEXT_AND_SPEED:
+        if ours[name] != theirs[name]:
+            raise UserError(f"the model has {name} {ours[name]}, but the checkpoint has {theirs[name]}")
+    params = dict(model.named_parameters())
+    for name in model.spec.matrices():
+        params[name + ".weight"].copy_(torch.from_numpy(checkpoint.matrix(name).dequantize()))
+    for name in model.spec.vectors():
+        params[name].copy_(torch.from_numpy(checkpoint.vector(name).copy()))
 
 
 @torch.no_grad()
 def init_weights(model: SSMForCausalLM, seed: int) -> None:
-    """First weights for training from scratch, as published for Mamba (section 3.6) and Mamba-2.
+    """First weights for training from scratch, as published with Mamba (section 3.6) and Mamba-2.
 
-    Embedding N(0, 0.02); projections uniform within 1/sqrt(fan-in), out_proj further over sqrt(n_layer); dt log-uniform
-    in [1e-3, 1e-1]; A uniform in [1, 16] (Mamba-2) or 1..N (Mamba-1); D one; norms one; convolution uniform.
+    Embedding N(0, 0.02^2); projections and convolution uniform within 1/sqrt(fan-in), out_proj within that over
+    sqrt(n_layer); softplus(dt bias) log-uniform in [1e-3, 1e-1]; A uniform in [1, 16] (Mamba-2) or 1..N (Mamba-1,
+    S4D-real); D and norms one; biases of projections zero. Drawn on the CPU: the same on every device.
     """
     g = torch.Generator().manual_seed(seed)
     spec = model.spec
 
     def uniform(p: torch.Tensor, bound: float) -> None:
-        p.copy_((torch.rand(p.shape, generator=g) * 2 - 1) * bound)
+        p.copy_((torch.rand(p.shape, generator=g, device="cpu") * 2 - 1) * bound)
 
-    model.backbone.embeddings.weight.copy_(torch.randn(model.backbone.embeddings.weight.shape, generator=g) * 0.02)
+    embedding = model.backbone.embeddings.weight
+    embedding.copy_(torch.randn(embedding.shape, generator=g, device="cpu") * 0.02)
     if model.lm_head is not None:
-        uniform(model.lm_head.weight, 1 / math.sqrt(spec.d_model))
+        uniform(model.lm_head.weight, spec.d_model**-0.5)
+    for name, (_, kind) in spec.vectors().items():
+        if kind == "norm" or name.endswith(".D"):
+            model.get_parameter(name).fill_(1)
+        elif kind == "conv":
+            uniform(model.get_parameter(name), spec.d_conv**-0.5)
+        elif kind == "bias":
+            model.get_parameter(name).zero_()
     for block in model.backbone.layers:
         m = block.mixer
-        uniform(m.in_proj.weight, 1 / math.sqrt(spec.d_model))
-        uniform(m.out_proj.weight, 1 / math.sqrt(spec.d_inner) / math.sqrt(spec.n_layer))
-        uniform(m.conv1d.weight, 1 / math.sqrt(spec.d_conv))
-        for linear in (m.in_proj, m.out_proj):
-            if linear.bias is not None:
-                linear.bias.zero_()
-        if m.conv1d.bias is not None:
-            uniform(m.conv1d.bias, 1 / math.sqrt(spec.d_conv))
+        uniform(m.in_proj.weight, spec.d_model**-0.5)
+        uniform(m.out_proj.weight, (spec.d_inner * spec.n_layer) ** -0.5)
         dt_bias = m.dt_bias if spec.architecture == "mamba2" else m.dt_proj.bias
-        dt = torch.exp(torch.rand(dt_bias.shape, generator=g) * math.log(100.0) + math.log(1e-3)).clamp_min(1e-4)
-        dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
-        m.D.fill_(1)
+        dt = torch.exp(torch.rand(dt_bias.shape, generator=g, device="cpu") * math.log(100.0)) * 1e-3
+        dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         if spec.architecture == "mamba2":
-            m.A_log.copy_(torch.log(torch.rand(m.A_log.shape, generator=g) * 15 + 1))
+            m.A_log.copy_(torch.log(torch.rand(m.A_log.shape, generator=g, device="cpu") * 15 + 1))
         else:
-            m.A_log.copy_(torch.log(torch.arange(1, spec.d_state + 1).float()).expand_as(m.A_log))
-            uniform(m.x_proj.weight, 1 / math.sqrt(spec.d_inner))
+            m.A_log.copy_(torch.log(torch.arange(1.0, spec.d_state + 1, device="cpu")).expand_as(m.A_log))
+            uniform(m.x_proj.weight, spec.d_inner**-0.5)
             uniform(m.dt_proj.weight, spec.dt_rank**-0.5)

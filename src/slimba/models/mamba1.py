@@ -1,9 +1,9 @@
-"""The Mamba mixer (arXiv 2312.00752), with Falcon-Mamba's weightless norms on B, C and dt where the spec has them.
+"""The Mamba mixer (arXiv 2312.00752, figure 3), with Falcon-Mamba's weightless norms where the spec has them.
 
-    x, z = in_proj(u);  x = SiLU(conv(x));  dt, B, C = x_proj(x);  dt = softplus(dt_proj(dt))
-    y = scan(x, dt, -exp(A_log), B, C) + D x;  out = out_proj(y * SiLU(z))
+    x, z = in_proj(u);   x = silu(conv(x));   dt, B, C = x_proj(x);   dt = softplus(dt_proj(dt))
+    h_t = exp(dt A) h_{t-1} + dt x B,   y = <h, C> + D x,   A = -exp(A_log);   out = out_proj(y * silu(z))
 
-Run the tests: `pytest tests/models`.
+Legend: B batch, L length, D d_model, I d_inner, N d_state, K d_conv. Tests: `pytest tests/models`.
 """
 
 from __future__ import annotations
@@ -12,50 +12,71 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from slimba.models.mamba2 import LayerState
 from slimba.models.norms import rms_normalise
-from slimba.models.scan import causal_conv1d, selective_scan
+from slimba.models.scan import causal_conv1d, selective_recurrence, selective_scan
 from slimba.models.spec import ModelSpec
+from slimba.models.state import LayerState
 
 __all__ = ["Mamba1Mixer"]
 
 
 class Mamba1Mixer(nn.Module):
-    """u [B, L, D] -> [B, L, D]. With a state it continues from it and leaves it after the last token."""
+    """u [B, L, D] -> [B, L, D]. in_proj, x_proj, dt_proj and out_proj may be replaced by modules that do the same."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.chunk_size = 16
+        self.chunk_size = 64  # see selective_scan
         self.in_proj = nn.Linear(spec.d_model, 2 * spec.d_inner, bias=spec.proj_bias)
+        # holds the parameters; the arithmetic is scan.causal_conv1d
         self.conv1d = nn.Conv1d(spec.d_inner, spec.d_inner, spec.d_conv, groups=spec.d_inner, bias=spec.conv_bias)
         self.x_proj = nn.Linear(spec.d_inner, spec.dt_rank + 2 * spec.d_state, bias=False)
         self.dt_proj = nn.Linear(spec.dt_rank, spec.d_inner, bias=True)
-        self.A_log = nn.Parameter(torch.zeros(spec.d_inner, spec.d_state))
-        self.D = nn.Parameter(torch.ones(spec.d_inner))
+        self.A_log = nn.Parameter(torch.empty(spec.d_inner, spec.d_state))
+        self.D = nn.Parameter(torch.empty(spec.d_inner))
         self.out_proj = nn.Linear(spec.d_inner, spec.d_model, bias=spec.proj_bias)
 
-    def new_state(self, batch: int, device: torch.device, dtype: torch.dtype = torch.float32) -> LayerState:
-        s = self.spec
-        return LayerState(
-            torch.zeros(batch, s.d_conv - 1, s.d_inner, device=device, dtype=dtype),
-            torch.zeros(batch, s.d_inner, s.d_state, device=device),
-        )
-
     def forward(self, u: torch.Tensor, state: LayerState | None = None) -> torch.Tensor:
-        s = self.spec
+        """With a state: continue from it, and leave it as it is after the last token of u."""
+        if state is not None and u.shape[1] == 1:
+            return self.step(u[:, 0], state)[:, None]
         raw, z = self.in_proj(u).chunk(2, dim=-1)
-        x = F.silu(causal_conv1d(raw, self.conv1d.weight[:, 0], self.conv1d.bias, state.conv if state else None))
+        x, window = causal_conv1d(raw, self.conv1d.weight, self.conv1d.bias, state.conv if state else None)
+        x = F.silu(x)
+        dt, B, C = self.select(x)
+        y, last = selective_scan(x, dt, self.A, B, C, self.chunk_size, state.ssm if state else None)
+        if state is not None:
+            state.update(window, last)
+        return self.out_proj(self.gate(y, x, z))
+
+    def step(self, u: torch.Tensor, state: LayerState) -> torch.Tensor:
+        """One token: u [B, D] -> [B, D]; the state moves on by one."""
+        raw, z = self.in_proj(u[:, None]).chunk(2, dim=-1)
+        window = torch.cat([state.conv, raw.to(state.conv.dtype)], dim=1)  # [B, K, I]
+        x = (window * self.conv1d.weight[:, 0].T.float()).sum(1, keepdim=True)
+        if self.conv1d.bias is not None:
+            x = x + self.conv1d.bias.float()
+        x = F.silu(x.to(raw.dtype))
+        dt, B, C = self.select(x)
+        y, last = selective_recurrence(x, dt, self.A, B, C, state.ssm)
+        state.update(window[:, 1:], last)
+        return self.out_proj(self.gate(y, x, z))[:, 0]
+
+    # ------------------------------------------------------------ the parts that both share
+
+    @property
+    def A(self) -> torch.Tensor:
+        """[I, N], negative, float32."""
+        return -self.A_log.float().exp()
+
+    def select(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [B, L, I] -> dt [B, L, I] float32 and positive, B and C [B, L, N]."""
+        s = self.spec
         dt, B, C = self.x_proj(x).split([s.dt_rank, s.d_state, s.d_state], dim=-1)
         if s.bcdt_norm_eps is not None:
             dt, B, C = (rms_normalise(t, s.bcdt_norm_eps).to(t.dtype) for t in (dt, B, C))
-        dt = F.softplus(F.linear(dt, self.dt_proj.weight.to(dt.dtype)).float() + self.dt_proj.bias.float())
-        y, last = selective_scan(
-            x, dt, -self.A_log.float().exp(), B, C, self.chunk_size, state.ssm if state else None
-        )
-        y = (y.float() + x.float() * self.D.float()) * F.silu(z.float())
-        if state is not None:
-            window = torch.cat([state.conv, raw.to(state.conv.dtype)], dim=1)
-            state.conv = window[:, window.shape[1] - (s.d_conv - 1) :]
-            state.ssm = last
-        return self.out_proj(y.to(u.dtype))
+        return F.softplus(self.dt_proj(dt).float()), B, C
+
+    def gate(self, y: torch.Tensor, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """The skip D x and the gate: [B, L, I] in z's dtype."""
+        return ((y + x * self.D.float()) * F.silu(z.float())).to(z.dtype)

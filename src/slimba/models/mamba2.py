@@ -1,51 +1,44 @@
-"""The Mamba-2 mixer (arXiv 2405.21060). Legend: B batch, L length, D d_model, I d_inner, H heads, P headdim, N state, G groups.
+"""The Mamba-2 mixer (arXiv 2405.21060, figure 6 right).
 
-    z, x, B, C, dt = in_proj(u);  x, B, C = SiLU(conv(x, B, C));  dt = clamp(softplus(dt + dt_bias))
-    y = SSD(x, dt, -exp(A_log), B, C) + D x;  out = out_proj(norm(y * SiLU(z)))
+    z, x, B, C, dt = in_proj(u);   x, B, C = silu(conv(x, B, C));   dt = clamp(softplus(dt + dt_bias), dt_limit)
+    S_t = exp(dt A) S_{t-1} + dt x B^T,   y = S C + D x,   A = -exp(A_log);   out = out_proj(norm(y * silu(z)))
 
-Run the tests: `pytest tests/models`.
+Legend: B batch, L length, D d_model, I d_inner, H heads, P headdim, N d_state, G groups, K d_conv.
+Tests: `pytest tests/models`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from slimba.models.norms import GatedRMSNorm
-from slimba.models.scan import causal_conv1d, ssd_chunked
+from slimba.models.scan import causal_conv1d, ssd_chunked, ssd_recurrence
 from slimba.models.spec import ModelSpec
+from slimba.models.state import LayerState
 
-__all__ = ["LayerState", "Mamba2Mixer"]
+__all__ = ["Mamba2Mixer"]
 
-
-@dataclass(slots=True)
-class LayerState:
-    """What one layer remembers: `conv` [B, K-1, channels] the last inputs of the convolution, `ssm` float32
-    ([B, H, P, N] in Mamba-2, [B, I, N] in Mamba-1)."""
-
-    conv: torch.Tensor
-    ssm: torch.Tensor
-
-    def clone(self) -> LayerState:
-        return LayerState(self.conv.clone(), self.ssm.clone())
+DEFAULT_CHUNK = 64  # the spec's chunk (256) is the choice of fused GPU kernels; see ssd_chunked
 
 
 class Mamba2Mixer(nn.Module):
-    """u [B, L, D] -> [B, L, D]. With a state it continues from it and leaves it after the last token."""
+    """u [B, L, D] -> [B, L, D]. in_proj, out_proj and norm may be replaced by modules of the same signature."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.chunk_size = min(spec.chunk_size, DEFAULT_CHUNK)
         channels = spec.d_conv_channels
-        self.chunk_size = spec.chunk_size  # may be set: it changes the speed, not the result
         self.in_proj = nn.Linear(spec.d_model, sum(spec.in_proj_rows.values()), bias=spec.proj_bias)
+        # holds the parameters; the arithmetic is scan.causal_conv1d
         self.conv1d = nn.Conv1d(channels, channels, spec.d_conv, groups=channels, bias=spec.conv_bias)
-        self.dt_bias = nn.Parameter(torch.zeros(spec.n_heads))
-        self.A_log = nn.Parameter(torch.zeros(spec.n_heads))
-        self.D = nn.Parameter(torch.ones(spec.d_inner if spec.d_has_hdim else spec.n_heads))
+        self.dt_bias = nn.Parameter(torch.empty(spec.n_heads))
+        self.A_log = nn.Parameter(torch.empty(spec.n_heads))
+        self.D = nn.Parameter(torch.empty(spec.d_inner if spec.d_has_hdim else spec.n_heads))
         self.norm = (
             GatedRMSNorm(spec.d_inner, spec.norm_group_size, spec.norm_eps, spec.norm_before_gate)
             if spec.gated_norm
@@ -53,45 +46,56 @@ class Mamba2Mixer(nn.Module):
         )
         self.out_proj = nn.Linear(spec.d_inner, spec.d_model, bias=spec.proj_bias)
 
-    def new_state(self, batch: int, device: torch.device, dtype: torch.dtype = torch.float32) -> LayerState:
-        s = self.spec
-        return LayerState(
-            torch.zeros(batch, s.d_conv - 1, s.d_conv_channels, device=device, dtype=dtype),
-            torch.zeros(batch, s.n_heads, s.headdim, s.d_state, device=device),
-        )
-
     def forward(self, u: torch.Tensor, state: LayerState | None = None) -> torch.Tensor:
-        s = self.spec
-        z, xbc, dt = self.in_proj(u).split([s.d_inner, s.d_conv_channels, s.n_heads], dim=-1)
-        y, gate = self.mix(z, xbc, dt, state)
-        y = y * F.silu(gate.float()) if self.norm is None else self.norm(y, gate)
-        return self.out_proj(y.to(u.dtype))
+        """With a state: continue from it, and leave it as it is after the last token of u."""
+        if state is not None and u.shape[1] == 1:
+            return self.step(u[:, 0], state)[:, None]
+        z, raw, dt = self.project(u)
+        xbc, window = causal_conv1d(raw, self.conv1d.weight, self.conv1d.bias, state.conv if state else None)
+        x, B, C = self.split(F.silu(xbc))
+        y, last = ssd_chunked(x, self.time_step(dt), self.A, B, C, self.chunk_size, state.ssm if state else None)
+        if state is not None:
+            state.update(window, last)
+        return self.out_proj(self.gate(y, x, z))
 
-    def mix(
-        self, z: torch.Tensor, xbc: torch.Tensor, dt: torch.Tensor, state: LayerState | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Convolution and SSD: y [B, L, I] before the gate, and z."""
+    def step(self, u: torch.Tensor, state: LayerState) -> torch.Tensor:
+        """One token: u [B, D] -> [B, D]; the state moves on by one."""
+        z, raw, dt = self.project(u[:, None])
+        window = torch.cat([state.conv, raw.to(state.conv.dtype)], dim=1)  # [B, K, channels]
+        xbc = (window * self.conv1d.weight[:, 0].T.float()).sum(1, keepdim=True)
+        if self.conv1d.bias is not None:
+            xbc = xbc + self.conv1d.bias.float()
+        x, B, C = self.split(F.silu(xbc.to(raw.dtype)))
+        y, last = ssd_recurrence(x, self.time_step(dt), self.A, B, C, state.ssm)
+        state.update(window[:, 1:], last)
+        return self.out_proj(self.gate(y, x, z))[:, 0]
+
+    # ------------------------------------------------------------ the parts that both share
+
+    @property
+    def A(self) -> torch.Tensor:
+        """[H], negative, float32."""
+        return -self.A_log.float().exp()
+
+    def project(self, u: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[B, L, D] -> z [B, L, I], x B C together [B, L, I + 2 G N], dt [B, L, H]."""
         s = self.spec
-        batch, length, _ = z.shape
-        raw = xbc
-        xbc = F.silu(causal_conv1d(xbc, self.conv1d.weight[:, 0], self.conv1d.bias, state.conv if state else None))
+        return self.in_proj(u).split([s.d_inner, s.d_conv_channels, s.n_heads], dim=-1)
+
+    def split(self, xbc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[B, L, I + 2 G N] -> x [B, L, H, P], B and C [B, L, G, N]."""
+        s, (batch, length, _) = self.spec, xbc.shape
         gn = s.n_groups * s.d_state
         x, B, C = xbc.split([s.d_inner, gn, gn], dim=-1)
-        x = x.view(batch, length, s.n_heads, s.headdim)
-        dt = F.softplus(dt.float() + self.dt_bias.float()).clamp(*s.dt_limit)
-        y, last = ssd_chunked(
-            x,
-            dt,
-            -self.A_log.float().exp(),
-            B.reshape(batch, length, s.n_groups, s.d_state),
-            C.reshape(batch, length, s.n_groups, s.d_state),
-            self.chunk_size,
-            state.ssm if state else None,
-        )
-        skip = self.D.view(s.n_heads, -1).to(x.dtype)  # [H, 1] or [H, P]
-        y = y + x * skip
-        if state is not None:
-            window = torch.cat([state.conv, raw.to(state.conv.dtype)], dim=1)
-            state.conv = window[:, window.shape[1] - (s.d_conv - 1) :]
-            state.ssm = last
-        return y.reshape(batch, length, s.d_inner), z
+        grouped = (batch, length, s.n_groups, s.d_state)
+        return x.reshape(batch, length, s.n_heads, s.headdim), B.reshape(grouped), C.reshape(grouped)
+
+    def time_step(self, dt: torch.Tensor) -> torch.Tensor:
+        """float32, positive, within the spec's limits."""
+        dt = F.softplus(dt.float() + self.dt_bias.float())
+        return dt if self.spec.dt_limit == (0.0, math.inf) else dt.clamp(*self.spec.dt_limit)
+
+    def gate(self, y: torch.Tensor, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """The skip D x, the gate and the norm: [B, L, I] in z's dtype."""
+        y = (y + x * self.D.float().view(self.spec.n_heads, -1)).flatten(2)  # D [H, 1] or [H, P]
+        return (y * F.silu(z.float())).to(z.dtype) if self.norm is None else self.norm(y, z)

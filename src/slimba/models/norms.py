@@ -1,4 +1,7 @@
-"""RMSNorm and the gated norm of Mamba-2. Normalised in float32, returned in the input's dtype."""
+"""RMSNorm and the gated norm of Mamba-2 (arXiv 2405.21060, section 7), computed in float32.
+
+Tests: `pytest tests/models`.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,12 @@ __all__ = ["GatedRMSNorm", "RMSNorm", "rms_normalise"]
 
 
 def rms_normalise(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / rms(x) over the last dimension, float32."""
-    x = x.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    """x / sqrt(mean(x^2) + eps) over the last dimension, float32."""
+    return F.rms_norm(x.float(), x.shape[-1:], None, eps)
 
 
 class RMSNorm(nn.Module):
-    """Weighted RMS norm over the last dimension."""
+    """[..., width] -> the same shape, in the dtype of the weight (float32 under autocast)."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -24,11 +26,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_normalise(x, self.eps) * self.weight.float()
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(self.weight.dtype)
 
 
 class GatedRMSNorm(nn.Module):
-    """Gate first, norm second (`norm_before_gate` swaps them); each group of `group_size` channels has its own RMS."""
+    """y, z [..., width] -> norm(y * silu(z)), or norm(y) * silu(z) with `norm_before_gate`; in z's dtype.
+
+    Every `group_size` consecutive channels share one RMS.
+    """
 
     def __init__(self, width: int, group_size: int, eps: float, norm_before_gate: bool) -> None:
         super().__init__()
@@ -37,8 +42,10 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         gate = F.silu(z.float())
-        if not self.norm_before_gate:
-            y = y.float() * gate
-        grouped = y.reshape(*y.shape[:-1], -1, self.group_size)
-        out = rms_normalise(grouped, self.eps).reshape(y.shape) * self.weight.float()
-        return out * gate if self.norm_before_gate else out
+        if self.norm_before_gate:
+            return (self.normalise(y.float()) * gate).to(z.dtype)
+        return self.normalise(y.float() * gate).to(z.dtype)
+
+    def normalise(self, y: torch.Tensor) -> torch.Tensor:
+        groups = y.reshape(*y.shape[:-1], -1, self.group_size)
+        return rms_normalise(groups, self.eps).reshape(y.shape) * self.weight.float()
