@@ -84,7 +84,7 @@ struct Kernels {
   // norm/
   void (*rms_norm)(const float* x, const float* weight, std::int64_t n, float eps, float* y);  // weight may be null; y may be x
   void (*gate)(const float* y, const float* z, std::int64_t n, float* out);                    // out = y * silu(z); out may be y
-  float (*max)(const float* x, std::int64_t n);                                                // NaN anywhere gives NaN
+  float (*max)(const float* x, std::int64_t n);                                                // NaN or infinity anywhere gives NaN
   double (*sum_exp)(const float* x, std::int64_t n, float shift);                              // sum of exp(x - shift)
   void (*read)(const float* x, std::int64_t n, float* sink);                                   // bandwidth probe
   // ssm/

@@ -20,8 +20,10 @@ void gate(const float* y, const float* z, std::int64_t n, float* out) {
 
 float max_of(const float* x, std::int64_t n) {
   float best = x[0];
-  for (std::int64_t i = 1; i < n; ++i)
-    if (best == best && !(x[i] <= best)) best = x[i];
+  for (std::int64_t i = 0; i < n; ++i) {
+    if (!std::isfinite(x[i])) return __builtin_nanf("");
+    if (x[i] > best) best = x[i];
+  }
   return best;
 }
 

@@ -1,0 +1,8 @@
+// The int4 kernels compiled for AVX2.
+#include "simd.h"
+
+namespace slimba {
+
+const FormatKernels kAvx2Int4 = {dot_prepared_floats, prepare, dot_scratch_floats, matmul};
+
+}  // namespace slimba
