@@ -91,8 +91,9 @@ class SSMForCausalLM(nn.Module):
         """Chunk of the scans: speed and memory, not the result. `ssd_chunked` and `selective_scan` say what is good."""
         if chunk_size < 1:
             raise UserError(f"chunk_size is {chunk_size}, it must be at least 1")
-        for block in self.backbone.layers:
-            block.mixer.chunk_size = chunk_size
+        for module in self.modules():
+            if isinstance(module, Mamba1Mixer | Mamba2Mixer):
+                module.chunk_size = chunk_size
 
     def new_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
@@ -148,30 +149,28 @@ def init_weights(model: SSMForCausalLM, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     spec = model.spec
 
-    def uniform(p: torch.Tensor, bound: float) -> None:
-        p.copy_((torch.rand(p.shape, generator=g, device="cpu") * 2 - 1) * bound)
+    def random(p: torch.Tensor) -> torch.Tensor:
+        return torch.rand(p.shape, generator=g, device="cpu")
 
-    embedding = model.backbone.embeddings.weight
-    embedding.copy_(torch.randn(embedding.shape, generator=g, device="cpu") * 0.02)
-    if model.lm_head is not None:
-        uniform(model.lm_head.weight, spec.d_model**-0.5)
-    for name, (_, kind) in spec.vectors().items():
-        if kind == "norm" or name.endswith(".D"):
-            model.get_parameter(name).fill_(1)
-        elif kind == "conv":
-            uniform(model.get_parameter(name), spec.d_conv**-0.5)
-        elif kind == "bias":
-            model.get_parameter(name).zero_()
-    for block in model.backbone.layers:
-        m = block.mixer
-        uniform(m.in_proj.weight, spec.d_model**-0.5)
-        uniform(m.out_proj.weight, (spec.d_inner * spec.n_layer) ** -0.5)
-        dt_bias = m.dt_bias if spec.architecture == "mamba2" else m.dt_proj.bias
-        dt = torch.exp(torch.rand(dt_bias.shape, generator=g, device="cpu") * math.log(100.0)) * 1e-3
-        dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        if spec.architecture == "mamba2":
-            m.A_log.copy_(torch.log(torch.rand(m.A_log.shape, generator=g, device="cpu") * 15 + 1))
+    for name, (_, cols) in spec.matrices().items():
+        p, last = model.get_parameter(name + ".weight"), name.rpartition(".")[2]
+        if last == "embeddings":
+            p.copy_(torch.randn(p.shape, generator=g, device="cpu") * 0.02)
         else:
-            m.A_log.copy_(torch.log(torch.arange(1.0, spec.d_state + 1, device="cpu")).expand_as(m.A_log))
-            uniform(m.x_proj.weight, spec.d_inner**-0.5)
-            uniform(m.dt_proj.weight, spec.dt_rank**-0.5)
+            bound = cols**-0.5 * (spec.n_layer**-0.5 if last == "out_proj" else 1)
+            p.copy_((random(p) * 2 - 1) * bound)
+    for name, (_, kind) in spec.vectors().items():
+        p = model.get_parameter(name)
+        if kind == "norm" or name.endswith(".D"):
+            p.fill_(1)
+        elif kind == "conv":
+            p.copy_((random(p) * 2 - 1) * spec.d_conv**-0.5)
+        elif kind == "bias":
+            p.zero_()
+        elif not name.endswith("A_log"):  # the bias of dt
+            dt = torch.exp(random(p) * math.log(100.0)) * 1e-3
+            p.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        elif spec.architecture == "mamba2":
+            p.copy_(torch.log(random(p) * 15 + 1))
+        else:
+            p.copy_(torch.log(torch.arange(1.0, spec.d_state + 1, device="cpu")).expand_as(p))

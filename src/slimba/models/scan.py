@@ -88,9 +88,9 @@ def ssd_chunked(
     Inside a chunk y is a masked matrix product, Y_diag = (C B^T * decay) (dt x); from the chunks before it comes
     Y_off = decay * C S, where S is the state at the START of the chunk. C B^T is computed once per group.
 
-    The largest intermediates are the masks [B, c, H, Q, Q] and the states [B, c, H, P, N]: as large as each other at
-    Q = sqrt(P N) (91 for P 64, N 128). `chunk_size` changes speed and memory, not the result: 32 to 64 is best for small
-    models on a CPU, 64 to 128 on a GPU. A ragged last chunk is padded with dt = 0, which neither decays nor adds.
+    The largest intermediates are the masks [B, c, H, Q, Q] and the states [B, c, H, P, N], as large as each other at
+    Q = sqrt(P N) (91 for P 64, N 128). `chunk_size` changes speed and memory, not the result: 32 to 64 is best for
+    small models on a CPU, 64 to 128 on a GPU. A ragged last chunk is padded with dt = 0: no decay, nothing added.
     """
     b, length, h, p = x.shape
     g, n = B.shape[2], B.shape[3]
