@@ -25,6 +25,7 @@ from slimba.errors import UserError
 
 __all__ = ["app", "main"]
 
+INTERRUPTED = 130
 EXTRAS = {"torch": "train", "yaml": "train", "pyarrow": "eval", "lm_eval": "eval"}  # module -> extra that brings it
 
 app = typer.Typer(
@@ -66,16 +67,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's) and return its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
-    args = [a for a in args if a != "--debug"]
-    warnings.showwarning = _one_line_warning
+    with warnings.catch_warnings():
+        warnings.showwarning = _one_line_warning
+        return _run([a for a in args if a != "--debug"], debug)
+
+
+def _run(args: list[str], debug: bool) -> int:
     try:
         result = app(args=args, prog_name="slimba", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", 130, debug)
+        return _fail("interrupted", INTERRUPTED, debug)
     except UserError as e:
         return _fail(f"error: {e}", 2, debug)
     except BrokenPipeError:  # the reader of our output has gone, as in `slimba ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except MemoryError:
         return _fail("error: this does not fit the machine's memory; use a smaller model, batch or window", 2, debug)
@@ -85,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(e, "format_message"):  # typer's usage errors, wherever its version keeps their class
             return _usage_error(e, debug)
         return _fail(f"error: this is a defect of slimba: {_name(e)} (run with --debug for the traceback)", 1, debug)
+    if result == INTERRUPTED:  # typer turns Ctrl-C into this
+        return _fail("interrupted", INTERRUPTED, debug)
     return result if isinstance(result, int) else 0
 
 

@@ -20,6 +20,7 @@ Run the tests: `pytest tests/evaluation/test_perplexity.py`.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -155,8 +156,8 @@ def run_fields(model: LoadedModel, window: int, stride: int | None) -> dict[str,
 
 @contextmanager
 def progress_bar(what: str, total: int, show: bool) -> Iterator[Callable[[int], object]]:
-    """A bar of `total` steps on stderr, gone when done; yields the function that advances it."""
-    if not show:
+    """A bar of `total` steps on stderr where that is a terminal, gone when done; yields what advances it."""
+    if not show or not sys.stderr.isatty():
         yield lambda n: None
         return
     from rich.console import Console
