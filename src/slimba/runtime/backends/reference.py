@@ -143,7 +143,8 @@ class ReferenceEngine:
         return torch.from_numpy(check_ids(ids, self.spec.vocab_size).astype(np.int64)).to(self._device)
 
     def _features(self, x: torch.Tensor, state: TorchState) -> torch.Tensor:
-        return self.model.features(x, state.inner)[0]
+        features: torch.Tensor = self.model.backbone(x, state.inner)
+        return features
 
     def _head(self, features: torch.Tensor) -> np.ndarray:
         out: np.ndarray = self.model.head(features).float().cpu().numpy()

@@ -1,0 +1,1 @@
+"""The engines, one file each: `cpu` (C++) and `reference` (torch). `runtime/load.py` chooses."""
