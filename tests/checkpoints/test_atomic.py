@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from slimba.checkpoints import atomic
-from slimba.checkpoints.atomic import atomic_directory, atomic_write
+from slimba.checkpoints.atomic import atomic_directory, atomic_write, check_target
 from slimba.errors import UserError
 
 
@@ -62,6 +62,9 @@ def test_existing_targets(tmp_path: Path) -> None:
     write_model(out, "one")  # empty: nothing to lose
     with pytest.raises(UserError, match="--overwrite"):
         write_model(out, "two")
+    with pytest.raises(UserError, match="--overwrite"):
+        check_target(out)
+    check_target(out, overwrite=True)
     write_model(out, "two", overwrite=True)
     assert (out / "config.json").read_text() == "two"
     assert names(tmp_path) == ["model"]

@@ -46,7 +46,8 @@ def test_round_trip(tmp_path: Path, make: Make, facts: Facts, spec: ModelSpec, p
 def test_files_that_a_hugging_face_user_knows(
     tmp_path: Path, make: Make, mamba2: ModelSpec, tokenizer_file: Path
 ) -> None:
-    model = dataclasses.replace(make(mamba2), tokenizer_file=tokenizer_file, generation={"temperature": 0.7})
+    generation = {"temperature": 0.7, "eos_token_id": [0, 3]}
+    model = dataclasses.replace(make(mamba2), tokenizer_file=tokenizer_file, generation=generation)
     out = write_packed(model, tmp_path / "model", card="# Made by a test")
     assert sorted(p.name for p in out.iterdir()) == [
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
@@ -56,7 +57,7 @@ def test_files_that_a_hugging_face_user_knows(
     assert config["quantization_config"]["quant_method"] == "slimba"
     assert config["quantization_config"]["format_version"] == 1
     assert config["quantization_config"]["vectors"] == {"norm": "float16", "conv": "float16", "ssm": "float32"}
-    assert read_json(out / "generation_config.json") == {"temperature": 0.7, "bos_token_id": 0, "eos_token_id": 0}
+    assert read_json(out / "generation_config.json") == {"temperature": 0.7, "bos_token_id": 0, "eos_token_id": [0, 3]}
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: slimba\n")
     assert "- 1-bit\n" in card

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from slimba.errors import UserError
 
-__all__ = ["atomic_directory", "atomic_write"]
+__all__ = ["atomic_directory", "atomic_write", "check_target"]
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fs.h
@@ -44,7 +44,7 @@ def atomic_directory(
     target = Path(out).expanduser().resolve()
     with _clear_errors(target):
         _recover(target)
-        _check_target(target, overwrite, marker)
+        check_target(target, overwrite=overwrite, marker=marker)
     tmp, lock = _locked(target, directory=True)
     try:
         with _clear_errors(target):
@@ -74,7 +74,9 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
         os.close(lock)
 
 
-def _check_target(target: Path, overwrite: bool, marker: str) -> None:
+def check_target(out: str | os.PathLike[str], *, overwrite: bool = False, marker: str = "config.json") -> None:
+    """UserError when `atomic_directory` would refuse `out`: for long work, to be asked before it begins."""
+    target = Path(out).expanduser().resolve()
     if not target.exists():
         return
     if not target.is_dir():

@@ -29,6 +29,7 @@ __all__ = [
     "find_tokenizer",
     "float_checkpoint",
     "generation_config",
+    "generation_of",
     "most_common_dtype",
     "token_ids",
     "with_text_policy",
@@ -227,6 +228,11 @@ def token_ids(spec: ModelSpec) -> dict[str, int]:
     """The ids that a spec has, by transformers' keys."""
     ids = {key: getattr(spec, key) for key in ID_KEYS}
     return {key: value for key, value in ids.items() if value is not None}
+
+
+def generation_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What generation_config.json says of `checkpoint`: its own settings (several end ids, say) and the spec's ids."""
+    return token_ids(checkpoint.spec) | {k: v for k, v in checkpoint.generation.items() if v is not None}
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

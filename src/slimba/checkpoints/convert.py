@@ -10,14 +10,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.checkpoints.common import FLOATS
 from slimba.checkpoints.mamba_ssm import write_mamba_ssm
-from slimba.checkpoints.packed import write_packed
+from slimba.checkpoints.packed import card_of, write_packed
 from slimba.checkpoints.transformers import write_transformers
 from slimba.errors import UserError
 from slimba.formats import MatrixLayout
@@ -25,6 +24,7 @@ from slimba.formats.floats import DTYPES
 
 __all__ = ["TARGETS", "cast", "convert_checkpoint"]
 
+EXACT = {"float32": FLOATS, "float16": ("float16",), "bfloat16": ("bfloat16",)}  # types that fit in without rounding
 TARGETS: dict[str, Callable[..., Path]] = {
     "slimba": write_packed,
     "transformers": write_transformers,
@@ -43,12 +43,13 @@ def convert_checkpoint(
     if to not in TARGETS:
         raise UserError(f"unknown layout {to!r}, known are {', '.join(TARGETS)}")
     notes = []
+    source = checkpoint
     if dtype:
-        if not checkpoint.is_float:
-            notes.append(f"dequantised weights were written, {dtype} values of what was {_formats(checkpoint)}")
-        elif _rounds(checkpoint, dtype):
+        checkpoint = cast(source, dtype)
+        if not source.is_float:
+            notes.append(f"dequantised weights were written, {dtype} values of what was {_formats(source)}")
+        elif any(a.dtype.name not in EXACT[dtype] for a in source.tensors.values()):
             notes.append(f"the weights were rounded to {dtype}, as asked")
-        checkpoint = cast(checkpoint, dtype)
     elif to != "slimba" and not checkpoint.is_float:
         raise UserError(
             f"the {to} layout cannot hold weights stored as {_formats(checkpoint)}; "
@@ -56,7 +57,10 @@ def convert_checkpoint(
         )
     if to != "slimba" and checkpoint.provenance:
         notes.append(f"the {to} layout has no place for where the model came from; keep the packed directory for that")
-    TARGETS[to](checkpoint, out, overwrite=overwrite)
+    if to == "slimba":
+        write_packed(checkpoint, out, card=card_of(source), overwrite=overwrite)
+    else:
+        TARGETS[to](checkpoint, out, overwrite=overwrite)
     return notes
 
 
@@ -67,7 +71,11 @@ def cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     layouts = {
         name: MatrixLayout.plain(layout.rows, layout.cols, dtype) for name, layout in checkpoint.layouts.items()
     }
-    return dataclasses.replace(checkpoint, layouts=layouts, tensors=_CastTensors(checkpoint, dtype))
+    provenance = checkpoint.provenance
+    if not checkpoint.is_float:  # its figures are those of the packed weights
+        provenance = provenance | {"dequantised": f"to {dtype} from {_formats(checkpoint)}"}
+    tensors = _CastTensors(checkpoint, dtype)
+    return dataclasses.replace(checkpoint, layouts=layouts, tensors=tensors, provenance=provenance)
 
 
 class _CastTensors(Mapping[str, np.ndarray]):
@@ -110,9 +118,3 @@ def _formats(checkpoint: Checkpoint) -> str:
             if s.format not in FLOATS:
                 rows[s.format] = rows.get(s.format, 0) + s.rows * layout.cols
     return ", ".join(sorted(rows, key=lambda f: -rows[f])) or "float with corrections"
-
-
-def _rounds(checkpoint: Checkpoint, dtype: str) -> bool:
-    """Whether some tensor's type does not fit into `dtype` exactly."""
-    exact: dict[str, Any] = {"float32": FLOATS, "float16": ("float16",), "bfloat16": ("bfloat16",)}
-    return any(a.dtype.name not in exact[dtype] for a in checkpoint.tensors.values())

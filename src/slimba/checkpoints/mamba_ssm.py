@@ -17,7 +17,7 @@ from slimba.checkpoints.common import (
     copy_tokenizer,
     find_tokenizer,
     float_checkpoint,
-    token_ids,
+    generation_of,
     with_text_policy,
     write_json,
 )
@@ -74,6 +74,6 @@ def write_mamba_ssm(
             shard_bytes=shard_bytes,
         )
         write_json(tmp / "config.json", config)
-        write_json(tmp / "generation_config.json", checkpoint.generation | token_ids(checkpoint.spec))
+        write_json(tmp / "generation_config.json", generation_of(checkpoint))
         copy_tokenizer(checkpoint, tmp)
     return Path(out)

@@ -25,7 +25,7 @@ from slimba.checkpoints.common import (
     copy_tokenizer,
     find_tokenizer,
     generation_config,
-    token_ids,
+    generation_of,
     with_text_policy,
     write_json,
 )
@@ -43,7 +43,7 @@ from slimba.formats import MatrixLayout
 from slimba.models.configs import to_transformers_config
 from slimba.models.spec import ModelSpec, VectorKind
 
-__all__ = ["FORMAT_VERSION", "METADATA", "is_packed", "read_packed", "spec_of", "write_packed"]
+__all__ = ["FORMAT_VERSION", "METADATA", "card_of", "is_packed", "read_packed", "spec_of", "write_packed"]
 
 FORMAT_VERSION = 1
 METADATA = {"format": "slimba"}
@@ -90,7 +90,7 @@ def write_packed(
         if tokenizer:
             config["quantization_config"]["checksums"]["tokenizer.json"] = _crc32(tokenizer.read_bytes())
         write_json(tmp / "config.json", config)
-        write_json(tmp / "generation_config.json", checkpoint.generation | token_ids(checkpoint.spec))
+        write_json(tmp / "generation_config.json", generation_of(checkpoint))
         (tmp / "README.md").write_text(_model_card(checkpoint, Path(out).name, card), encoding="utf-8")
     return Path(out)
 
@@ -137,6 +137,15 @@ def _transformers_keys(spec: ModelSpec) -> dict[str, Any]:
             "tie_word_embeddings": spec.tie_embeddings,
         }
     return dict(json.loads(json.dumps(keys)))
+
+
+def card_of(checkpoint: Checkpoint) -> str:
+    """The body of a packed directory's README.md, to be kept when it is written anew; "" where there is none."""
+    path = checkpoint.path / "README.md" if checkpoint.path and checkpoint.kind == "slimba" else None
+    if path is None or not path.exists():
+        return ""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return text.split("\n---\n", 1)[-1] if text.startswith("---\n") else text
 
 
 def _model_card(checkpoint: Checkpoint, name: str, card: str) -> str:

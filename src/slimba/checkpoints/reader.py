@@ -55,9 +55,13 @@ def open_checkpoint(
 def find_model(path_or_id: str | Path) -> Path:
     """The local directory of a MODEL argument; downloads a hub id. A local path always wins."""
     path = Path(path_or_id).expanduser()
-    if path.is_dir():
+    try:
+        is_dir, exists = path.is_dir(), path.exists()
+    except OSError as e:  # no right to look, or a text where a name should be
+        raise UserError(f"cannot open {str(path)[:100]}: {e.strerror}") from None
+    if is_dir:
         return path
-    if path.exists():
+    if exists:
         what = "GGUF, which Slimba does not read" if _is_gguf(path) else "a file"
         raise UserError(f"{path} is {what}; give the directory that holds config.json")
     name = str(path_or_id)

@@ -19,6 +19,7 @@ from slimba.checkpoints.common import (
     copy_tokenizer,
     find_tokenizer,
     float_checkpoint,
+    generation_of,
     most_common_dtype,
     token_ids,
     with_text_policy,
@@ -67,7 +68,7 @@ def write_transformers(
         get = checkpoint.tensors.__getitem__
         write_tensors(tmp, entries, get, metadata={"format": "pt"}, checksums=False, shard_bytes=shard_bytes)
         write_json(tmp / "config.json", config)
-        write_json(tmp / "generation_config.json", checkpoint.generation | token_ids(checkpoint.spec))
+        write_json(tmp / "generation_config.json", generation_of(checkpoint))
         tokenizer = copy_tokenizer(checkpoint, tmp)
         settings = tmp / "tokenizer_config.json"
         if tokenizer and not settings.exists():

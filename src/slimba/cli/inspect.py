@@ -1,6 +1,6 @@
 """`slimba inspect MODEL`, or `--shape NAME --format F`: bytes by component, bits per weight, every layer's format.
 
-Run the tests: `pytest tests/checkpoints/test_cli_inspect.py`.
+Run the tests: `pytest tests/checkpoints/test_inventory.py`.
 """
 
 from __future__ import annotations
