@@ -107,10 +107,10 @@ def ssd_chunked(
     C = C.reshape(b, c, q, g, n).transpose(2, 3)
     logs = (dt * A.float()).reshape(b, c, q, h).transpose(2, 3).cumsum(-1)  # [B, c, H, Q], never positive
 
-    # masked before exp: above the diagonal the difference is positive, its exponential could overflow
-    future = torch.ones(q, q, dtype=torch.bool, device=x.device).triu(1)
-    mask = (logs[..., :, None] - logs[..., None, :]).masked_fill(future, -math.inf).exp().to(dtype)
-    scores = C @ B.transpose(-1, -2)  # [B, c, G, Q, Q]
+    # From source (column) to target (row). Zeroed on the diagonal and above before exp: nothing positive is ever
+    # exponentiated, and the diagonal, always 1, adds no cancelling gradients to logs. `scores` removes the future.
+    mask = (logs[..., :, None] - logs[..., None, :]).tril(-1).exp().to(dtype)
+    scores = (C @ B.transpose(-1, -2)).tril()  # [B, c, G, Q, Q]
     mixing = scores[:, :, :, None] * mask.reshape(b, c, g, r, q, q)
     y_diag = mixing @ x.reshape(b, c, q, g, r, p).permute(0, 1, 3, 4, 2, 5)  # [B, c, G, R, Q, P]
 
