@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import tiny_checkpoint, tiny_spec
 from torch import nn
 
+from helpers.tiny import tiny_checkpoint, tiny_spec
 from slimba.errors import UserError
 from slimba.models.lm import SSMForCausalLM, init_weights, load_weights
 
@@ -200,7 +200,7 @@ def test_first_weights(architecture: str, fields: dict[str, Any]) -> None:
     mixer = models[0].backbone.layers[0].mixer
     dt_bias = mixer.dt_bias if architecture == "mamba2" else mixer.dt_proj.bias
     dt = nn.functional.softplus(dt_bias)
-    assert 0.99e-3 <= dt.min() and dt.max() <= 1.01e-1
+    assert dt.min() >= 0.99e-3 and dt.max() <= 1.01e-1
     decay = mixer.A_log.exp()
     assert decay.min() >= 0.99 and decay.max() <= 16.01
     assert mixer.out_proj.weight.abs().max() < (mixer.spec.d_inner * mixer.spec.n_layer) ** -0.5

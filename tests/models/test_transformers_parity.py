@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import tiny_checkpoint
 
+from helpers.tiny import tiny_checkpoint
 from slimba.models.configs import from_config, to_transformers_config
 from slimba.models.lm import SSMForCausalLM, load_weights
 
