@@ -97,15 +97,20 @@ inline void transpose_block(const uint8_t* data, int64_t row_bytes, int64_t row,
 #if defined(__AVX512F__)
     const vi a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
     const vi c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
-    const vi words[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d),
-                         _mm512_unpackhi_epi64(b, d)};
+    const vi w0 = _mm512_unpacklo_epi64(a, c), w1 = _mm512_unpackhi_epi64(a, c);
+    const vi w2 = _mm512_unpacklo_epi64(b, d), w3 = _mm512_unpackhi_epi64(b, d);
 #else
     const vi a = _mm256_unpacklo_epi32(r[0], r[1]), b = _mm256_unpackhi_epi32(r[0], r[1]);
     const vi c = _mm256_unpacklo_epi32(r[2], r[3]), d = _mm256_unpackhi_epi32(r[2], r[3]);
-    const vi words[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c), _mm256_unpacklo_epi64(b, d),
-                         _mm256_unpackhi_epi64(b, d)};
+    const vi w0 = _mm256_unpacklo_epi64(a, c), w1 = _mm256_unpackhi_epi64(a, c);
+    const vi w2 = _mm256_unpacklo_epi64(b, d), w3 = _mm256_unpackhi_epi64(b, d);
 #endif
-    for (int i = 0; i < (wide ? 4 : 2); ++i) vstore_words(out + (byte / 4 + i) * W, words[i]);
+    float* to = out + byte / 4 * W;
+    vstore_words(to, w0);
+    vstore_words(to + W, w1);
+    if (!wide) break;
+    vstore_words(to + 2 * W, w2);
+    vstore_words(to + 3 * W, w3);
   }
 }
 
@@ -124,7 +129,7 @@ inline void sign_tile(const float* blocks, int64_t block_floats, int64_t words, 
     if (TK == 1 && upcoming) {  // the rows of the next blocks are on their way while these are summed
       for (int i = 0; i < RB * W * 4; i += 64) _mm_prefetch((const char*)upcoming + word * RB * W * 4 + i, _MM_HINT_T0);
     }
-#pragma GCC unroll 11
+#pragma GCC unroll 1  // unrolled, GCC strings the additions of one accumulator together and spills
     for (int g = 0; g < kTables; ++g) {
 #pragma GCC unroll 4
       for (int t = 0; t < TK; ++t) {
