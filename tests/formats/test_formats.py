@@ -249,12 +249,15 @@ def test_descriptions() -> None:
     assert layout.describe() == "sign:4 int8:2 +r16 *col"
 
 
+SIGNS = {"cols": 8, "segments": [{"rows": 4, "format": "sign"}]}
+
+
 @pytest.mark.parametrize(
     ("data", "named"),
     [
         ({"cols": 8, "segments": [{"rows": 4, "format": "ternary"}]}, "ternary"),
         ({"cols": 8, "segments": [{"rows": 0, "format": "sign"}]}, "0 rows"),
-        ({"cols": 8, "segments": [{"rows": 4, "format": "sign"}], "bits": 1}, "bits"),
+        (SIGNS | {"bits": 1}, "bits"),
         ({"cols": 8, "segments": [{"rows": 4}]}, "format"),
         ({"segments": [{"rows": 4, "format": "sign"}]}, "cols"),
         ({"cols": "wide", "segments": [{"rows": 4, "format": "sign"}]}, "wide"),
@@ -271,7 +274,7 @@ def test_descriptions() -> None:
             {"cols": 8, "segments": [{"rows": 4, "format": "sign"}], "lowrank": {"rank": 1, "start": 3, "stop": 3}},
             "3..3",
         ),
-        ({"cols": 8, "segments": [{"rows": 4, "format": "sign"}], "lowrank": {"rank": 1}}, "start"),
+        (SIGNS | {"lowrank": {"rank": 1}}, "start"),
     ],
 )
 def test_bad_layouts_are_refused_by_name(data: dict[str, Any], named: str) -> None:
