@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from helpers.bigram import BigramEngine
 from helpers.tiny import tiny_checkpoint, tiny_directory, tiny_tokenizer
-
 from slimba.cli import chat as module
 from slimba.cli.chat import Conversation
 from slimba.cli.main import main

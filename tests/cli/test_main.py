@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.tiny import TEXT, tiny_directory, tiny_tokenizer
 
+from helpers.tiny import TEXT, tiny_directory, tiny_tokenizer
 from slimba import __version__
 from slimba.cli import main as main_module
 from slimba.cli.main import main

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from helpers.tiny import TEXT, VOCAB, tiny_tokenizer
 from tokenizers import decoders, models
 
+from helpers.tiny import TEXT, VOCAB, tiny_tokenizer
 from slimba.data.tokenizer import StreamDecoder, Tokenizer
 from slimba.errors import UserError
 

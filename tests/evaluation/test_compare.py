@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from helpers.bigram import BigramEngine
 from helpers.tiny import tiny_checkpoint
-
 from slimba.errors import UserError
 from slimba.evaluation import compare as module
 from slimba.evaluation.compare import compare

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.bigram import BigramEngine
-from helpers.tiny import tiny_checkpoint, tiny_tokenizer
 
 import slimba
+from helpers.bigram import BigramEngine
+from helpers.tiny import tiny_checkpoint, tiny_tokenizer
 from slimba.data.tokenizer import Tokenizer
 from slimba.errors import UserError
 from slimba.evaluation.perplexity import byte_lengths, read_text
@@ -33,7 +34,7 @@ def model(engine: BigramEngine, tmp_path: Path) -> LoadedModel:
 
 
 def by_hand(engine: BigramEngine, ids: list[int]) -> list[float]:
-    return [-float(engine.log_p[a, b]) for a, b in zip(ids, ids[1:], strict=False)]
+    return [-float(engine.log_p[a, b]) for a, b in itertools.pairwise(ids)]
 
 
 @pytest.mark.parametrize(("n", "window", "scored"), [(9, 4, 8), (10, 4, 8), (8, 4, 4), (5, 4, 4), (7, 1, 6), (9, 8, 8)])

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from helpers.tiny import tiny_spec
 
+from helpers.tiny import tiny_spec
 from slimba.runtime.engine import SamplingParams
 from slimba.runtime.sampling import Sampler
 
@@ -59,13 +59,10 @@ class BigramEngine:
     def generate(
         self, prompt: np.ndarray, state: BigramState, params: SamplingParams, *, stride: int = 1
     ) -> Iterator[np.ndarray]:
-        logits = self.prefill(prompt, state)
-        sampler = Sampler(params, prompt)
+        sampler, ids = Sampler(params, prompt), prompt
         while not sampler.done:
             out = []
             while len(out) < stride and not sampler.done:
-                if sampler.n:
-                    logits = self.forward(ids[:, None], state)[:, -1]
-                ids = sampler.step(logits)
+                ids = sampler.step(self.prefill(ids, state))[:, None]
                 out.append(ids)
-            yield np.stack(out, axis=1)
+            yield np.concatenate(out, axis=1)

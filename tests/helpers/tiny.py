@@ -4,8 +4,8 @@
     ckpt = tiny_checkpoint("mamba2", preset="dfssm", n_groups=2)        # in memory
     path = tiny_directory(tmp_path / "m", preset="dfssm")               # written with write_packed, tokenizer included
 
-The tokenizer is a byte-level BPE of 300 entries, `<|endoftext|>` = 0; the specs' `vocab_size` of 304 leaves four padding
-rows in the embedding.
+The tokenizer is a byte-level BPE of 300 entries, `<|endoftext|>` = 0; the specs' `vocab_size` of 304 leaves four
+padding rows in the embedding.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.bigram import BigramEngine
-from helpers.tiny import TEXT, tiny_checkpoint, tiny_directory, tiny_tokenizer
 
 import slimba
+from helpers.bigram import BigramEngine
+from helpers.tiny import TEXT, tiny_checkpoint, tiny_directory, tiny_tokenizer
 from slimba.data.tokenizer import Tokenizer
 from slimba.errors import UserError
 from slimba.runtime import load as load_module

@@ -1,4 +1,7 @@
-"""ReferenceEngine: its weights, prefill in any chunking, nll, generation, state. `pytest tests/runtime/test_reference_engine.py`."""
+"""ReferenceEngine: its weights, prefill in any chunking, nll, generation, state.
+
+`pytest tests/runtime/test_reference_engine.py`
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ import sys
 
 import numpy as np
 import pytest
-from helpers.tiny import tiny_checkpoint
 
+from helpers.tiny import tiny_checkpoint
 from slimba.errors import UserError
 from slimba.runtime.engine import SamplingParams
 from slimba.runtime.sampling import sample

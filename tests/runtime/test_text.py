@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.tiny import tiny_tokenizer
 
+from helpers.tiny import tiny_tokenizer
 from slimba.data.tokenizer import Tokenizer
 from slimba.errors import UserError
 from slimba.runtime.text import StopStrings, TextStream

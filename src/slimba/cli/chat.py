@@ -1,5 +1,7 @@
-"""`slimba chat MODEL`: talk with a model, line by line. The recurrent state stays between turns, so a turn costs its own
-tokens only, however long the talk is. /reset forgets everything, /exit or Ctrl-D ends, Ctrl-C stops an answer.
+"""`slimba chat MODEL`: talk with a model, line by line.
+
+The recurrent state stays between turns, so a turn costs its own tokens only, however long the talk is. /reset forgets
+everything, /exit or Ctrl-D ends, Ctrl-C stops an answer.
 """
 
 from __future__ import annotations
@@ -116,7 +118,7 @@ def _read_line() -> str | None:
 
 
 def _answer(pieces: Generator[str, None, None]) -> None:
-    """Show an answer. Ctrl-C ends it between two tokens, where the state is whole, and keeps the talk; twice ends all."""
+    """Show an answer. Ctrl-C ends it between two tokens, where the state is whole; a second one ends the talk."""
     stopped = False
 
     def stop(signum: int, frame: Any) -> None:

@@ -1,4 +1,4 @@
-"""`slimba eval MODEL --text FILE`: perplexity and bits per byte, against a teacher if wanted; `--tasks` runs lm-eval."""
+"""`slimba eval MODEL --text FILE`: perplexity, bits per byte, comparison with a teacher; `--tasks` runs lm-eval."""
 
 from __future__ import annotations
 

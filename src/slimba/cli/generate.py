@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,9 +20,7 @@ def generate(
     min_p: Annotated[float, typer.Option(help="Leave out tokens below this share of the likeliest one's.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens seen before get less likely.")] = 1.0,
     seed: Seed = 0,
-    stop: Annotated[
-        list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")
-    ] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")] = None,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Show the text while it comes.")] = True,
     backend: Backend = "auto",
     threads: Threads = None,
@@ -45,7 +43,7 @@ def generate(
         verify=not no_verify,
     )
     loaded.need_tokenizer()
-    settings = {
+    settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,

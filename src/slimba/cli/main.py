@@ -1,8 +1,8 @@
 """`slimba`: the verbs, and what happens when one fails.
 
 Exit codes: 0 done; 2 the input is wrong, one line `error: ...` on stderr says what to do; 1 a defect of ours, a short
-message; 130 interrupted. `--debug`, anywhere on the line, shows the traceback of every failure. No verb imports anything
-heavy before it runs, so `--help` is instant.
+message; 130 interrupted. `--debug`, anywhere on the line, shows the traceback of every failure. No verb imports
+anything heavy before it runs, so `--help` is instant.
 
 Run the tests: `pytest tests/cli`.
 """

@@ -28,9 +28,7 @@ Threads = Annotated[int | None, typer.Option("--threads", help="Threads to compu
 StateDtype = Annotated[
     str | None, typer.Option("--state-dtype", help="fp32, bf16 or int8 (default: what the model's config says).")
 ]
-TokenizerFile = Annotated[
-    Path | None, typer.Option("--tokenizer", help="tokenizer.json, where the model has none.")
-]
+TokenizerFile = Annotated[Path | None, typer.Option("--tokenizer", help="tokenizer.json, where the model has none.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same text, in every backend.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the checksums of the tensors.")]

@@ -7,9 +7,9 @@
         print(decoder.feed([id]), end="")            # only whole characters
     print(decoder.finish())
 
-Two families are understood, by the tokenizer's decoder: byte-level BPE (GPT-2's alphabet, where every character of a token
-stands for one byte) and SentencePiece style (U+2581 for a space, `<0xE2>` for a byte without a token). Text is always
-"the bytes of all tokens, read as UTF-8 with U+FFFD in place of what is not UTF-8", so a stream and a whole agree.
+Two families are understood, by the tokenizer's decoder: byte-level BPE (GPT-2's alphabet, where every character of a
+token stands for one byte) and SentencePiece style (U+2581 for a space, `<0xE2>` for a byte without a token). Text is
+always "the bytes of all tokens, read as UTF-8, with U+FFFD in place of what is not UTF-8": stream and whole agree.
 
 Run the tests: `pytest tests/data/test_tokenizer.py`.
 """
@@ -21,6 +21,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -149,7 +150,7 @@ class StreamDecoder:
         return rest
 
 
-def _family(data: dict, path: Path | None) -> tuple[bool, bool]:
+def _family(data: dict[str, Any], path: Path | None) -> tuple[bool, bool]:
     """(byte-level?, decoding drops one leading space?) of a tokenizer.json; UserError where it is of neither family."""
     parts = _flatten(data.get("decoder"), "decoders")
     names = {p.get("type") for p in parts}
@@ -170,7 +171,7 @@ def _family(data: dict, path: Path | None) -> tuple[bool, bool]:
     )
 
 
-def _flatten(part: dict | None, key: str) -> list[dict]:
+def _flatten(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     """A decoder or pre-tokenizer, a `Sequence` taken apart."""
     if not part:
         return []

@@ -98,4 +98,5 @@ def _windows(teacher: LoadedModel, student: LoadedModel, x: np.ndarray) -> np.nd
 def _log_softmax(x: np.ndarray) -> np.ndarray:
     """float32 [..., V]; the sum of exponentials in float64."""
     x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    out: np.ndarray = x - np.log(np.exp(x).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    return out

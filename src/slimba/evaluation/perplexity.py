@@ -10,9 +10,9 @@ each and predicted like any token, everything is concatenated and scored in wind
     perplexity    = exp(sum of nll / tokens)
     bits per byte = sum of nll / ln 2 / bytes
 
-over the scored tokens. `bytes` are the UTF-8 bytes of exactly these tokens (`Tokenizer.token_bytes`); a document-start id
-counts as one byte, that of the separator which it stands for and which had to be predicted too. Other special tokens in
-the text count no bytes.
+over the scored tokens. `bytes` are the UTF-8 bytes of exactly these tokens (`Tokenizer.token_bytes`); a document-start
+id counts as one byte, that of the separator which it stands for and which had to be predicted too. Other special tokens
+in the text count no bytes.
 
 Run the tests: `pytest tests/evaluation/test_perplexity.py`.
 """
@@ -167,5 +167,3 @@ def progress_bar(what: str, total: int, show: bool) -> Iterator[Callable[[int], 
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda n: progress.advance(task, n)
-
-

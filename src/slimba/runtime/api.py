@@ -86,9 +86,7 @@ class LoadedModel:
         ids = self.prompt_ids(prompt)
         params = SamplingParams(n_valid=self.n_valid, stop_ids=self.stop_ids, **sampling)
         pieces = self.engine.generate(ids[None], state or self.engine.new_state(), params, stride=stride)
-        return TextStream(
-            pieces, self.tokenizer, stop=stop, stop_ids=self.stop_ids, prompt_tokens=len(ids)
-        )
+        return TextStream(pieces, self.tokenizer, stop=stop, stop_ids=self.stop_ids, prompt_tokens=len(ids))
 
     def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Token ids [L] -> float32 [L, V]: row i is the prediction of what follows ids[: i + 1]."""
@@ -143,7 +141,7 @@ class LoadedModel:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a generation: those of generation_config.json and the config, else the tokenizer's end of text."""
+        """Ids that end a generation: those of both configs, else the tokenizer's end of text."""
         listed = self.checkpoint.generation.get("eos_token_id")
         ids = {int(i) for i in (listed if isinstance(listed, list) else [listed]) if i is not None}
         if self.spec.eos_token_id is not None:

@@ -1,4 +1,4 @@
-"""load(): from a name to a model that runs, with the backend chosen and the bad cases caught. No torch on the CPU backend.
+"""load(): from a name to a model that runs, with the backend chosen and bad cases caught. `cpu` needs no torch.
 
     model = load("slimba-demo", backend="auto", threads=2, state_dtype="fp32")
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.data.tokenizer import Tokenizer
@@ -27,13 +28,14 @@ def _cpu(checkpoint: Checkpoint, threads: int | None, state_dtype: str) -> Engin
         raise UserError("backend cpu needs the compiled core, which this installation lacks; reinstall slimba")
     from slimba.runtime.backends.cpu import CpuEngine
 
-    return CpuEngine(checkpoint, threads=threads, state_dtype=state_dtype)
+    # a cast, because an engine takes the states that it made and no others
+    return cast("Engine", CpuEngine(checkpoint, threads=threads, state_dtype=state_dtype))
 
 
 def _reference(checkpoint: Checkpoint, threads: int | None, state_dtype: str) -> Engine:
     from slimba.runtime.backends.reference import ReferenceEngine
 
-    return ReferenceEngine(checkpoint, threads=threads, state_dtype=state_dtype)
+    return cast("Engine", ReferenceEngine(checkpoint, threads=threads, state_dtype=state_dtype))
 
 
 BACKENDS: dict[str, Callable[[Checkpoint, int | None, str], Engine]] = {"cpu": _cpu, "reference": _reference}
@@ -79,7 +81,9 @@ def _choose(backend: str) -> Callable[[Checkpoint, int | None, str], Engine]:
     if backend == "auto":
         if _has_core():
             return _cpu
-        warnings.warn("the compiled core is missing, so the slow reference backend runs; reinstall slimba", stacklevel=3)
+        warnings.warn(
+            "the compiled core is missing, so the slow reference backend runs; reinstall slimba", stacklevel=3
+        )
         return _reference
     if backend not in BACKENDS:
         known = ", ".join(["auto", *BACKENDS])
@@ -109,8 +113,8 @@ def _check_memory(checkpoint: Checkpoint, *, needs_float32: bool) -> None:
     free = available_memory()
     if free is not None and need > free:
         raise UserError(
-            f"{checkpoint.path or 'the model'} needs about {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; "
-            "close other programs or use a smaller model"
+            f"{checkpoint.path or 'the model'} needs about {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are "
+            "free; close other programs or use a smaller model"
         )
 
 

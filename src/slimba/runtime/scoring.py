@@ -1,10 +1,10 @@
-"""Negative log-likelihoods of a long text in windows: the arithmetic that perplexity and `LoadedModel.perplexity` share.
+"""Negative log-likelihoods of a long text in windows: the arithmetic that evaluation and `LoadedModel` share.
 
     nll = score(engine, ids, window=1024)            # float64 [n]: of the targets ids[1], ids[2], ..., ids[n]
 
-Window i has the inputs ids[i*S : i*S + W] and the targets one further, starts from an empty state, and what does not fill
-a last window is dropped. With stride S = W the windows do not overlap; with S < W every window but the first counts only
-its last S targets, which then have at least W - S ids before them. Every target counts once.
+Window i has the inputs ids[i*S : i*S + W] and the targets one further and starts from an empty state; ids that fill no
+window are dropped. With stride S = W the windows do not overlap; with S < W every window but the first counts only its
+last S targets, which then have at least W - S ids before them. Every target counts once.
 
 Run the tests: `pytest tests/evaluation/test_perplexity.py`.
 """
@@ -28,7 +28,9 @@ def check_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
         raise UserError(f"token ids must be integers, these are {ids.dtype}")
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
         bad = int(ids.min()) if ids.min() < 0 else int(ids.max())
-        raise UserError(f"token id {bad} is outside the model's vocabulary of {vocab_size}; is it the model's tokenizer?")
+        raise UserError(
+            f"token id {bad} is outside the model's vocabulary of {vocab_size}; is it the model's tokenizer?"
+        )
     return ids.astype(np.int32, copy=False)
 
 

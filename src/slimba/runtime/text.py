@@ -10,7 +10,7 @@ Run the tests: `pytest tests/runtime/test_text.py`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -101,13 +101,15 @@ class TextStream:
         prompt_tokens: int = 0,
     ) -> None:
         if stop and tokenizer is None:
-            raise UserError("stop strings need a tokenizer and the model has none; give one with --tokenizer (tokenizer=)")
+            raise UserError(
+                "stop strings need a tokenizer and the model has none; give one with --tokenizer (tokenizer=)"
+            )
         self.generation = Generation(text=None if tokenizer is None else "", prompt_tokens=prompt_tokens)
         self._pieces = pieces
         self._decoder = StreamDecoder(tokenizer) if tokenizer else None
         self._stop = StopStrings(stop)
         self._stop_ids = frozenset(stop_ids)
-        self._run = self._texts()
+        self._run: Generator[str, None, None] = self._texts()
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -119,7 +121,7 @@ class TextStream:
         """End early: the text so far stays in `generation`."""
         self._run.close()
 
-    def _texts(self) -> Iterator[str]:
+    def _texts(self) -> Generator[str, None, None]:
         out, begin = self.generation, time.perf_counter()
         try:
             for piece in self._pieces:

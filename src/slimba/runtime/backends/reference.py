@@ -1,6 +1,6 @@
 """ReferenceEngine: the networks of `models/` in float32 behind the engine interface. Needs torch; slow and readable.
 
-The weights are exactly `Matrix.dequantize()` of what is on disk, so this is what every other engine is measured against.
+The weights are exactly `Matrix.dequantize()` of what is on disk, which makes it the measure of every other engine.
 
 Run the tests: `pytest tests/runtime/test_reference_engine.py`.
 """
@@ -110,7 +110,9 @@ class ReferenceEngine:
         out = []
         for piece, target in zip(x.split(CHUNK, dim=1), y.split(CHUNK, dim=1), strict=True):
             logits = self.model.head(self._features(piece, state))
-            out.append(F.cross_entropy(logits.double().flatten(0, 1), target.flatten(), reduction="none").view_as(target))
+            out.append(
+                F.cross_entropy(logits.double().flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+            )
         return torch.cat(out, dim=1).cpu().numpy()
 
     def generate(
