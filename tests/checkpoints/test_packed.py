@@ -179,10 +179,11 @@ CONFIG_EDITS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda c: c["quantization_config"]["layers"].update(lm_head={"cols": 1, "segments": []}), "lm_head"),
     (lambda c: c["quantization_config"]["layers"].update({"backbone.embeddings": []}), "not a JSON object"),
     (lambda c: c["quantization_config"]["layers"]["backbone.embeddings"].update(more=1), "unknown key 'more'"),
+    (lambda c: c["quantization_config"]["layers"]["backbone.embeddings"].update(cols=float("inf")), "infinity"),
     (lambda c: c["quantization_config"]["layers"].pop("backbone.layers.1.mixer.in_proj"), "no format is given"),
     (lambda c: c["quantization_config"]["vectors"].update(ssm="float16"), "A_log has type float32"),
     (lambda c: c["quantization_config"]["vectors"].update(ssm="int8"), "vectors"),
-    (lambda c: c["quantization_config"]["vectors"].update(other="float16"), "names other"),
+    (lambda c: c["quantization_config"]["vectors"].update(other="float16"), "names 'other'"),
     (lambda c: c["quantization_config"]["vectors"].pop("ssm"), "gives no type"),
 ]
 

@@ -110,7 +110,7 @@ def test_broken_shards(tmp_path: Path) -> None:
         path.write_text(json.dumps({"weight_map": weight_map}))
 
     with_map({"extra": good["weight_map"]["half"]})
-    with pytest.raises(UserError, match="lacks extra"):
+    with pytest.raises(UserError, match="lacks 'extra'"):
         read_tensors(tmp_path)
     with_map({"b.odd": None})
     with pytest.raises(UserError, match=r"holds b\.odd"):
@@ -160,8 +160,10 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (raw(b'{"a":%b,"a":%b}' % ((json.dumps(F32).encode(),) * 2), b"x" * 8), "twice"),
         (raw({"a": F32}, b"x" * 7), "truncated"),
         (raw({"a": F32}, b"x" * 9), "header is damaged"),
-        (raw({"a": F32 | {"dtype": "F64", "shape": [1]}}, b"x" * 8), "a has type F64"),
+        (raw({"a": F32 | {"dtype": "F64", "shape": [1]}}, b"x" * 8), "a has type 'F64'"),
         (raw({"__metadata__": {"a": 1}}), "header is damaged"),
+        (raw({"a\nb": F32}, b"x" * 8), "control characters"),
+        (raw({"__metadata__": {"a\x1b[2J": "1"}}), "control characters"),
     ],
 )
 def test_damaged_files(tmp_path: Path, content: bytes, message: str) -> None:

@@ -218,7 +218,7 @@ def spec_of(config: Mapping[str, Any], *, where: str | Path = "config.json", ver
         raise UserError(f"{where}: config.json has no quantization_config of Slimba")
     version = quantization.get("format_version")
     if version != FORMAT_VERSION:
-        raise UserError(f"{where}: format_version is {version}, not {FORMAT_VERSION}; install the Slimba that reads it")
+        raise UserError(f"{where}: format_version is {version!r}, not {FORMAT_VERSION}; install the Slimba that reads it")
     for key in sorted(set(quantization) ^ KEYS):
         problem = "an unknown" if key in quantization else "no"
         raise UserError(f"{where}: quantization_config has {problem} key {key!r}")
@@ -260,11 +260,11 @@ def _layouts(layers: Mapping[str, Any], where: Path) -> dict[str, MatrixLayout]:
     out = {}
     for name, data in layers.items():
         if not isinstance(data, dict):
-            raise UserError(f"{where}: the format of {name} in quantization_config is not a JSON object")
+            raise UserError(f"{where}: the format of {name!r} in quantization_config is not a JSON object")
         try:
             out[name] = MatrixLayout.from_json(data)
-        except UserError as e:
-            raise UserError(f"{where}: {name}: {e}") from None
+        except (UserError, OverflowError) as e:  # the latter from a number such as 1e999
+            raise UserError(f"{where}: {name!r}: {e}") from None
     return out
 
 
@@ -279,7 +279,7 @@ def _check_layouts(spec: ModelSpec, layouts: Mapping[str, MatrixLayout]) -> None
             raise UserError(f"the format of {name} is for a matrix of {given}, but the model's is {shape}")
     for name in layouts:
         if name not in shapes:
-            raise UserError(f"a format is given for {name}, which the model does not have")
+            raise UserError(f"a format is given for {name!r}, which the model does not have")
     table = layouts["backbone.embeddings"]
     if len(table.segments) > 1 or table.lowrank or table.col_scale:
         raise UserError(f"backbone.embeddings is {table.describe()}; an embedding is one segment without corrections")
@@ -292,9 +292,9 @@ def _expected(
     shapes = spec.vectors()
     for key, dtype in vectors.items():
         if dtype not in FLOATS:
-            raise UserError(f"{where}: vectors in quantization_config gives {key} the type {dtype!r}")
+            raise UserError(f"{where}: vectors in quantization_config gives {key!r} the type {dtype!r}")
         if key not in shapes and key not in get_args(VectorKind):
-            raise UserError(f"{where}: vectors in quantization_config names {key}, which the model does not have")
+            raise UserError(f"{where}: vectors in quantization_config names {key!r}, which the model does not have")
     out: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name in spec.matrices():
         out |= layouts[name].tensors(name)

@@ -121,7 +121,7 @@ def merge_shards(index: Path, read: Callable[[Path], TensorFiles]) -> TensorFile
         out.files += shard.files
     for tensor, name in weight_map.items():
         if tensor not in out.tensors:
-            raise UserError(f"{index.parent / name} lacks {tensor}, which {index.name} places there; {AGAIN}")
+            raise UserError(f"{index.parent / name} lacks {tensor!r}, which {index.name} places there; {AGAIN}")
     return out
 
 
@@ -150,7 +150,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
             (n,) = struct.unpack("<Q", f.read(8).ljust(8, b"\xff"))
             if n > size - 8:
                 raise UserError(f"{path} is truncated or not a safetensors file ({size} bytes); {AGAIN}")
-            header = json.loads(f.read(n).decode(), object_pairs_hook=_no_duplicates)
+            header = json.loads(f.read(n).decode(), object_pairs_hook=_clean_names)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except OSError as e:
@@ -186,16 +186,19 @@ def _well_formed(header: Any) -> bool:
     )
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _clean_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the header; its names must differ, and be fit to print in a message."""
     out = dict(pairs)
     if len(out) != len(pairs):
         raise ValueError("a name occurs twice")
+    if not all(name.isprintable() for name in out):
+        raise ValueError("a name holds control characters")
     return out
 
 
 def _view(mapped: mmap.mmap, path: Path, name: str, entry: dict[str, Any], start: int) -> np.ndarray:
     if entry["dtype"] not in NAMES:
-        raise UserError(f"{path}: {name} has type {entry['dtype']}; only {', '.join(NAMES)} are supported")
+        raise UserError(f"{path}: {name} has type {entry['dtype']!r}; only {', '.join(NAMES)} are supported")
     dtype, shape = DTYPES[NAMES[entry["dtype"]]], tuple(entry["shape"])
     low, high = entry["data_offsets"]
     if low == high:
