@@ -1,8 +1,8 @@
 """CpuEngine: a checkpoint on the C++ engine (`slimba._core`, sources in `kernels/cpu/`). No torch, no Python per token.
 
-Weights are used where they lie, in the memory-mapped file; small vectors are copied to float32. The kernels are chosen at
-run time (portable, AVX2 or AVX-512); SLIMBA_CPU_ISA=portable|avx2|avx512 forces one. Results do not depend on the number
-of threads, the other sequences of a batch or where a prompt is cut into pieces.
+Weights are used where they lie, in the memory-mapped file; small vectors are copied to float32. The kernels are chosen
+at run time (portable, AVX2 or AVX-512); SLIMBA_CPU_ISA=portable|avx2|avx512 forces one. Results do not depend on the
+number of threads, the other sequences of a batch or where a prompt is cut into pieces.
 
 Run the tests: `pytest tests/runtime/test_cpu_engine.py tests/kernels`.
 """
@@ -34,7 +34,7 @@ def default_threads() -> int:
         cores.add(siblings.read_text().strip() if siblings.exists() else str(cpu))
     quota = Path("/sys/fs/cgroup/cpu.max")
     if quota.exists():
-        most, period = (quota.read_text().split() + ["max", "max"])[:2]
+        most, _, period = quota.read_text().strip().partition(" ")
         if most != "max":
             return max(1, min(len(cores), -(-int(most) // int(period))))
     return len(cores)
@@ -89,23 +89,34 @@ class CpuState:
 
 
 class CpuEngine:
-    """Implements `runtime.engine.Engine`. `isa` is the instruction set in use, `threads` the number of threads."""
+    """Implements `runtime.engine.Engine`.
+
+    `threads` defaults to the cores at hand; `isa` forces an instruction set, else SLIMBA_CPU_ISA, else the best one is
+    taken. Both can be read back as attributes. UserError for settings that are not available and for a checkpoint
+    whose tensors do not fit its spec.
+    """
 
     name = "cpu"
 
-    def __init__(self, checkpoint: Checkpoint, *, threads: int | None = None, state_dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        threads: int | None = None,
+        state_dtype: str = "float32",
+        isa: str | None = None,
+    ) -> None:
         if state_dtype != "float32":
             raise UserError(f"the CPU engine keeps its state in float32, state dtype {state_dtype!r} is not available")
         activations = checkpoint.numerics.get("activations", "float32")
         if activations != "float32":
-            raise UserError(f"the CPU engine computes with float32 activations, the checkpoint asks for {activations!r}")
+            raise UserError(f"the CPU engine computes with float32 activations, the model asks for {activations!r}")
         if threads is not None and not 1 <= threads <= 1024:
             raise UserError(f"threads is {threads}, it must be between 1 and 1024")
         self.spec: ModelSpec = checkpoint.spec
         try:
-            self._core = _core.Model(
-                _config(self.spec), threads or default_threads(), os.environ.get("SLIMBA_CPU_ISA", "")
-            )
+            wanted = isa or os.environ.get("SLIMBA_CPU_ISA", "")
+            self._core = _core.Model(_config(self.spec), threads or default_threads(), wanted)
             _fill(self._core, checkpoint)
             self._core.finish()
         except ValueError as e:
