@@ -229,3 +229,14 @@ def test_loading_another_network_is_refused_by_name() -> None:
 def test_no_tokens_is_an_error() -> None:
     with pytest.raises(UserError, match="no tokens"):
         network()(tokens(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["mamba2", "mamba1"])
+def test_the_network_compiles_as_one_graph(architecture: str) -> None:
+    """No control flow depends on data: a whole training step can be traced, and captured in a CUDA graph."""
+    model = network(architecture).requires_grad_(True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    logits = compiled(tokens(21))
+    torch.testing.assert_close(logits, model(tokens(21)), atol=2e-5, rtol=1e-5)
+    logits.square().mean().backward()

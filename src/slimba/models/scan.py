@@ -30,17 +30,18 @@ def causal_conv1d(
 
     x [B, L, channels], weight [channels, 1, K] (oldest tap first), bias [channels]; `window` [B, K-1, channels] holds
     the inputs before x, zeros when None. Returns y [B, L, channels] in x's dtype and the window after x, in the
-    window's dtype. A sum of K shifted products: on a CPU twice as fast as conv1d, forward and backward.
+    window's dtype. A sum of K shifted products in x's dtype: on a CPU twice as fast as conv1d, forward and backward.
     """
     taps, length = weight.shape[-1], x.shape[1]
+    weight = weight.to(x.dtype)  # mixed dtypes would cast every shifted copy of x under autocast
     padded = F.pad(x, (0, 0, taps - 1, 0)) if window is None else torch.cat([window.to(x.dtype), x], dim=1)
     y = padded[:, :length] * weight[:, 0, 0]
     for k in range(1, taps):
         y = torch.addcmul(y, padded[:, k : k + length], weight[:, 0, k])
     if bias is not None:
-        y = y + bias
+        y = y + bias.to(x.dtype)
     after = padded[:, length:]
-    return y.to(x.dtype), after if window is None else after.to(window.dtype)
+    return y, after if window is None else after.to(window.dtype)
 
 
 # ------------------------------------------------------------------ Mamba-2
