@@ -218,7 +218,7 @@ def spec_of(config: Mapping[str, Any], *, where: str | Path = "config.json", ver
         raise UserError(f"{where}: config.json has no quantization_config of Slimba")
     version = quantization.get("format_version")
     if version != FORMAT_VERSION:
-        raise UserError(f"{where}: format_version is {version!r}, not {FORMAT_VERSION}; install the Slimba that reads it")
+        raise UserError(f"{where}: format_version is {version!r}, not {FORMAT_VERSION}; use a Slimba that reads it")
     for key in sorted(set(quantization) ^ KEYS):
         problem = "an unknown" if key in quantization else "no"
         raise UserError(f"{where}: quantization_config has {problem} key {key!r}")
