@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: list[str], debug: bool) -> int:
     try:
         result = app(args=args, prog_name="slimba", standalone_mode=False)
+        sys.stdout.flush()  # here, where a closed pipe is caught
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", INTERRUPTED, debug)
     except UserError as e:
