@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from slimba._core import kernels
 
 from slimba import _core
+from slimba._core import kernels
 from slimba.formats import FORMATS
 
 ORDER = ["float32", "float16", "bfloat16", "int8", "int4", "sign"]  # kernels.h: Format

@@ -1,0 +1,137 @@
+"""`slimba bench MODEL`, or `--shape NAME --format F`: decode and prefill speed on this CPU as a share of its limit.
+
+Every run measures the machine's memory bandwidth with the same threads and compares the fast kernels with the naive
+ones on the same model; it prints no speed when they disagree. Run the tests: `pytest tests/cli/test_bench.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from slimba.cli.options import JsonFile, NoVerify, Threads
+from slimba.errors import UserError
+
+if TYPE_CHECKING:
+    from slimba.checkpoints.checkpoint import Checkpoint
+
+
+def bench(
+    model: Annotated[str | None, typer.Argument(help="A directory, a hub id, or a bundled name.")] = None,
+    shape: Annotated[
+        str | None, typer.Option("--shape", help="Instead of MODEL: random weights of a shape, such as mamba2-1.3b.")
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option("--format", help="With --shape: dfssm, dfssm-published, float16, bfloat16, float32, int8, int4."),
+    ] = None,
+    batch: Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas.")] = "1",
+    prompt_len: Annotated[int, typer.Option("--prompt-len", min=1, help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to decode.")] = 64,
+    threads: Threads = None,
+    no_verify: NoVerify = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure decode and prefill speed, memory and the share of the limit."""
+    from slimba.cli.options import write_json
+
+    if (model is None) == (shape is None):
+        raise UserError("give either a MODEL or --shape NAME --format F")
+    if (shape is None) != (format is None):
+        raise UserError("--shape and --format go together; a MODEL has its own formats")
+    batches = _batches(batch)
+    record = _measure(_open(model, shape, format, verify=not no_verify), batches, prompt_len, new_tokens, threads)
+    record = {"model": model or f"{shape} as {format} (random weights)"} | record
+    _print(record)
+    if json_file:
+        write_json(json_file, record)
+
+
+def _batches(text: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise UserError(f"--batch is {text!r}; give sizes from 1 up, separated by commas, such as 1,8")
+    return sizes
+
+
+def _open(model: str | None, shape: str | None, format: str | None, *, verify: bool) -> Checkpoint:
+    if model is not None:
+        from slimba.checkpoints.reader import open_checkpoint
+
+        return open_checkpoint(model, verify=verify)
+    from slimba.models.configs import named_spec
+    from slimba.runtime.measure import random_model
+
+    return random_model(named_spec(str(shape)), str(format))
+
+
+def _measure(
+    checkpoint: Checkpoint, batches: list[int], prompt_len: int, new_tokens: int, threads: int | None
+) -> dict[str, Any]:
+    """Everything that is printed, as a JSON-ready record (times in seconds, sizes in bytes)."""
+    from rich.console import Console
+
+    from slimba.runtime import measure
+    from slimba.runtime.backends.cpu import CpuEngine
+
+    with Console(stderr=True).status("memory bandwidth") as status:
+        engine = CpuEngine(checkpoint, threads=threads)
+        machine = measure.machine(engine.threads)
+        limit = measure.bandwidth(engine.threads)
+        status.update("fast kernels against naive ones")
+        difference = measure.check(checkpoint, engine.threads)
+        moved = measure.traffic(checkpoint)
+        decode, prefill = [], []
+        for size in batches:
+            status.update(f"decode, batch {size}")
+            decode.append(measure.decode_speed(engine, moved, limit, size, new_tokens))
+            status.update(f"prefill, batch {size}")
+            prefill.append(measure.prefill_speed(engine, size, prompt_len))
+    return {
+        "machine": machine,
+        "bandwidth": limit,
+        "difference_to_naive_kernels": difference,
+        "weight_bytes": checkpoint.nbytes(),
+        "resident_bytes": measure.resident_bytes(),
+        "numerics": {"activations": "float32", "state": "float32"},
+        "decode": decode,
+        "prefill": prefill,
+    }
+
+
+def _print(record: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    machine, console = record["machine"], Console()
+    console.print(
+        f"{record['model']}: {machine['cpu']}, {machine['threads']} threads, {machine['isa']} kernels, "
+        f"{record['bandwidth'] / 1e9:.1f} GB/s; naive kernels agree to {record['difference_to_naive_kernels']:.1e}"
+    )
+    table = Table(title="decode: a step is one token for every sequence")
+    for name in ("batch", "MB a step", "floor ms", "measured ms", "share of the limit", "tokens/s"):
+        table.add_column(name, justify="right")
+    for row in record["decode"]:
+        table.add_row(
+            str(row.batch), f"{row.bytes / 1e6:.1f}", f"{row.floor * 1e3:.3f}", f"{row.time * 1e3:.3f}",
+            f"{100 * row.share:.0f} %", f"{row.tokens_per_second:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    table = Table(title="prefill: from the prompt to its first new token")
+    for name in ("batch", "prompt tokens", "first token after ms", "prompt tokens/s"):
+        table.add_column(name, justify="right")
+    for row in record["prefill"]:
+        table.add_row(
+            str(row.batch), str(row.prompt_len), f"{row.time_to_first_token * 1e3:.1f}", f"{row.tokens_per_second:.1f}"
+        )
+    console.print(table)
+    if record["resident_bytes"]:
+        resident, weights = (record[key] / 1e6 for key in ("resident_bytes", "weight_bytes"))
+        console.print(f"resident memory {resident:.0f} MB, of which weights {weights:.0f} MB")
+    load = machine["load_average"]
+    if load and load[0] > 0.5:
+        console.print(f"other work was running (load average {load[0]} before the start): the figures are too low")
