@@ -57,6 +57,9 @@ def test_quick_start(packed: Path, backend: str) -> None:
     log_p = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
     nll = -log_p[np.arange(16), ids[1:17]].mean()
     assert model.perplexity(ids[:17], window=16) == pytest.approx(np.exp(nll), rel=1e-4)
+    file = packed.parent / "text.txt"
+    file.write_text(TEXT)
+    assert slimba.evaluate(packed, [file], window=32).perplexity > 1
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("torch") or not load_module._has_core(), reason="needs both backends")

@@ -33,6 +33,7 @@ import numpy as np
 from slimba.data.text import Split, documents, encode_documents
 from slimba.data.tokenizer import Tokenizer
 from slimba.errors import UserError
+from slimba.runtime.load import load
 from slimba.runtime.scoring import score, window_starts
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def read_text(
 
 
 def evaluate(
-    model: LoadedModel,
+    model: LoadedModel | str | Path,
     text: Sequence[str | Path] | TextIds,
     *,
     window: int = 2048,
@@ -130,11 +131,13 @@ def evaluate(
     batch: int = 8,
     show_progress: bool = False,
 ) -> Perplexity:
-    """Perplexity of `model` (from `slimba.load`) on text files, or on ids that `read_text` made.
+    """Perplexity of `model` (from `slimba.load`, or what that takes) on text files, or on ids that `read_text` made.
 
     window: inputs per window; stride: how far windows move (default: no overlap); batch: windows per engine call.
     Raises UserError for an empty text, a window longer than the text, and what `read_text` refuses.
     """
+    if isinstance(model, str | Path):
+        model = load(model)
     if not isinstance(text, TextIds):
         text = read_text(model, text, split_documents=split_documents, bos_id=bos_id, max_tokens=max_tokens)
     n = len(window_starts(len(text.ids), window, stride))
