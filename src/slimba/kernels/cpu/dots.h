@@ -1,7 +1,9 @@
 // Matrix products of formats whose weights become floats one vector at a time (floats, int8, int4), for AVX2 and AVX-512.
 //
 // A Loader gives W consecutive weights of a row: `load(row, k)` for whole vectors, `load_n(row, k, n)` for the last one, and
-// `scale(rows, n)`, the factors of W consecutive rows applied at the end. Lanes run over columns: every (row, token) has one accumulator
+// `scale(row, n)`, the factors of W consecutive rows applied at the end; `at(row, k)` is where vector k lies and
+// kVectorsPerLine how many vectors a cache line holds (0: not worth fetching ahead). From kExpandFrom tokens on it pays to
+// turn W rows into floats once; for most formats never, since conversion hides behind the multiplications. Lanes run over columns: every (row, token) has one accumulator
 // that meets the columns in order and is reduced in one fixed way, whatever the tile, so results do not depend on T.
 #pragma once
 
@@ -20,6 +22,10 @@ inline void dot_tile(const Loader& loader, const int64_t* rows, const float* x, 
 #pragma GCC unroll 4
     for (int t = 0; t < TK; ++t) sum[r][t] = vzero();
   for (int64_t k = 0; k < whole; ++k) {
+    if (Loader::kVectorsPerLine && k % Loader::kVectorsPerLine == 0) {  // the rows after the next ones are on their way
+#pragma GCC unroll 16
+      for (int r = 0; r < RB; ++r) _mm_prefetch((const char*)loader.at(rows[r] + W, k), _MM_HINT_T0);
+    }
     vf in[TK];
 #pragma GCC unroll 4
     for (int t = 0; t < TK; ++t) in[t] = vload(x + t * stride + k * W);
@@ -73,43 +79,46 @@ inline void dot_tokens(const Loader& loader, int64_t row, int64_t n, vf scale, c
 }
 
 // Rows already turned into floats by another loader, `stride` floats apart.
+constexpr int64_t kNever = INT64_MAX;
 struct ExpandedLoader {
+  static constexpr int kVectorsPerLine = 0;
   const float* data;
-  int64_t stride;
-  int64_t vectors() const { return stride / W; }
+  int64_t stride, used;
+  int64_t vectors() const { return used; }
   int64_t tail() const { return 0; }
   vf load(int64_t row, int64_t k) const { return vload(data + row * stride + k * W); }
+  const float* at(int64_t row, int64_t k) const { return data + row * stride + k * W; }
   vf load_n(int64_t row, int64_t k) const { return load(row, k); }
 };
 
-constexpr int64_t kExpandFrom = 5;  // tokens from which it pays to turn W rows into floats once
-
-inline int64_t dot_prepared_floats(int64_t cols) { return round_up(cols, 32); }
-inline int64_t dot_scratch_floats(int64_t cols) { return W * round_up(cols, 32); }
+// Tokens and expanded rows are a cache line apart from a power of two, or they would fight for the same cache sets.
+inline int64_t padded(int64_t cols) { return round_up(cols, 32); }
+inline int64_t dot_prepared_floats(int64_t cols) { return padded(cols) + 16; }
+inline int64_t dot_scratch_floats(int64_t cols) { return W * (padded(cols) + 16); }
 
 inline void dot_prepare(const float* x, int64_t cols, float* out) {
   int64_t c = 0;
   for (; c + W <= cols; c += W) vstore(out + c, vload(x + c));
-  for (; c < dot_prepared_floats(cols); c += W) vstore(out + c, c < cols ? vload_n(x + c, cols - c) : vzero());
+  for (; c < padded(cols); c += W) vstore(out + c, c < cols ? vload_n(x + c, cols - c) : vzero());
 }
 
 // The whole product: W rows at a time, expanded first when many tokens meet them.
 template <class Loader>
 inline void dot_matmul(const Loader& loader, const MatmulArgs& a) {
-  const int64_t stride = dot_prepared_floats(a.cols), used = (loader.vectors() + loader.tail()) * W;
+  const int64_t stride = dot_prepared_floats(a.cols), used = loader.vectors() + loader.tail();
   for (int64_t row = a.row_begin; row < a.row_end; row += W) {
     const int64_t n = min64(W, a.row_end - row);
     const vf scale = loader.scale(row, n);
-    if (a.tokens < kExpandFrom) {
+    if (a.tokens < Loader::kExpandFrom) {
       dot_tokens(loader, row, n, scale, a.x, stride, a.tokens, a.y + row, a.y_stride, a.add);
       continue;
     }
     for (int64_t r = 0; r < n; ++r) {
-      float* out = a.scratch + r * used;
+      float* out = a.scratch + r * stride;
       for (int64_t k = 0; k < loader.vectors(); ++k) vstore(out + k * W, loader.load(row + r, k));
       for (int64_t k = loader.vectors(); k < loader.vectors() + loader.tail(); ++k) vstore(out + k * W, loader.load_n(row + r, k));
     }
-    dot_tokens(ExpandedLoader{a.scratch, used}, 0, n, scale, a.x, stride, a.tokens, a.y + row, a.y_stride, a.add);
+    dot_tokens(ExpandedLoader{a.scratch, stride, used}, 0, n, scale, a.x, stride, a.tokens, a.y + row, a.y_stride, a.add);
   }
 }
 

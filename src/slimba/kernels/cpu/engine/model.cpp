@@ -91,17 +91,21 @@ void Model::matmul(const Matrix& m, const float* x, std::int64_t x_stride, std::
   if (m.rank) {  // t = B x for every token
     float* t = factor_.at_least(tokens * m.rank);
     float* t_prepared = factor_prepared_.at_least(tokens * factor_floats);
-    pool_.run((tokens + kTokenBlock - 1) / kTokenBlock, [&](std::int64_t block, int thread) {
-      const std::int64_t first = block * kTokenBlock, n = std::min(kTokenBlock, tokens - first);
+    constexpr std::int64_t kRowBlock = 8;
+    const std::int64_t row_blocks = (m.rank + kRowBlock - 1) / kRowBlock;
+    pool_.run((tokens + kTokenBlock - 1) / kTokenBlock * row_blocks, [&](std::int64_t block, int thread) {
+      const std::int64_t first = block / row_blocks * kTokenBlock, n = std::min(kTokenBlock, tokens - first);
+      const std::int64_t begin = block % row_blocks * kRowBlock, end = std::min(begin + kRowBlock, m.rank);
       const float* prepared = prepared_[kInt8].data() + first * int8.prepared_floats(m.cols);
-      int8.matmul({m.b.data, m.b.scale, m.rank, m.cols, 0, m.rank, prepared, n, t + first * m.rank, m.rank, false,
+      int8.matmul({m.b.data, m.b.scale, m.rank, m.cols, begin, end, prepared, n, t + first * m.rank, m.rank, false,
                    scratch_[std::size_t(thread)].data()});
-      for (std::int64_t i = first; i < first + n; ++i) int8.prepare(t + i * m.rank, m.rank, t_prepared + i * factor_floats);
     });
+    pool_.run(tokens, [&](std::int64_t i, int) { int8.prepare(t + i * m.rank, m.rank, t_prepared + i * factor_floats); });
   }
 
   // Panels: enough of them to share the work evenly, large enough to amortise what is set up per panel.
-  const std::int64_t panel = m.rows * m.cols * tokens < 65536 ? m.rows : tokens > 4 ? 256 : 128;
+  const std::int64_t share = (m.rows / (4 * pool_.threads()) + 63) / 64 * 64;
+  const std::int64_t panel = m.rows * m.cols * tokens < 65536 ? m.rows : std::clamp<std::int64_t>(share, 64, tokens > 4 ? 256 : 1024);
   pool_.run((m.rows + panel - 1) / panel, [&](std::int64_t task, int thread) {
     const std::int64_t begin = task * panel, end = std::min(begin + panel, m.rows);
     float* own = scratch_[std::size_t(thread)].data();

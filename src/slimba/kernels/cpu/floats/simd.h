@@ -5,6 +5,7 @@ namespace slimba {
 namespace {
 
 struct FloatLoader {  // what the three have in common
+  static constexpr int64_t kExpandFrom = kNever;
   const uint8_t* data;
   int64_t cols;
   int64_t vectors() const { return cols / W; }
@@ -13,18 +14,21 @@ struct FloatLoader {  // what the three have in common
 };
 
 struct Float32Loader : FloatLoader {
+  static constexpr int kVectorsPerLine = 16 / W;
   const float* at(int64_t row, int64_t k) const { return (const float*)(data + 4 * (row * cols + k * W)); }
   vf load(int64_t row, int64_t k) const { return vload(at(row, k)); }
   vf load_n(int64_t row, int64_t k) const { return vload_n(at(row, k), cols - k * W); }
 };
 
 struct Float16Loader : FloatLoader {
+  static constexpr int kVectorsPerLine = 32 / W;
   const uint8_t* at(int64_t row, int64_t k) const { return data + 2 * (row * cols + k * W); }
   vf load(int64_t row, int64_t k) const { return load_half(at(row, k)); }
   vf load_n(int64_t row, int64_t k) const { return load_half_n(at(row, k), cols - k * W); }
 };
 
 struct Bfloat16Loader : FloatLoader {
+  static constexpr int kVectorsPerLine = 32 / W;
   const uint8_t* at(int64_t row, int64_t k) const { return data + 2 * (row * cols + k * W); }
   vf load(int64_t row, int64_t k) const { return load_bfloat(at(row, k)); }
   vf load_n(int64_t row, int64_t k) const { return load_bfloat_n(at(row, k), cols - k * W); }

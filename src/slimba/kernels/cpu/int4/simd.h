@@ -11,6 +11,8 @@ namespace {
 constexpr int64_t kGroup = 128;
 
 struct Int4Loader {
+  static constexpr int64_t kExpandFrom = 16;
+  static constexpr int kVectorsPerLine = 128 / W;
   const uint8_t *data, *scales;
   int64_t cols, row_bytes, groups;
   // Vectors come in pairs; the last pair may hang over the end of the row.
@@ -45,7 +47,7 @@ struct Int4Loader {
 };
 
 void prepare(const float* x, int64_t cols, float* out) {
-  for (int64_t c = 0; c < dot_prepared_floats(cols); c += 2 * W) {
+  for (int64_t c = 0; c < padded(cols); c += 2 * W) {
     for (int64_t i = 0; i < W; ++i) {
       const int64_t even = c + 2 * i;
       out[c + i] = even < cols ? x[even] : 0.0f;

@@ -5,12 +5,15 @@ namespace slimba {
 namespace {
 
 struct Int8Loader {
+  static constexpr int64_t kExpandFrom = kNever;
+  static constexpr int kVectorsPerLine = 64 / W;
   const uint8_t *data, *scales;
   int64_t cols;
   int64_t vectors() const { return cols / W; }
   int64_t tail() const { return cols % W != 0; }
-  vf load(int64_t row, int64_t k) const { return load_int8(data + row * cols + k * W); }
-  vf load_n(int64_t row, int64_t k) const { return load_int8_n(data + row * cols + k * W, cols - k * W); }
+  const uint8_t* at(int64_t row, int64_t k) const { return data + row * cols + k * W; }
+  vf load(int64_t row, int64_t k) const { return load_int8(at(row, k)); }
+  vf load_n(int64_t row, int64_t k) const { return load_int8_n(at(row, k), cols - k * W); }
   vf scale(int64_t row, int64_t n) const { return load_half_n(scales + 2 * row, n); }
 };
 

@@ -20,8 +20,9 @@ constexpr int kMaxBlocks = 4;       // blocks of W rows that share a look at the
 constexpr int64_t kPanelRows = 256;  // rows transposed at once when many tokens meet them
 
 inline int64_t sign_words(int64_t cols) { return (cols + 63) / 64 * 2; }
-inline int64_t sign_prepared_floats(int64_t cols) { return sign_words(cols) * kWordFloats; }
-inline int64_t sign_scratch_floats(int64_t cols) { return kPanelRows * sign_words(cols); }
+inline int64_t sign_prepared_floats(int64_t cols) { return sign_words(cols) * kWordFloats + 16; }  // see dots.h
+// and a little more: words are read up to three bytes past their end
+inline int64_t sign_scratch_floats(int64_t cols) { return kPanelRows * sign_words(cols) + W; }
 
 inline vi vload_words(const float* p) {
 #if defined(__AVX512F__)
@@ -114,7 +115,19 @@ inline void transpose_block(const uint8_t* data, int64_t row_bytes, int64_t row,
   }
 }
 
-// Sums of RB blocks (block_floats apart) and TK tokens (stride apart) over all columns.
+// Adds what the tables say about the next columns of RB blocks for TK tokens; table 0 of the first token is at `tables`.
+template <int RB, int TK>
+inline void add_columns(const vi (&index)[RB], const float* tables, int64_t stride, vf (&sum)[RB][TK]) {
+#pragma GCC unroll 4
+  for (int t = 0; t < TK; ++t) {
+    const vf table = vload(tables + t * stride);
+#pragma GCC unroll 4
+    for (int r = 0; r < RB; ++r) sum[r][t] = vadd(sum[r][t], look_up(index[r], table));
+  }
+}
+
+// Sums of RB blocks (block_floats apart) and TK tokens (stride apart) over all columns. Meanwhile the rows at `upcoming`, as
+// many bytes as these blocks have, are fetched into the cache (null: nothing).
 template <int RB, int TK>
 inline void sign_tile(const float* blocks, int64_t block_floats, int64_t words, const float* x, int64_t stride, vf (&sum)[RB][TK],
                       const uint8_t* upcoming) {
@@ -123,23 +136,33 @@ inline void sign_tile(const float* blocks, int64_t block_floats, int64_t words, 
 #pragma GCC unroll 4
     for (int t = 0; t < TK; ++t) sum[r][t] = vzero();
   for (int64_t word = 0; word < words; ++word) {
-    vi index[RB];
-#pragma GCC unroll 4
-    for (int r = 0; r < RB; ++r) index[r] = vload_words(blocks + r * block_floats + word * W);
-    if (TK == 1 && upcoming) {  // the rows of the next blocks are on their way while these are summed
-      for (int i = 0; i < RB * W * 4; i += 64) _mm_prefetch((const char*)upcoming + word * RB * W * 4 + i, _MM_HINT_T0);
+    if (upcoming) {
+      for (int i = 0; i < RB * W * 4; i += 64) _mm_prefetch((const char*)upcoming + word * RB * W * 4 + i, _MM_HINT_T1);
     }
-#pragma GCC unroll 1  // unrolled, GCC strings the additions of one accumulator together and spills
+    const float *tables = x + word * kWordFloats, *at = blocks + word * W;
+    vi index[RB];
+    // The loops are not unrolled: GCC would string the additions of one accumulator together and spill the rest.
+#if defined(__AVX512F__)
+    // A load one byte further on is a shift by 8 (for the bits that count), which leaves every other shift to do.
+#pragma GCC unroll 1
+    for (int byte = 0; byte < 4; ++byte) {
+#pragma GCC unroll 4
+      for (int r = 0; r < RB; ++r) index[r] = vload_words((const float*)((const char*)(at + r * block_floats) + byte));
+      add_columns<RB, TK>(index, tables + 2 * byte * W, stride, sum);
+#pragma GCC unroll 4
+      for (int r = 0; r < RB; ++r) index[r] = next_columns(index[r]);
+      add_columns<RB, TK>(index, tables + (2 * byte + 1) * W, stride, sum);
+    }
+#else
+#pragma GCC unroll 4
+    for (int r = 0; r < RB; ++r) index[r] = vload_words(at + r * block_floats);
+#pragma GCC unroll 1
     for (int g = 0; g < kTables; ++g) {
-#pragma GCC unroll 4
-      for (int t = 0; t < TK; ++t) {
-        const vf table = vload(x + t * stride + word * kWordFloats + g * W);
-#pragma GCC unroll 4
-        for (int r = 0; r < RB; ++r) sum[r][t] = vadd(sum[r][t], look_up(index[r], table));
-      }
+      add_columns<RB, TK>(index, tables + g * W, stride, sum);
 #pragma GCC unroll 4
       for (int r = 0; r < RB; ++r) index[r] = next_columns(index[r]);
     }
+#endif
   }
 }
 
@@ -159,37 +182,38 @@ inline void sign_rows(const MatmulArgs& a, const float* blocks, int64_t row, int
   }
 }
 
-// All blocks of a transposed panel against TK tokens.
+// All blocks of a transposed panel against TK tokens; `ahead` bytes after a row, its successor is fetched (0: none).
 template <int TK>
-inline void sign_panel(const MatmulArgs& a, int64_t row, int64_t end, int64_t token, const uint8_t* upcoming) {
+inline void sign_panel(const MatmulArgs& a, int64_t row, int64_t end, int64_t token, int64_t ahead) {
   constexpr int kBlocks = W == 8 && TK == 4 ? 2 : kMaxBlocks;  // what the registers hold
-  const int64_t block_floats = sign_words(a.cols) * W;
+  const int64_t words = sign_words(a.cols);
   const float* blocks = a.scratch;
   while (row < end) {
     if (row + (kBlocks - 1) * W < end) {
-      sign_rows<kBlocks, TK>(a, blocks, row, end, token, upcoming);
+      sign_rows<kBlocks, TK>(a, blocks, row, end, token, ahead ? a.data + row * words * 4 + ahead : nullptr);
       row += kBlocks * W;
-      blocks += kBlocks * block_floats;
+      blocks += kBlocks * words * W;
     } else {
       sign_rows<1, TK>(a, blocks, row, end, token, nullptr);
       row += W;
-      blocks += block_floats;
+      blocks += words * W;
     }
   }
 }
 
 void sign_matmul(const MatmulArgs& a) {
-  const int64_t row_bytes = (a.cols + 63) / 64 * 8, panel = a.tokens > 4 ? kPanelRows : kMaxBlocks * W;
+  const int64_t row_bytes = sign_words(a.cols) * 4, panel = a.tokens > 4 ? kPanelRows : kMaxBlocks * W;
   for (int64_t row = a.row_begin; row < a.row_end; row += panel) {
     const int64_t end = min64(row + panel, a.row_end);
     for (int64_t first = row; first < end; first += W) {
       transpose_block(a.data, row_bytes, first, min64(W, end - first), a.scratch + (first - row) * sign_words(a.cols));
     }
-    const uint8_t* upcoming = end + panel <= a.row_end ? a.data + end * row_bytes : nullptr;
+    // The panel after the next one, during the first tokens of this one
+    const int64_t ahead = end + panel < a.row_end ? 2 * panel * row_bytes : 0;
     int64_t t = 0;
-    for (; t + 4 <= a.tokens; t += 4) sign_panel<4>(a, row, end, t, nullptr);
-    for (; t + 2 <= a.tokens; t += 2) sign_panel<2>(a, row, end, t, nullptr);
-    for (; t < a.tokens; ++t) sign_panel<1>(a, row, end, t, upcoming);
+    for (; t + 4 <= a.tokens; t += 4) sign_panel<4>(a, row, end, t, t ? 0 : ahead);
+    for (; t + 2 <= a.tokens; t += 2) sign_panel<2>(a, row, end, t, t ? 0 : ahead);
+    for (; t < a.tokens; ++t) sign_panel<1>(a, row, end, t, t ? 0 : ahead);
   }
 }
 
