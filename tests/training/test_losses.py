@@ -21,12 +21,16 @@ def case(seed=0):
 
 def test_kl_is_a_mean_per_token_with_its_gradients(chunking):
     student, head, teacher, teacher_head = case()
-    plain = F.kl_div(
-        F.log_softmax(student @ head.T, -1).flatten(0, 1),
-        F.log_softmax(teacher @ teacher_head.T, -1).flatten(0, 1),
-        log_target=True,
-        reduction="none",
-    ).sum(-1).mean()
+    plain = (
+        F.kl_div(
+            F.log_softmax(student @ head.T, -1).flatten(0, 1),
+            F.log_softmax(teacher @ teacher_head.T, -1).flatten(0, 1),
+            log_target=True,
+            reduction="none",
+        )
+        .sum(-1)
+        .mean()
+    )
     expected = torch.autograd.grad(plain, (student, head))
     loss = losses.kl_divergence(student, head, teacher, teacher_head, torch.float32)
     torch.testing.assert_close(loss, plain)

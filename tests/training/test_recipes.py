@@ -1,6 +1,7 @@
 """Recipes: packaged defaults load, every key is documented, bad keys and types are named."""
 
 from importlib.resources import files
+from itertools import pairwise
 
 import pytest
 
@@ -16,7 +17,7 @@ def dfssm(**overrides):
 def test_every_key_of_every_recipe_has_a_comment_above_it():
     for name in ("dfssm.yaml", "pretrain.yaml"):
         lines = files("slimba.recipes").joinpath(name).read_text("utf-8").splitlines()
-        for above, line in zip(lines, lines[1:], strict=False):
+        for above, line in pairwise(lines):
             if ":" in line and not line.startswith("#"):
                 assert above.startswith("#"), f"{name}: {line}"
 

@@ -15,11 +15,12 @@ def compress(
         list[Path], typer.Option("--data", help="Training text (.txt, .zst, .jsonl, .parquet); may be repeated.")
     ],
     method: Annotated[str, typer.Option(help="How the numbers are chosen.")] = "dfssm",
-    recipe: Annotated[Path | None, typer.Option(help="YAML file of settings; its keys override the default's.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML settings that override the default's.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="One setting, key=value; may be repeated and wins over the recipe.")
+        list[str] | None,
+        typer.Option("--set", help="One setting, key=value; may be repeated."),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Training tokens to use (default: one pass over the text).")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Training tokens (default: one pass over the text).")] = None,
     split_documents: Annotated[str, typer.Option(help="What separates documents: blank-line or file.")] = "blank-line",
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json, where the checkpoint has none.")] = None,
     seed: Annotated[int, typer.Option(help="Order of the training windows.")] = 0,

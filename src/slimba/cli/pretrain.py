@@ -14,9 +14,10 @@ def pretrain(
         list[Path], typer.Option("--data", help="Training text (.txt, .zst, .jsonl, .parquet); may be repeated.")
     ],
     tokenizer: Annotated[Path, typer.Option(help="tokenizer.json of the model to be.")],
-    recipe: Annotated[Path | None, typer.Option(help="YAML file of settings; its keys override the default's.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML settings that override the default's.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="One setting, key=value; may be repeated and wins over the recipe.")
+        list[str] | None,
+        typer.Option("--set", help="One setting, key=value; may be repeated."),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Training tokens (default: the recipe's passes).")] = None,
     split_documents: Annotated[str, typer.Option(help="What separates documents: blank-line or file.")] = "blank-line",

@@ -66,9 +66,12 @@ class MatrixLayout:
                 raise UserError(f"unknown weight format {s.format!r}, known are {', '.join(FORMATS)}")
             if s.rows < 1:
                 raise UserError(f"a segment in format {s.format} has {s.rows} rows, it must have at least 1")
+        if not self.segments or self.cols < 1:
+            raise UserError(f"a matrix of {self.rows} rows and {self.cols} columns; both must be at least 1")
         lr = self.lowrank
         if lr and not (lr.rank >= 1 and 0 <= lr.start < lr.stop <= self.rows):
-            raise UserError(f"low-rank correction of rank {lr.rank} on rows {lr.start}..{lr.stop} does not fit {self.rows} rows")
+            where = f"rank {lr.rank} on rows {lr.start}..{lr.stop}"
+            raise UserError(f"a low-rank correction of {where} does not fit {self.rows} rows")
 
     @classmethod
     def plain(cls, rows: int, cols: int, format: str) -> MatrixLayout:
@@ -203,6 +206,8 @@ class Matrix:
 
     def rows_at(self, ids: np.ndarray) -> np.ndarray:
         """Dequantised rows (an embedding look-up): int [n] -> float32 [n, cols]. One-segment matrices only."""
+        if self.layout.lowrank or self.layout.col_scale:
+            raise UserError("an embedding has no low-rank correction and no column scale")
         (s,) = self.layout.segments
         parts = {p: a[ids] for p, a in self.segment_parts(0).items()}
         return np.asarray(FORMATS[s.format].unpack(parts, self.layout.cols), dtype=np.float32)

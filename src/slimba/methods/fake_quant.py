@@ -56,11 +56,18 @@ def float16(w: torch.Tensor) -> torch.Tensor:
     return _through(w, w.detach().to(torch.float16).to(torch.float32))
 
 
+def rounded_scale(absmax: torch.Tensor, top: float) -> torch.Tensor:
+    """float16(absmax / top), kept in float32.
+
+    The divisor is a tensor: torch's CUDA division by a Python number multiplies by the reciprocal, one ulp off.
+    """
+    return (absmax / absmax.new_full((), top)).to(torch.float16).float().clamp_min(SMALLEST_SCALE)
+
+
 def int8_rows(w: torch.Tensor) -> torch.Tensor:
     """int8 with a float16 scale per row, dequantised: [rows, cols] -> [rows, cols]."""
     with torch.no_grad():
-        # a divisor on the device: torch's CUDA division by a Python number multiplies by the reciprocal, one ulp off
-        scale = (w.abs().amax(dim=1, keepdim=True) / w.new_full((), 127.0)).to(torch.float16).float().clamp_min(SMALLEST_SCALE)
+        scale = rounded_scale(w.abs().amax(dim=1, keepdim=True), 127.0)
         q = torch.clamp(torch.round(w / scale), -127, 127) * scale
     return _through(w, q)
 
@@ -71,6 +78,6 @@ def int4_groups(w: torch.Tensor) -> torch.Tensor:
         rows, cols = w.shape
         groups = -(-cols // GROUP)
         padded = torch.nn.functional.pad(w, (0, groups * GROUP - cols)).view(rows, groups, GROUP)
-        scale = (padded.abs().amax(dim=2, keepdim=True) / w.new_full((), 7.0)).to(torch.float16).float().clamp_min(SMALLEST_SCALE)
+        scale = rounded_scale(padded.abs().amax(dim=2, keepdim=True), 7.0)
         q = (torch.clamp(torch.round(padded / scale), -7, 7) * scale).view(rows, -1)[:, :cols]
     return _through(w, q)

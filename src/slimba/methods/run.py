@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from slimba.checkpoints.atomic import check_target
 from slimba.errors import UserError
 
 __all__ = ["METHODS", "compress"]
@@ -32,7 +33,8 @@ def compress(
 ) -> dict[str, Any]:
     """Compress `teacher` (directory, hub id or bundled name) into the packed directory `out`; returns the run's record.
 
-    data: text files. tokens: how many training tokens to use (None: one pass). settings, or keyword arguments: single keys of the recipe.
+    data: text files. tokens: how many training tokens to use (None: one pass). settings, or keyword arguments:
+    single keys of the recipe.
     Raises UserError for an unknown method or setting, a damaged teacher, too little text, an existing `out`.
     """
     if method not in METHODS:
@@ -40,8 +42,7 @@ def compress(
     if tokens is not None and tokens < 1:
         raise UserError("tokens must be at least 1")
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists; give another name or --overwrite")
+    check_target(out, overwrite=overwrite)
     try:
         import torch  # noqa: F401
     except ImportError:
@@ -57,12 +58,10 @@ def compress(
     checkpoint = open_checkpoint(teacher, tokenizer=tokenizer)
     if checkpoint.tokenizer_file is None:
         raise UserError(f"{teacher} has no tokenizer and the text must be tokenised; name one with --tokenizer")
-    bos = checkpoint.spec.bos_token_id
-    ids = encode_documents(
-        Tokenizer.from_file(checkpoint.tokenizer_file),
-        documents(list(data), split_documents),  # type: ignore[arg-type]
-        bos_id=checkpoint.spec.eos_token_id if bos is None else bos,
-    )
+    words = Tokenizer.from_file(checkpoint.tokenizer_file)
+    starts = (checkpoint.spec.bos_token_id, checkpoint.spec.eos_token_id, words.eot_id)
+    bos = next((i for i in starts if i is not None), None)  # as LoadedModel.document_start has it
+    ids = encode_documents(words, documents(list(data), split_documents), bos)  # type: ignore[arg-type]
     description = {"sources": [Path(d).name for d in data], "split_documents": split_documents}
     return run(
         checkpoint,

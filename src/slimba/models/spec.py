@@ -71,7 +71,8 @@ class ModelSpec:
             if self.n_groups < 1 or self.n_heads % self.n_groups:
                 raise UserError(f"config: n_groups {self.n_groups} does not divide the {self.n_heads} heads")
             if self.gated_norm and (self.norm_group_size < 1 or self.d_inner % self.norm_group_size):
-                raise UserError(f"config: norm_group_size {self.norm_group_size} does not divide d_inner {self.d_inner}")
+                size = self.norm_group_size
+                raise UserError(f"config: norm_group_size {size} does not divide d_inner {self.d_inner}")
         elif self.architecture == "mamba1":
             if self.dt_rank < 1:
                 raise UserError(f"config: dt_rank is {self.dt_rank}, it must be at least 1")

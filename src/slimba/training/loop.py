@@ -41,12 +41,13 @@ class Group:
 class Task(Protocol):
     """What a method hands to the loop."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
 
     def groups(self) -> list[Group]: ...
 
     def at_step(self, step: int, total: int) -> bool:
-        """Set what depends on the step (phases, loss weights in device tensors); True when the graph must be captured anew."""
+        """Set what depends on the step (phases, loss weights); True when a captured graph is no longer right."""
         ...
 
     def loss(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:

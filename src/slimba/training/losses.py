@@ -91,7 +91,9 @@ def kl_divergence(
     return loss
 
 
-def cross_entropy(features: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def cross_entropy(
+    features: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     """Next-token loss in nats per token: features [B, L, D], head [V, D], targets [B, L]."""
     loss = ChunkedCrossEntropy.apply(features.flatten(0, -2).to(dtype), head.to(dtype), targets.flatten().long())
     assert isinstance(loss, torch.Tensor)

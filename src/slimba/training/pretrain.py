@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 import slimba
+from slimba.checkpoints.atomic import check_target
 from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.checkpoints.packed import write_packed
 from slimba.data.batches import WindowBatches
@@ -119,8 +120,7 @@ def pretrain(
 ) -> dict[str, Any]:
     """Train a model from scratch into the packed directory `out` (float weights); returns the run's record."""
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists; give another name or --overwrite")
+    check_target(out, overwrite=overwrite)
     chosen = load_recipe(PretrainRecipe, "pretrain.yaml", recipe, {**(settings or {}), **more})
     words = Tokenizer.from_file(tokenizer)
     spec = chosen.spec(words)
@@ -161,7 +161,9 @@ def pretrain(
     model.to(pick_device(device))
     progress = train(PretrainTask(model, chosen), batches, loop, work, resume=resume)
     record |= {"seconds": round(progress.seconds, 1), "final": {k: round(v, 5) for k, v in progress.last.items()}}
-    write_packed(to_checkpoint(model, chosen.dtype, Path(tokenizer), record), out, card=card(record), overwrite=overwrite)
+    write_packed(
+        to_checkpoint(model, chosen.dtype, Path(tokenizer), record), out, card=card(record), overwrite=overwrite
+    )
     shutil.copy(work / "log.jsonl", out / "training.jsonl")
     shutil.rmtree(work)
     return record

@@ -1,6 +1,6 @@
 """Recipes: a YAML file with a comment above every key, overrides from the command line, checked against a dataclass.
 
-    recipe = load_recipe(DfssmRecipe, file=None, default="dfssm.yaml", overrides=["rank=32"])
+recipe = load_recipe(DfssmRecipe, file=None, default="dfssm.yaml", overrides=["rank=32"])
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def load_recipe(cls: type[R], default: str, file: str | Path | None, overrides: Mapping[str, Any]) -> R:
-    """Values of the packaged recipe `default`, then of `file`, then `overrides`. Unknown keys and wrong types are UserErrors."""
+    """Values of the packaged recipe `default`, then of `file`, then `overrides`; each is checked."""
     values: dict[str, Any] = _yaml(files("slimba.recipes").joinpath(default).read_text("utf-8"), default)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     layers: list[tuple[str, Mapping[str, Any]]] = [(default, dict(values))]

@@ -12,7 +12,7 @@ DECAYS = ("linear", "cosine", "constant")
 
 
 def lr_factor(step: int, total: int, warmup: float, decay: str) -> float:
-    """Learning-rate factor of step `step` (0-based) of `total`: linear warm-up over the fraction `warmup`, then decay to 0."""
+    """Learning-rate factor of step `step` (from 0) of `total`: linear warm-up over the fraction `warmup`, decay."""
     if decay not in DECAYS:
         raise UserError(f"unknown decay {decay!r}, known are {', '.join(DECAYS)}")
     ramp = max(1, round(warmup * total))

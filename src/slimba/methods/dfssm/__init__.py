@@ -1,1 +1,1 @@
-"""DF-SSM done right: sign scaffold with row and column scales, int8 low-rank correction, trained jointly by distillation."""
+"""DF-SSM done right: signs with row and column scales and an int8 low-rank correction, distilled jointly."""

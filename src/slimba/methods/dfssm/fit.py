@@ -33,7 +33,9 @@ def fit_signs(
 ) -> SignFit:
     """w float32 [o, i], second_moment [i] >= 0. Deterministic (the randomised SVD has a fixed seed)."""
     o, i = w.shape
-    m = second_moment / second_moment.mean().clamp_min(1e-30) + 1e-4  # a column that is never active still counts a little
+    m = (
+        second_moment / second_moment.mean().clamp_min(1e-30) + 1e-4
+    )  # a column that is never active still counts a little
     root = m.sqrt()
     a, b = w.new_zeros(o, rank), w.new_zeros(rank, i)
     c = w.new_ones(i)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from slimba.formats import Matrix, MatrixLayout
+from slimba.formats.int8 import quantize_rows
 from slimba.formats.sign import pack_signs
 from slimba.methods import fake_quant
 from slimba.methods.dfssm.fit import SignFit
@@ -50,6 +51,8 @@ class SignMatrix(nn.Module):
     latent [S, cols] holds all sign rows in order, rows8 [I, cols] all int8 rows. `row_base` is the first row scale;
     the trained `row_gain` is relative to it, so that one learning rate fits every matrix.
     """
+
+    row_base: torch.Tensor
 
     def __init__(self, layout: MatrixLayout, ste_clip: float) -> None:
         super().__init__()
@@ -97,7 +100,7 @@ class SignMatrix(nn.Module):
         """float32 [rows, cols] with gradients to every master (none to the latents once frozen)."""
         latent = self.latent.detach() if frozen else self.latent
         w_sign = fake_quant.signs(latent, self.ste_clip) * self.row_scale(rounding)[:, None]
-        rows8 = self.rows8
+        rows8: torch.Tensor | None = self.rows8
         if rows8 is not None and rounding:
             rows8 = fake_quant.int8_rows(rows8)
         w = self.interleave(w_sign, rows8)
@@ -132,12 +135,11 @@ class SignMatrix(nn.Module):
                 parts = {"packed": pack_signs(latent[rows]), "scale": scale[rows]}
             else:
                 assert rows8 is not None
-                parts = Matrix.quantize(rows8[rows], MatrixLayout.plain(s.rows, self.layout.cols, "int8")).segment_parts(0)
+                codes, row_scale = quantize_rows(rows8[rows])
+                parts = {"weight": codes, "scale": row_scale}
             out.arrays |= {self.layout.part_name(i, p): a for p, a in parts.items()}
             at[s.format] += s.rows
         if self.a is not None and self.b is not None:
-            from slimba.formats.int8 import quantize_rows
-
             out.arrays["lowrank_a"], out.arrays["lowrank_a_scale"] = quantize_rows(array(self.a))
             out.arrays["lowrank_b"], out.arrays["lowrank_b_scale"] = quantize_rows(array(self.b))
         if self.col is not None:

@@ -85,7 +85,7 @@ def layouts(spec: ModelSpec, recipe: DfssmRecipe) -> dict[str, MatrixLayout]:
 
 
 def norm_before(spec: ModelSpec, short: str) -> str | None:
-    """Name, within the layer, of the norm that takes the column scale of `in_proj` or `out_proj`; None where there is none."""
+    """Name, within the layer, of the norm that takes the column scale of in_proj or out_proj; None where none does."""
     if short == "in_proj":
         return "norm.weight"
     last = spec.architecture == "mamba2" and spec.gated_norm and not spec.norm_before_gate

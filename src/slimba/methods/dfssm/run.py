@@ -53,14 +53,7 @@ def run(
     check_finite(teacher)
     where = pick_device(device)
     batches = WindowBatches(ids, recipe.window, recipe.batch, seed)
-    settings = LoopSettings(
-        steps=batches.steps_for(tokens),
-        warmup=recipe.warmup,
-        decay=recipe.decay,
-        clip=recipe.grad_clip,
-        micro_batch=recipe.micro_batch,
-        label="distilling",
-    )
+    settings = settings_of(recipe, batches, tokens)
     record: dict[str, Any] = {
         "method": "dfssm",
         "slimba": slimba.__version__,
@@ -77,7 +70,9 @@ def run(
         student, task = build(teacher, recipe, batches, where, fresh)
         progress = train(task, batches, settings, work, resume=not fresh)
     except torch.cuda.OutOfMemoryError:
-        raise UserError("the GPU's memory is too small; set micro_batch to 1 or 2, or a smaller batch or window") from None
+        raise UserError(
+            "the GPU's memory is too small; set micro_batch to 1 or 2, or a smaller batch or window"
+        ) from None
     record |= {
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
         "seconds": round(progress.seconds, 1),
@@ -97,11 +92,25 @@ def run(
     return record
 
 
+def settings_of(recipe: DfssmRecipe, batches: WindowBatches, tokens: int | None) -> LoopSettings:
+    """How the loop runs this recipe on these batches."""
+    return LoopSettings(
+        steps=batches.steps_for(tokens),
+        warmup=recipe.warmup,
+        decay=recipe.decay,
+        clip=recipe.grad_clip,
+        micro_batch=recipe.micro_batch,
+        label="distilling",
+    )
+
+
 def check_finite(teacher: Checkpoint) -> None:
     """UserError naming the first tensor of the teacher that holds NaN or infinity."""
     for name, tensor in teacher.tensors.items():
         if not np.isfinite(np.asarray(tensor).astype(np.float32)).all():
-            raise UserError(f"the teacher's {name} holds NaN or infinity; the checkpoint is damaged or diverged in training")
+            raise UserError(
+                f"the teacher's {name} holds NaN or infinity; the checkpoint is damaged or diverged in training"
+            )
 
 
 def fingerprint(teacher: Checkpoint) -> str:
@@ -121,7 +130,8 @@ def prepare_work(work: Path, record: dict[str, Any], resume: bool) -> bool:
         before, now = json.loads(settings_file.read_text("utf-8")), json.loads(text)
         for k in now:
             if before.get(k) != now[k]:
-                raise UserError(f"--resume: {k} differs from the interrupted run's in {settings_file}; use its settings or start anew")
+                was = f"{k} differs from the interrupted run's in {settings_file}"
+                raise UserError(f"--resume: {was}; use its settings or start anew")
         return False
     if work.exists():
         shutil.rmtree(work)

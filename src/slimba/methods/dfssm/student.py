@@ -1,14 +1,13 @@
 """Student: every master of the model, the canonical state dict they make, and the task that distils them.
 
-    student = Student(spec, layouts, recipe)
-    student.initialise(teacher_network, windows)       # activation-weighted fit, on the device of the teacher
-    task = DistilTask(student, teacher_network, recipe)
-    train(task, ...); tensors, layouts = student.export()
+student = Student(spec, layouts, recipe)
+student.initialise(teacher_network, windows)       # activation-weighted fit, on the device of the teacher
+task = DistilTask(student, teacher_network, recipe)
+train(task, ...); tensors, layouts = student.export()
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -45,6 +44,12 @@ class Features(nn.Module):
 def key(name: str) -> str:
     """Module and parameter names may not hold dots."""
     return name.replace(".", "/")
+
+
+def as_matrix(module: nn.Module) -> PlainMatrix | SignMatrix:
+    """For the type checker: a ModuleDict forgets what it holds."""
+    assert isinstance(module, PlainMatrix | SignMatrix)
+    return module
 
 
 class Student(nn.Module):
@@ -98,7 +103,7 @@ class Student(nn.Module):
         """The canonical state dict, float32, with gradients to the masters."""
         out = {}
         for name, module in self.matrices.items():
-            out[name.replace("/", ".") + ".weight"] = module.effective(self.rounding, self.frozen)
+            out[name.replace("/", ".") + ".weight"] = as_matrix(module).effective(self.rounding, self.frozen)
         kinds = self.spec.vectors()
         for name, p in self.vectors.items():
             full = name.replace("/", ".")
@@ -120,13 +125,13 @@ class Student(nn.Module):
         tensors: dict[str, np.ndarray] = {}
         for name, module in self.matrices.items():
             full = name.replace("/", ".")
-            tensors |= {f"{full}.{part}": a for part, a in module.export().arrays.items()}
+            tensors |= {f"{full}.{part}": a for part, a in as_matrix(module).export().arrays.items()}
         for name, p in self.vectors.items():
             full = name.replace("/", ".")
             dtype = np.float32 if self.spec.vectors()[full][1] == "ssm" else np.float16
             tensors[full] = array(p).astype(dtype)
         for full, a in tensors.items():
-            if a.dtype.kind == "f" and not np.isfinite(a).all():
+            if a.dtype.itemsize > 1 and not np.isfinite(a).all():
                 raise UserError(f"training left {full} with values that float16 cannot hold; lower the learning rates")
         return tensors
 
@@ -163,19 +168,26 @@ class DistilTask:
         for p in self.teacher.parameters():
             p.requires_grad_(False)
         self.device = next(student.parameters()).device
-        # a network of its own, without storage: functional_call lends it the student's weights
-        self.network = Features(copy.deepcopy(teacher))
+        # a network without storage: functional_call lends it the student's weights
+        with torch.device("meta"):
+            self.network = Features(SSMForCausalLM(student.spec))
         self.head = "backbone.embeddings.weight" if student.spec.tie_embeddings else "lm_head.weight"
         self.hidden_weight = torch.zeros((), device=self.device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def groups(self) -> list[Group]:
-        latents, scales, others = [], [], []
+        latents: list[nn.Parameter] = []
+        scales: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, p in self.model.named_parameters():
             last = name.rpartition(".")[2]
             (latents if last == "latent" else scales if last == "row_gain" else others).append(p)
         r = self.recipe
-        return [Group("latent", latents, r.lr_latent), Group("scale", scales, r.lr_scale), Group("other", others, r.lr_other)]
+        return [
+            Group("latent", latents, r.lr_latent),
+            Group("scale", scales, r.lr_scale),
+            Group("other", others, r.lr_other),
+        ]
 
     def at_step(self, step: int, total: int) -> bool:
         r = self.recipe
