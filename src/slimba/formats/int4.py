@@ -44,7 +44,8 @@ class Int4Format:
         codes[:, 0::2] = packed & 15
         codes[:, 1::2] = packed >> 4
         scale = np.repeat(parts["scale"].astype(np.float32), GROUP, axis=1)[:, :cols]
-        return (codes[:, :cols] - np.float32(8)) * scale
+        w: np.ndarray = (codes[:, :cols] - np.float32(8)) * scale
+        return w
 
     def matmul(self, parts: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
         return x @ self.unpack(parts, x.shape[-1]).T

@@ -43,4 +43,5 @@ class SignFormat:
     def matmul(self, parts: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
         """Sum over set bits: sum(+-x) = 2 * sum(x where bit) - sum(x)."""
         bits = np.unpackbits(parts["packed"], axis=1, bitorder="little", count=x.shape[-1]).astype(np.float32)
-        return (2 * (x @ bits.T) - x.sum(axis=-1, keepdims=True)) * parts["scale"].astype(np.float32)
+        y: np.ndarray = (2 * (x @ bits.T) - x.sum(axis=-1, keepdims=True)) * parts["scale"].astype(np.float32)
+        return y

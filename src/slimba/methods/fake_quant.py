@@ -18,7 +18,7 @@ SMALLEST_SCALE = 2.0**-24
 
 def _through(w: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Value of q, gradient of w. The detached difference would round; a swap of the data would not track gradients."""
-    return StraightThrough.apply(w, q)  # type: ignore[no-any-return]
+    return StraightThrough.apply(w, q)
 
 
 class StraightThrough(torch.autograd.Function):
@@ -27,7 +27,7 @@ class StraightThrough(torch.autograd.Function):
         return q
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def]
         return grad, None
 
 
@@ -41,14 +41,14 @@ class ClippedSign(torch.autograd.Function):
         return torch.where(latent >= 0, 1.0, -1.0).to(latent.dtype)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def]
         (latent,) = ctx.saved_tensors
         return torch.where(latent.abs() <= ctx.clip, grad, torch.zeros_like(grad)), None
 
 
 def signs(latent: torch.Tensor, clip: float) -> torch.Tensor:
     """+-1 in the latent's dtype, straight-through within `clip`."""
-    return ClippedSign.apply(latent, clip)  # type: ignore[no-any-return]
+    return ClippedSign.apply(latent, clip)
 
 
 def float16(w: torch.Tensor) -> torch.Tensor:
