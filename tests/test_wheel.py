@@ -66,7 +66,9 @@ def test_installed_wheel_generates_without_torch(python: Path) -> None:
 
 
 def test_training_verbs_name_the_extra_when_torch_is_missing(python: Path, tmp_path: Path) -> None:
-    command = [python.parent / "slimba", "compress", "demo-teacher", tmp_path / "out", "--method", "dfssm"]
+    text = tmp_path / "text.txt"
+    text.write_text("Some words to train on.\n")
+    command = [python.parent / "slimba", "compress", "demo-teacher", tmp_path / "out", "--data", text]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd="/")
     assert done.returncode == 2
     assert "slimba[train]" in done.stderr
