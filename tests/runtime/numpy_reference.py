@@ -52,13 +52,13 @@ def random_matrix(rng: np.random.Generator, layout: MatrixLayout) -> Matrix:
     return out
 
 
-def sign_layout(rows: int, cols: int, rank: int = 3, tail: int = 0) -> MatrixLayout:
+def sign_layout(rows: int, cols: int, rank: int, tail: int = 0) -> MatrixLayout:
     """Signs with an int8 correction, the last `tail` rows at int8 without one, and a column scale."""
     segments = (Segment(rows - tail, "sign"),) + ((Segment(tail, "int8"),) if tail else ())
     return MatrixLayout(cols, segments, LowRank(rank, 0, rows - tail), col_scale=True)
 
 
-def random_checkpoint(spec: ModelSpec, seed: int = 0, format: str = "float32") -> Checkpoint:
+def random_checkpoint(spec: ModelSpec, seed: int = 0, format: str = "float32", rank: int = 3) -> Checkpoint:
     """Random weights; `format` is a plain one for every matrix, or "mixed": signs, int8 rows, int4 embedding."""
     rng = np.random.default_rng(seed)
     layouts: dict[str, MatrixLayout] = {}
@@ -69,7 +69,7 @@ def random_checkpoint(spec: ModelSpec, seed: int = 0, format: str = "float32") -
         elif name in ("backbone.embeddings", "lm_head"):
             layouts[name] = MatrixLayout.plain(rows, cols, "int4")
         else:
-            layouts[name] = sign_layout(rows, cols, tail=7 if name.endswith("in_proj") else 0)
+            layouts[name] = sign_layout(rows, cols, rank, tail=7 if name.endswith("in_proj") else 0)
         for part, array in random_matrix(rng, layouts[name]).arrays.items():
             tensors[f"{name}.{part}"] = array
     for name, (shape, _) in spec.vectors().items():

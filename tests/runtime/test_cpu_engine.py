@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import multiprocessing
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -68,6 +70,32 @@ def test_every_format(isa: str, format: str, name: str, monkeypatch: pytest.Monk
     engine = CpuEngine(checkpoint, threads=1)
     got = engine.forward(ids, engine.new_state())[0]
     np.testing.assert_allclose(got, NumpyModel(checkpoint).logits(ids[0]), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rank", [1, 8, 16, 40])
+def test_low_rank_corrections(isa: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIMBA_CPU_ISA", isa)
+    checkpoint = random_checkpoint(SPECS["headdim-64"], 10, "mixed", rank)
+    ids = np.random.default_rng(8).integers(0, 67, (1, 9)).astype(np.int32)
+    engine = CpuEngine(checkpoint, threads=2)
+    state = engine.new_state()
+    got = np.concatenate([engine.forward(ids[:, i : i + 1], state) for i in range(9)], axis=1)
+    np.testing.assert_allclose(got[0], NumpyModel(checkpoint).logits(ids[0]), rtol=0, atol=3e-5)
+    np.testing.assert_array_equal(engine.forward(ids, engine.new_state()), got)
+
+
+@pytest.mark.parametrize("format", ["float32", "mixed"])
+@pytest.mark.parametrize("name", SPECS)
+def test_the_torch_reference_agrees(format: str, name: str) -> None:
+    pytest.importorskip("torch")
+    from slimba.runtime.backends.reference import ReferenceEngine
+
+    checkpoint = random_checkpoint(SPECS[name], 11, format)
+    ids = np.random.default_rng(9).integers(0, checkpoint.spec.vocab_size, (2, 33)).astype(np.int32)
+    reference, engine = ReferenceEngine(checkpoint), CpuEngine(checkpoint)
+    want = reference.forward(ids, reference.new_state(2))
+    np.testing.assert_allclose(engine.forward(ids, engine.new_state(2)), want, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -231,6 +259,33 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("SLIMBA_CPU_ISA", "sse9")
     with pytest.raises(UserError, match="sse9"):
         CpuEngine(random_checkpoint(SPECS["plain"], 8))
+
+
+def test_an_interrupt_stops_a_long_prompt_and_spoils_only_its_state() -> None:
+    """Ctrl-C, here an alarm whose handler raises, ends the call within moments; the state says what to do."""
+    if not hasattr(signal, "setitimer"):
+        pytest.skip("no timers on this system")
+    engine = CpuEngine(random_checkpoint(SPECS["four-groups"], 12), threads=1)
+    state = engine.new_state()
+    ids = np.ones((1, 2_000_000), np.int32)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            engine.prefill(ids, state)
+        assert time.monotonic() - start < 10
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(UserError, match=r"interrupted.*reset"):
+        engine.prefill(ids[:, :3], state)
+    state.reset()
+    np.testing.assert_array_equal(engine.prefill(ids[:, :3], state), engine.prefill(ids[:, :3], engine.new_state()))
 
 
 def _child(engine: CpuEngine, ids: np.ndarray, queue: multiprocessing.Queue) -> None:

@@ -24,7 +24,7 @@ inline void dot_tile(const Loader& loader, const int64_t* rows, const float* x, 
   for (int64_t k = 0; k < whole; ++k) {
     if (Loader::kVectorsPerLine && k % Loader::kVectorsPerLine == 0) {  // the rows after the next ones are on their way
 #pragma GCC unroll 16
-      for (int r = 0; r < RB; ++r) _mm_prefetch((const char*)loader.at(rows[r] + W, k), _MM_HINT_T0);
+      for (int r = 0; r < RB; ++r) _mm_prefetch((const char*)loader.at(rows[r] + W, k), _MM_HINT_T1);
     }
     vf in[TK];
 #pragma GCC unroll 4
@@ -102,9 +102,24 @@ inline void dot_prepare(const float* x, int64_t cols, float* out) {
   for (; c < padded(cols); c += W) vstore(out + c, c < cols ? vload_n(x + c, cols - c) : vzero());
 }
 
+// One token and rows of a single vector (the A of a low-rank correction): same sums, no bookkeeping.
+template <class Loader>
+inline void short_rows(const Loader& loader, const MatmulArgs& a) {
+  const vf x = vload(a.x);
+  for (int64_t row = a.row_begin; row < a.row_end; row += W) {
+    const int64_t n = min64(W, a.row_end - row);
+    vf products[W];
+#pragma GCC unroll 16
+    for (int r = 0; r < W; ++r) products[r] = vfma(loader.load(row + min64(r, n - 1), 0), x, vzero());
+    const vf v = reduce_rows(products), scale = loader.scale(row, n);
+    vstore_n(a.y + row, a.add ? vfma(v, scale, vload_n(a.y + row, n)) : vmul(v, scale), n);
+  }
+}
+
 // The whole product: W rows at a time, expanded first when many tokens meet them.
 template <class Loader>
 inline void dot_matmul(const Loader& loader, const MatmulArgs& a) {
+  if (a.tokens == 1 && loader.vectors() == 1 && !loader.tail()) return short_rows(loader, a);
   const int64_t stride = dot_prepared_floats(a.cols), used = loader.vectors() + loader.tail();
   for (int64_t row = a.row_begin; row < a.row_end; row += W) {
     const int64_t n = min64(W, a.row_end - row);
