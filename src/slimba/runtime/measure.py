@@ -144,8 +144,8 @@ def traffic(checkpoint: Checkpoint) -> Traffic:
 
 
 def bandwidth(threads: int, nbytes: int = 1 << 29) -> float:
-    """Bytes a second that `threads` threads read from memory: the fastest of eight passes over 512 MiB."""
-    return float(nbytes / min(_core.kernels.read_seconds(nbytes, threads, 8)))
+    """Bytes a second that `threads` threads read from memory: the fastest of 30 passes over 512 MiB."""
+    return float(nbytes / min(_core.kernels.read_seconds(nbytes, threads, 30)))
 
 
 def check(checkpoint: Checkpoint, threads: int) -> float:

@@ -1,4 +1,5 @@
-// The extension module slimba._core: Model, State, Generation and the sampler; kernels for tests are in bindings_kernels.cpp.
+// The extension module slimba._core: Model, State, Generation and the sampler; kernels for tests are in
+// bindings_kernels.cpp.
 //
 // runtime/backends/cpu.py is its only user outside tests and checks what a person may get wrong; this file checks what
 // would read out of bounds. The model holds references to the arrays whose memory it reads.
@@ -39,7 +40,8 @@ template <class T, int N>
 using Out = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 using Numbers = std::map<std::string, double>;
 using SegmentTuple = std::tuple<std::string, int64_t, Bytes, std::optional<Bytes>>;  // format, rows, data, scale
-using LowRankTuple = std::tuple<int64_t, int64_t, int64_t, Bytes, Bytes, Bytes, Bytes>;  // rank, start, stop, a, its scale, b, its scale
+using LowRankTuple =
+    std::tuple<int64_t, int64_t, int64_t, Bytes, Bytes, Bytes, Bytes>;  // rank, start, stop, a, its scale, b, its scale
 
 [[noreturn]] void bad(const std::string& what) { throw std::invalid_argument(what); }
 
@@ -61,8 +63,10 @@ FormatShape format_shape(const std::string& name, int64_t cols) {
 Segment make_segment(const std::string& format, int64_t first_row, int64_t rows, int64_t cols, const Bytes& data,
                      const std::optional<Bytes>& scale) {
   const FormatShape shape = format_shape(format, cols);
-  if (int64_t(data.nbytes()) != rows * shape.row_bytes) bad("a segment in format " + format + " has the wrong number of bytes");
-  if (int64_t(scale ? scale->nbytes() : 0) != rows * shape.scales_per_row * 2) bad("a segment in format " + format + " has the wrong number of scales");
+  if (int64_t(data.nbytes()) != rows * shape.row_bytes)
+    bad("a segment in format " + format + " has the wrong number of bytes");
+  if (int64_t(scale ? scale->nbytes() : 0) != rows * shape.scales_per_row * 2)
+    bad("a segment in format " + format + " has the wrong number of scales");
   return {shape.format, first_row, rows, data.data(), scale ? scale->data() : nullptr};
 }
 
@@ -112,10 +116,12 @@ Config make_config(const Numbers& numbers) {
 // The model, with the Python objects whose memory it reads.
 class BoundModel {
  public:
-  BoundModel(const Numbers& config, int threads, const std::string& isa) : model(make_config(config), choose_kernels(isa), threads) {}
+  BoundModel(const Numbers& config, int threads, const std::string& isa)
+      : model(make_config(config), choose_kernels(isa), threads) {}
 
-  void set_matrix(const std::string& name, int64_t layer, int64_t rows, int64_t cols, const std::vector<SegmentTuple>& segments,
-                  const std::optional<LowRankTuple>& lowrank, const std::optional<Floats>& col_scale, const std::optional<Floats>& bias) {
+  void set_matrix(const std::string& name, int64_t layer, int64_t rows, int64_t cols,
+                  const std::vector<SegmentTuple>& segments, const std::optional<LowRankTuple>& lowrank,
+                  const std::optional<Floats>& col_scale, const std::optional<Floats>& bias) {
     Matrix m;
     m.rows = rows;
     m.cols = cols;
@@ -139,7 +145,8 @@ class BoundModel {
     }
     if (col_scale) m.col_scale.assign(col_scale->data(), col_scale->data() + col_scale->size());
     if (bias) m.bias.assign(bias->data(), bias->data() + bias->size());
-    if ((col_scale && int64_t(col_scale->size()) != cols) || (bias && int64_t(bias->size()) != rows)) bad(name + ": wrong column scale or bias");
+    if ((col_scale && int64_t(col_scale->size()) != cols) || (bias && int64_t(bias->size()) != rows))
+      bad(name + ": wrong column scale or bias");
     slot(name, layer) = std::move(m);
   }
 
@@ -150,7 +157,7 @@ class BoundModel {
     } else {
       Layer& l = model.layers.at(std::size_t(layer));
       const std::map<std::string, std::vector<float>*> by_name = {
-          {"norm", &l.norm}, {"conv_weight", &l.conv_weight}, {"conv_bias", &l.conv_bias}, {"a", &l.a},
+          {"norm", &l.norm}, {"conv_weight", &l.conv_weight}, {"conv_bias", &l.conv_bias},  {"a", &l.a},
           {"d", &l.d},       {"dt_bias", &l.dt_bias},         {"gated_norm", &l.gated_norm}};
       target = by_name.at(name);
     }
@@ -163,13 +170,18 @@ class BoundModel {
     const auto need = [](bool good, const char* what) {
       if (!good) bad(std::string("the model's ") + what + " is missing or has the wrong size");
     };
-    const auto shaped = [&](const Matrix& m, int64_t rows, int64_t cols, const char* what) { need(m.rows == rows && m.cols == cols, what); };
-    const auto sized = [&](const std::vector<float>& v, int64_t n, const char* what) { need(int64_t(v.size()) == n, what); };
+    const auto shaped = [&](const Matrix& m, int64_t rows, int64_t cols, const char* what) {
+      need(m.rows == rows && m.cols == cols, what);
+    };
+    const auto sized = [&](const std::vector<float>& v, int64_t n, const char* what) {
+      need(int64_t(v.size()) == n, what);
+    };
     shaped(model.embedding, c.vocab, c.d_model, "embedding");
     if (model.lm_head.present()) shaped(model.lm_head, c.vocab, c.d_model, "head");
     sized(model.norm_f, c.d_model, "final norm");
     for (const Layer& l : model.layers) {
-      shaped(l.in_proj, c.mamba2 ? 2 * c.d_inner + 2 * c.n_groups * c.d_state + c.heads() : 2 * c.d_inner, c.d_model, "in_proj");
+      shaped(l.in_proj, c.mamba2 ? 2 * c.d_inner + 2 * c.n_groups * c.d_state + c.heads() : 2 * c.d_inner, c.d_model,
+             "in_proj");
       shaped(l.out_proj, c.d_model, c.d_inner, "out_proj");
       sized(l.norm, c.d_model, "norm");
       sized(l.conv_weight, c.d_conv * c.channels(), "conv1d.weight");
@@ -233,13 +245,14 @@ SampleParams make_params(const Numbers& n, std::uint64_t seed) {
 
 class BoundGeneration {
  public:
-  BoundGeneration(BoundModel& model, State& state, const Out<const float, 2>& logits, const Ids& prompts, const Numbers& params,
-                  std::uint64_t seed, std::vector<int32_t> stop_ids, int64_t max_new_tokens)
+  BoundGeneration(BoundModel& model, State& state, const Out<const float, 2>& logits, const Ids& prompts,
+                  const Numbers& params, std::uint64_t seed, std::vector<int32_t> stop_ids, int64_t max_new_tokens)
       : model_(model.model), batch_(state.batch()) {
     model.check_ids(prompts, state);
-    if (int64_t(logits.shape(0)) != batch_ || int64_t(logits.shape(1)) != model_.config.vocab) bad("the logits do not fit the state");
-    generation_.emplace(model_, state, logits.data(), prompts.data(), int64_t(prompts.shape(1)), make_params(params, seed),
-                        std::move(stop_ids), max_new_tokens);
+    if (int64_t(logits.shape(0)) != batch_ || int64_t(logits.shape(1)) != model_.config.vocab)
+      bad("the logits do not fit the state");
+    generation_.emplace(model_, state, logits.data(), prompts.data(), int64_t(prompts.shape(1)),
+                        make_params(params, seed), std::move(stop_ids), max_new_tokens);
   }
 
   // int32 [B, count] to fill -> columns filled
@@ -256,7 +269,8 @@ class BoundGeneration {
   std::optional<Generation> generation_;
 };
 
-int32_t sample(const Floats& logits, const Integers& history, const Numbers& params, std::uint64_t seed, std::uint64_t b, std::uint64_t i) {
+int32_t sample(const Floats& logits, const Integers& history, const Numbers& params, std::uint64_t seed,
+               std::uint64_t b, std::uint64_t i) {
   std::vector<std::uint8_t> seen(logits.size(), 0);
   for (std::size_t k = 0; k < history.size(); ++k) seen.at(std::size_t(history.data()[k])) = 1;
   return Sampler().sample(logits.data(), int64_t(logits.size()), seen.data(), make_params(params, seed), b, i);
@@ -266,8 +280,9 @@ int32_t sample(const Floats& logits, const Integers& history, const Numbers& par
 
 NB_MODULE(_core, m) {
   m.doc() = "C++ engine of slimba for CPUs; use slimba.load(..., backend='cpu')";
-  m.def("isa", [](const std::string& isa) { return std::string(choose_kernels(isa).isa); }, nb::arg("isa") = "",
-        "Name of the kernels that '' (best for this machine) or a forced instruction set selects.");
+  m.def(
+      "isa", [](const std::string& isa) { return std::string(choose_kernels(isa).isa); }, nb::arg("isa") = "",
+      "Name of the kernels that '' (best for this machine) or a forced instruction set selects.");
   m.def("sample", sample, "logits"_a, "history"_a, "params"_a, "seed"_a, "b"_a, "i"_a, "One draw, for tests.");
   m.def("uniform", uniform);
 
@@ -278,33 +293,42 @@ NB_MODULE(_core, m) {
 
   nb::class_<BoundModel>(m, "Model")
       .def(nb::init<const Numbers&, int, const std::string&>(), "config"_a, "threads"_a, "isa"_a = "")
-      .def("set_matrix", &BoundModel::set_matrix, "name"_a, "layer"_a, "rows"_a, "cols"_a, "segments"_a, "lowrank"_a.none(),
-           "col_scale"_a.none(), "bias"_a.none())
+      .def("set_matrix", &BoundModel::set_matrix, "name"_a, "layer"_a, "rows"_a, "cols"_a, "segments"_a,
+           "lowrank"_a.none(), "col_scale"_a.none(), "bias"_a.none())
       .def("set_vector", &BoundModel::set_vector)
       .def("finish", &BoundModel::finish)
       .def("state_bytes", [](BoundModel& b, int64_t batch) { return State::bytes(b.model.config, batch); })
       .def("new_state", [](BoundModel& b, int64_t batch) { return State(b.model.config, batch); })
       .def("forward",
            [](BoundModel& b, const Ids& ids, State& state, const Out<float, 3>& out) {
-             if (out.shape(0) != ids.shape(0) || out.shape(1) != ids.shape(1) || int64_t(out.shape(2)) != b.model.config.vocab) bad("wrong output shape");
-             b.locked(ids, state, [&] { forward(b.model, ids.data(), int64_t(ids.shape(1)), state, out.data(), signal_poll()); });
+             if (out.shape(0) != ids.shape(0) || out.shape(1) != ids.shape(1) ||
+                 int64_t(out.shape(2)) != b.model.config.vocab)
+               bad("wrong output shape");
+             b.locked(ids, state,
+                      [&] { forward(b.model, ids.data(), int64_t(ids.shape(1)), state, out.data(), signal_poll()); });
            })
       .def("prefill",
            [](BoundModel& b, const Ids& ids, State& state, const Out<float, 2>& out) {
-             if (out.shape(0) != ids.shape(0) || int64_t(out.shape(1)) != b.model.config.vocab || ids.shape(1) < 1) bad("wrong output shape");
-             b.locked(ids, state, [&] { prefill(b.model, ids.data(), int64_t(ids.shape(1)), state, out.data(), signal_poll()); });
+             if (out.shape(0) != ids.shape(0) || int64_t(out.shape(1)) != b.model.config.vocab || ids.shape(1) < 1)
+               bad("wrong output shape");
+             b.locked(ids, state,
+                      [&] { prefill(b.model, ids.data(), int64_t(ids.shape(1)), state, out.data(), signal_poll()); });
            })
       .def("nll",
            [](BoundModel& b, const Ids& ids, const Ids& targets, State& state, const Out<double, 2>& out) {
              b.check_ids(targets, state);
-             if (out.shape(0) != ids.shape(0) || out.shape(1) != ids.shape(1) || targets.shape(1) != ids.shape(1)) bad("wrong output shape");
-             b.locked(ids, state, [&] { nll(b.model, ids.data(), targets.data(), int64_t(ids.shape(1)), state, out.data(), signal_poll()); });
+             if (out.shape(0) != ids.shape(0) || out.shape(1) != ids.shape(1) || targets.shape(1) != ids.shape(1))
+               bad("wrong output shape");
+             b.locked(ids, state, [&] {
+               nll(b.model, ids.data(), targets.data(), int64_t(ids.shape(1)), state, out.data(), signal_poll());
+             });
            })
       .def_prop_ro("isa", [](const BoundModel& b) { return std::string(b.model.kernels().isa); })
       .def_prop_ro("threads", [](BoundModel& b) { return b.model.pool().threads(); });
 
   nb::class_<BoundGeneration>(m, "Generation")
-      .def(nb::init<BoundModel&, State&, const Out<const float, 2>&, const Ids&, const Numbers&, std::uint64_t, std::vector<int32_t>, int64_t>(),
+      .def(nb::init<BoundModel&, State&, const Out<const float, 2>&, const Ids&, const Numbers&, std::uint64_t,
+                    std::vector<int32_t>, int64_t>(),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
       .def("next", &BoundGeneration::next);
 

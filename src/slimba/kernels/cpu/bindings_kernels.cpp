@@ -1,4 +1,5 @@
-// slimba._core.kernels: each kernel on its own, for tests (any instruction set against the naive twin) and the bandwidth probe.
+// slimba._core.kernels: each kernel on its own, for tests (any instruction set against the naive twin) and the
+// bandwidth probe.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
@@ -36,38 +37,43 @@ const Kernels& table(const std::string& isa) {
 }
 
 // y [T, rows] from one segment of `rows` x `cols`; only the rows begin..end are written.
-void matmul(const std::string& isa, int format, const Bytes& data, const std::optional<Bytes>& scale, const In2& x, const Out2& y,
-            int64_t begin, int64_t end, bool add) {
+void matmul(const std::string& isa, int format, const Bytes& data, const std::optional<Bytes>& scale, const In2& x,
+            const Out2& y, int64_t begin, int64_t end, bool add) {
   const FormatKernels& k = *table(isa).format[format];
-  const int64_t tokens = int64_t(x.shape(0)), cols = int64_t(x.shape(1)), rows = int64_t(y.shape(1)), stride = k.prepared_floats(cols);
+  const int64_t tokens = int64_t(x.shape(0)), cols = int64_t(x.shape(1)), rows = int64_t(y.shape(1)),
+                stride = k.prepared_floats(cols);
   Buffer prepared, scratch;
   prepared.at_least(tokens * stride);
-  for (int64_t i = 0; i < tokens * stride; ++i) prepared.data()[i] = __builtin_nanf("");  // nothing may be read before it is written
+  for (int64_t i = 0; i < tokens * stride; ++i)
+    prepared.data()[i] = __builtin_nanf("");  // nothing may be read before it is written
   for (int64_t t = 0; t < tokens; ++t) k.prepare(x.data() + t * cols, cols, prepared.data() + t * stride);
   const int64_t floats = k.scratch_floats(cols);
   scratch.at_least(floats);
   for (int64_t i = 0; i < floats; ++i) scratch.data()[i] = __builtin_nanf("");
-  k.matmul({data.data(), scale ? scale->data() : nullptr, rows, cols, begin, end, prepared.data(), tokens, y.data(), rows, add,
-            scratch.data()});
+  k.matmul({data.data(), scale ? scale->data() : nullptr, rows, cols, begin, end, prepared.data(), tokens, y.data(),
+            rows, add, scratch.data()});
 }
 
-void conv_silu(const std::string& isa, const In2& in, const In2& weight, const std::optional<In1>& bias, const Out2& state, const Out2& out) {
+void conv_silu(const std::string& isa, const In2& in, const In2& weight, const std::optional<In1>& bias,
+               const Out2& state, const Out2& out) {
   const int64_t channels = int64_t(in.shape(1));
-  table(isa).conv_silu({in.data(), channels, int64_t(in.shape(0)), channels, weight.data(), channels, bias ? bias->data() : nullptr,
-                        int(weight.shape(0)), state.data(), out.data(), channels});
+  table(isa).conv_silu({in.data(), channels, int64_t(in.shape(0)), channels, weight.data(), channels,
+                        bias ? bias->data() : nullptr, int(weight.shape(0)), state.data(), out.data(), channels});
 }
 
 // x [T, P], b and c [T, N] packed into xbc [T, P + 2N]; dt and decay [T]
-void ssm2(const std::string& isa, const In2& xbc, const In1& dt, const In1& decay, const In1& d, const Out2& state, const Out2& y) {
+void ssm2(const std::string& isa, const In2& xbc, const In1& dt, const In1& decay, const In1& d, const Out2& state,
+          const Out2& y) {
   const int64_t p = int64_t(state.shape(0)), n = int64_t(state.shape(1)), stride = p + 2 * n;
-  table(isa).ssm2({int64_t(y.shape(0)), p, n, xbc.data(), xbc.data() + p, xbc.data() + p + n, stride, dt.data(), decay.data(), 1,
-                   d.data(), d.size() > 1, state.data(), y.data(), p});
+  table(isa).ssm2({int64_t(y.shape(0)), p, n, xbc.data(), xbc.data() + p, xbc.data() + p + n, stride, dt.data(),
+                   decay.data(), 1, d.data(), d.size() > 1, state.data(), y.data(), p});
 }
 
-void ssm1(const std::string& isa, const In2& x, const In2& bc, const In2& dt, const In2& a, const In1& d, const Out2& state, const Out2& y) {
+void ssm1(const std::string& isa, const In2& x, const In2& bc, const In2& dt, const In2& a, const In1& d,
+          const Out2& state, const Out2& y) {
   const int64_t channels = int64_t(state.shape(0)), n = int64_t(state.shape(1));
-  table(isa).ssm1({int64_t(y.shape(0)), channels, n, x.data(), channels, bc.data(), bc.data() + n, 2 * n, dt.data(), channels, a.data(),
-                   d.data(), state.data(), y.data(), channels});
+  table(isa).ssm1({int64_t(y.shape(0)), channels, n, x.data(), channels, bc.data(), bc.data() + n, 2 * n, dt.data(),
+                   channels, a.data(), d.data(), state.data(), y.data(), channels});
 }
 
 // Seconds of each of `repeats` passes over `bytes` of memory with `threads` threads, each of which reads its own share.
@@ -97,19 +103,25 @@ std::vector<double> read_seconds(int64_t bytes, int threads, int repeats) {
 
 void bind_kernels(nb::module_& m) {
   nb::module_ k = m.def_submodule("kernels", "Single kernels, for tests");
-  k.def("matmul", matmul, nb::arg("isa"), nb::arg("format"), nb::arg("data"), nb::arg("scale").none(), nb::arg("x"), nb::arg("y"),
-        nb::arg("begin"), nb::arg("end"), nb::arg("add"));
-  k.def("conv_silu", conv_silu, nb::arg("isa"), nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("state"), nb::arg("out"));
+  k.def("matmul", matmul, nb::arg("isa"), nb::arg("format"), nb::arg("data"), nb::arg("scale").none(), nb::arg("x"),
+        nb::arg("y"), nb::arg("begin"), nb::arg("end"), nb::arg("add"));
+  k.def("conv_silu", conv_silu, nb::arg("isa"), nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),
+        nb::arg("state"), nb::arg("out"));
   k.def("ssm2", ssm2);
   k.def("ssm1", ssm1);
-  k.def("rms_norm", [](const std::string& isa, const In1& x, const std::optional<In1>& w, float eps, const Out1& y) {
-    table(isa).rms_norm(x.data(), w ? w->data() : nullptr, int64_t(x.size()), eps, y.data());
-  }, nb::arg("isa"), nb::arg("x"), nb::arg("weight").none(), nb::arg("eps"), nb::arg("y"));
+  k.def(
+      "rms_norm",
+      [](const std::string& isa, const In1& x, const std::optional<In1>& w, float eps, const Out1& y) {
+        table(isa).rms_norm(x.data(), w ? w->data() : nullptr, int64_t(x.size()), eps, y.data());
+      },
+      nb::arg("isa"), nb::arg("x"), nb::arg("weight").none(), nb::arg("eps"), nb::arg("y"));
   k.def("gate", [](const std::string& isa, const In1& y, const In1& z, const Out1& out) {
     table(isa).gate(y.data(), z.data(), int64_t(y.size()), out.data());
   });
   k.def("max", [](const std::string& isa, const In1& x) { return table(isa).max(x.data(), int64_t(x.size())); });
-  k.def("sum_exp", [](const std::string& isa, const In1& x, float shift) { return table(isa).sum_exp(x.data(), int64_t(x.size()), shift); });
+  k.def("sum_exp", [](const std::string& isa, const In1& x, float shift) {
+    return table(isa).sum_exp(x.data(), int64_t(x.size()), shift);
+  });
   k.def("softplus", [](const std::string& isa, const In1& x, const In1& bias, float low, float high, const Out1& out) {
     table(isa).softplus(x.data(), bias.data(), int64_t(x.size()), low, high, out.data());
   });

@@ -13,7 +13,8 @@ namespace {
 Kernels make_portable() {
   Kernels k = {};
   k.isa = "portable";
-  const FormatKernels* formats[kFormats] = {&kNaiveFloat32, &kNaiveFloat16, &kNaiveBfloat16, &kNaiveInt8, &kNaiveInt4, &kNaiveSign};
+  const FormatKernels* formats[kFormats] = {&kNaiveFloat32, &kNaiveFloat16, &kNaiveBfloat16,
+                                            &kNaiveInt8,    &kNaiveInt4,    &kNaiveSign};
   std::memcpy(k.format, formats, sizeof formats);
   naive_norm(k);
   naive_ssm(k);
@@ -35,7 +36,8 @@ bool has_avx512() {
 Kernels make_avx2() {
   Kernels k = {};
   k.isa = "avx2";
-  const FormatKernels* formats[kFormats] = {&kAvx2Float32, &kAvx2Float16, &kAvx2Bfloat16, &kAvx2Int8, &kAvx2Int4, &kAvx2Sign};
+  const FormatKernels* formats[kFormats] = {&kAvx2Float32, &kAvx2Float16, &kAvx2Bfloat16,
+                                            &kAvx2Int8,    &kAvx2Int4,    &kAvx2Sign};
   std::memcpy(k.format, formats, sizeof formats);
   avx2_norm(k);
   avx2_ssm(k);

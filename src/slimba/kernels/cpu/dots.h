@@ -1,10 +1,12 @@
-// Matrix products of formats whose weights become floats one vector at a time (floats, int8, int4), for AVX2 and AVX-512.
+// Matrix products of formats whose weights become floats one vector at a time (floats, int8, int4), for AVX2 and
+// AVX-512.
 //
-// A Loader gives W consecutive weights of a row: `load(row, k)` for whole vectors, `load_n(row, k, n)` for the last one, and
-// `scale(row, n)`, the factors of W consecutive rows applied at the end; `at(row, k)` is where vector k lies and
-// kVectorsPerLine how many vectors a cache line holds (0: not worth fetching ahead). From kExpandFrom tokens on it pays to
-// turn W rows into floats once; for most formats never, since conversion hides behind the multiplications. Lanes run over columns: every (row, token) has one accumulator
-// that meets the columns in order and is reduced in one fixed way, whatever the tile, so results do not depend on T.
+// A Loader gives W consecutive weights of a row: `load(row, k)` for whole vectors, `load_n(row, k, n)` for the last
+// one, and `scale(row, n)`, the factors of W consecutive rows applied at the end; `at(row, k)` is where vector k lies
+// and kVectorsPerLine how many vectors a cache line holds (0: not worth fetching ahead). From kExpandFrom tokens on it
+// pays to turn W rows into floats once; for most formats never, since conversion hides behind the multiplications.
+// Lanes run over columns: every (row, token) has one accumulator that meets the columns in order and is reduced in one
+// fixed way, whatever the tile, so results do not depend on T.
 #pragma once
 
 #include "simd.h"
@@ -50,8 +52,8 @@ inline void dot_tile(const Loader& loader, const int64_t* rows, const float* x, 
 
 // y of W rows (n of them real) and TK tokens; RB rows share registers at a time.
 template <class Loader, int RB, int TK>
-inline void dot_rows(const Loader& loader, int64_t row, int64_t n, vf scale, const float* x, int64_t stride, float* y, int64_t y_stride,
-                     bool add) {
+inline void dot_rows(const Loader& loader, int64_t row, int64_t n, vf scale, const float* x, int64_t stride, float* y,
+                     int64_t y_stride, bool add) {
   vf acc[W][4];
   for (int first = 0; first < W; first += RB) {
     int64_t rows[RB];
@@ -69,13 +71,16 @@ inline void dot_rows(const Loader& loader, int64_t row, int64_t n, vf scale, con
 }
 
 template <class Loader>
-inline void dot_tokens(const Loader& loader, int64_t row, int64_t n, vf scale, const float* x, int64_t stride, int64_t tokens, float* y,
-                       int64_t y_stride, bool add) {
+inline void dot_tokens(const Loader& loader, int64_t row, int64_t n, vf scale, const float* x, int64_t stride,
+                       int64_t tokens, float* y, int64_t y_stride, bool add) {
   constexpr int kRows = W == 16 ? 4 : 2;  // rows x 4 tokens that fit the registers
   int64_t t = 0;
-  for (; t + 4 <= tokens; t += 4) dot_rows<Loader, kRows, 4>(loader, row, n, scale, x + t * stride, stride, y + t * y_stride, y_stride, add);
-  for (; t + 2 <= tokens; t += 2) dot_rows<Loader, 4, 2>(loader, row, n, scale, x + t * stride, stride, y + t * y_stride, y_stride, add);
-  for (; t < tokens; ++t) dot_rows<Loader, 8, 1>(loader, row, n, scale, x + t * stride, stride, y + t * y_stride, y_stride, add);
+  for (; t + 4 <= tokens; t += 4)
+    dot_rows<Loader, kRows, 4>(loader, row, n, scale, x + t * stride, stride, y + t * y_stride, y_stride, add);
+  for (; t + 2 <= tokens; t += 2)
+    dot_rows<Loader, 4, 2>(loader, row, n, scale, x + t * stride, stride, y + t * y_stride, y_stride, add);
+  for (; t < tokens; ++t)
+    dot_rows<Loader, 8, 1>(loader, row, n, scale, x + t * stride, stride, y + t * y_stride, y_stride, add);
 }
 
 // Rows already turned into floats by another loader, `stride` floats apart.
@@ -131,9 +136,11 @@ inline void dot_matmul(const Loader& loader, const MatmulArgs& a) {
     for (int64_t r = 0; r < n; ++r) {
       float* out = a.scratch + r * stride;
       for (int64_t k = 0; k < loader.vectors(); ++k) vstore(out + k * W, loader.load(row + r, k));
-      for (int64_t k = loader.vectors(); k < loader.vectors() + loader.tail(); ++k) vstore(out + k * W, loader.load_n(row + r, k));
+      for (int64_t k = loader.vectors(); k < loader.vectors() + loader.tail(); ++k)
+        vstore(out + k * W, loader.load_n(row + r, k));
     }
-    dot_tokens(ExpandedLoader{a.scratch, stride, used}, 0, n, scale, a.x, stride, a.tokens, a.y + row, a.y_stride, a.add);
+    dot_tokens(ExpandedLoader{a.scratch, stride, used}, 0, n, scale, a.x, stride, a.tokens, a.y + row, a.y_stride,
+               a.add);
   }
 }
 

@@ -1,8 +1,8 @@
 // The contract between the engine and the kernels: plain structs and function pointers, one table per instruction set.
 //
-// Every family folder (sign, int8, int4, floats, norm, ssm) holds naive.cpp, the readable portable twin, and avx2.cpp and
-// avx512.cpp, compiled with their own flags. This header must stay free of inline functions and templates: whatever two
-// translation units with different flags share, the linker may merge into the faster one and break older machines.
+// Every family folder (sign, int8, int4, floats, norm, ssm) holds naive.cpp, the readable portable twin, and avx2.cpp
+// and avx512.cpp, compiled with their own flags. This header must stay free of inline functions and templates: whatever
+// two translation units with different flags share, the linker may merge into the faster one and break older machines.
 //
 // Tested by tests/kernels/. Legend: T tokens, W lanes of a vector register, y and x are float32 everywhere.
 #pragma once
@@ -48,7 +48,8 @@ struct ConvArgs {
   std::int64_t out_stride;
 };
 
-// Mamba-2 recurrence of one head over T tokens: S[p, :] = a[t] S[p, :] + (dt[t] x[t, p]) B[t], y[t, p] = <S[p], C[t]> + D[p] x[t, p].
+// Mamba-2 recurrence of one head over T tokens: S[p, :] = a[t] S[p, :] + (dt[t] x[t, p]) B[t], y[t, p] = <S[p], C[t]> +
+// D[p] x[t, p].
 struct Ssm2Args {
   std::int64_t tokens, headdim, d_state;
   const float *x, *b, *c;
@@ -62,7 +63,8 @@ struct Ssm2Args {
   std::int64_t y_stride;
 };
 
-// Mamba-1 recurrence of `channels` channels: S[i, :] = exp(dt[t, i] A[i, :]) S[i, :] + (dt[t, i] x[t, i]) B[t], y = <S[i], C[t]> + D[i] x.
+// Mamba-1 recurrence of `channels` channels: S[i, :] = exp(dt[t, i] A[i, :]) S[i, :] + (dt[t, i] x[t, i]) B[t], y =
+// <S[i], C[t]> + D[i] x.
 struct Ssm1Args {
   std::int64_t tokens, channels, d_state;
   const float* x;
@@ -82,21 +84,23 @@ struct Kernels {
   const char* isa;
   const FormatKernels* format[kFormats];
   // norm/
-  void (*rms_norm)(const float* x, const float* weight, std::int64_t n, float eps, float* y);  // weight may be null; y may be x
-  void (*gate)(const float* y, const float* z, std::int64_t n, float* out);                    // out = y * silu(z); out may be y
-  float (*max)(const float* x, std::int64_t n);                                                // NaN or infinity anywhere gives NaN
-  double (*sum_exp)(const float* x, std::int64_t n, float shift);                              // sum of exp(x - shift)
-  void (*read)(const float* x, std::int64_t n, float* sink);                                   // bandwidth probe
+  void (*rms_norm)(const float* x, const float* weight, std::int64_t n, float eps,
+                   float* y);                                                // weight may be null; y may be x
+  void (*gate)(const float* y, const float* z, std::int64_t n, float* out);  // out = y * silu(z); out may be y
+  float (*max)(const float* x, std::int64_t n);                              // NaN or infinity anywhere gives NaN
+  double (*sum_exp)(const float* x, std::int64_t n, float shift);            // sum of exp(x - shift)
+  void (*read)(const float* x, std::int64_t n, float* sink);                 // bandwidth probe
   // ssm/
   void (*conv_silu)(const ConvArgs& a);
   void (*softplus)(const float* x, const float* bias, std::int64_t n, float low, float high, float* out);  // clamped
-  void (*decay)(const float* dt, const float* a, std::int64_t n, float* out);                              // exp(dt * a)
+  void (*decay)(const float* dt, const float* a, std::int64_t n, float* out);  // exp(dt * a)
   void (*ssm2)(const Ssm2Args& a);
   void (*ssm1)(const Ssm1Args& a);
 };
 
 // Writes row r of a stored segment as `cols` floats (embedding look-up, and the heart of every naive matmul).
-using DequantRow = void (*)(const std::uint8_t* data, const std::uint8_t* scale, std::int64_t cols, std::int64_t r, float* out);
+using DequantRow = void (*)(const std::uint8_t* data, const std::uint8_t* scale, std::int64_t cols, std::int64_t r,
+                            float* out);
 extern const DequantRow kDequantRow[kFormats];
 
 extern const FormatKernels kNaiveFloat32, kNaiveFloat16, kNaiveBfloat16, kNaiveInt8, kNaiveInt4, kNaiveSign;
@@ -118,7 +122,8 @@ void avx512_norm(Kernels& k);
 void avx512_ssm(Kernels& k);
 #endif
 
-// The table for `isa` ("" chooses by cpuid; "portable", "avx2", "avx512" force one). Null when this machine cannot run it.
+// The table for `isa` ("" chooses by cpuid; "portable", "avx2", "avx512" force one). Null when this machine cannot run
+// it.
 const Kernels* kernels_for(const char* isa);
 
 }  // namespace slimba

@@ -1,7 +1,8 @@
 // One set of vector primitives for AVX2 (8 floats) and AVX-512 (16 floats), chosen by the flags of the including file.
 //
-// Everything is in an anonymous namespace and nothing comes from the standard library: code compiled with wide registers
-// must not leak into the portable files through the linker. `vf` is a vector of W floats, `vi` of W 32-bit integers.
+// Everything is in an anonymous namespace and nothing comes from the standard library: code compiled with wide
+// registers must not leak into the portable files through the linker. `vf` is a vector of W floats, `vi` of W 32-bit
+// integers.
 #pragma once
 
 #include <immintrin.h>
@@ -52,7 +53,9 @@ inline vf load_half_n(const uint8_t* p, int64_t n) { return half_to_float(_mm256
 inline vf bfloat_to_float(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
 inline vf load_bfloat(const uint8_t* p) { return bfloat_to_float(_mm256_loadu_si256((const __m256i*)p)); }
 inline vf load_bfloat_n(const uint8_t* p, int64_t n) { return bfloat_to_float(_mm256_maskz_loadu_epi16(lanes(n), p)); }
-inline vf load_int8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+inline vf load_int8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
 inline vf load_int8_n(const uint8_t* p, int64_t n) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes(n), p)));
 }
@@ -63,7 +66,7 @@ inline vi load_bytes_n(const uint8_t* p, int64_t n) { return _mm512_cvtepu8_epi3
 inline vf reduce_rows(const vf* v) {
   vf r[4];
   for (int i = 0; i < 4; ++i) {
-    const vf *q = v + 4 * i;
+    const vf* q = v + 4 * i;
     const vf a = vadd(_mm512_unpacklo_ps(q[0], q[1]), _mm512_unpackhi_ps(q[0], q[1]));
     const vf b = vadd(_mm512_unpacklo_ps(q[2], q[3]), _mm512_unpackhi_ps(q[2], q[3]));
     const __m512d ad = _mm512_castps_pd(a), bd = _mm512_castps_pd(b);
@@ -80,7 +83,9 @@ constexpr int W = 8;
 using vf = __m256;
 using vi = __m256i;
 
-inline vi lanes(int64_t n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n < 8 ? n : 8)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+inline vi lanes(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n < 8 ? n : 8)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
 inline vf vset(float x) { return _mm256_set1_ps(x); }
 inline vf vload(const float* p) { return _mm256_loadu_ps(p); }
 inline vf vload_n(const float* p, int64_t n) { return n >= 8 ? vload(p) : _mm256_maskload_ps(p, lanes(n)); }
@@ -115,20 +120,26 @@ inline __m128i load_tail(const uint8_t* p, int64_t n) {
   return _mm_load_si128((const __m128i*)buffer);
 }
 inline vf load_half(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-inline vf load_half_n(const uint8_t* p, int64_t n) { return n >= 8 ? load_half(p) : _mm256_cvtph_ps(load_tail(p, 2 * n)); }
+inline vf load_half_n(const uint8_t* p, int64_t n) {
+  return n >= 8 ? load_half(p) : _mm256_cvtph_ps(load_tail(p, 2 * n));
+}
 inline vf bfloat_to_float(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
 inline vf load_bfloat(const uint8_t* p) { return bfloat_to_float(_mm_loadu_si128((const __m128i*)p)); }
-inline vf load_bfloat_n(const uint8_t* p, int64_t n) { return n >= 8 ? load_bfloat(p) : bfloat_to_float(load_tail(p, 2 * n)); }
+inline vf load_bfloat_n(const uint8_t* p, int64_t n) {
+  return n >= 8 ? load_bfloat(p) : bfloat_to_float(load_tail(p, 2 * n));
+}
 inline vf int8_to_float(__m128i b) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)); }
 inline vf load_int8(const uint8_t* p) { return int8_to_float(_mm_loadl_epi64((const __m128i*)p)); }
 inline vf load_int8_n(const uint8_t* p, int64_t n) { return n >= 8 ? load_int8(p) : int8_to_float(load_tail(p, n)); }
 inline vi load_bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
-inline vi load_bytes_n(const uint8_t* p, int64_t n) { return n >= 8 ? load_bytes(p) : _mm256_cvtepu8_epi32(load_tail(p, n)); }
+inline vi load_bytes_n(const uint8_t* p, int64_t n) {
+  return n >= 8 ? load_bytes(p) : _mm256_cvtepu8_epi32(load_tail(p, n));
+}
 
 inline vf reduce_rows(const vf* v) {
   vf r[2];
   for (int i = 0; i < 2; ++i) {
-    const vf *q = v + 4 * i;
+    const vf* q = v + 4 * i;
     const vf a = vadd(_mm256_unpacklo_ps(q[0], q[1]), _mm256_unpackhi_ps(q[0], q[1]));
     const vf b = vadd(_mm256_unpacklo_ps(q[2], q[3]), _mm256_unpackhi_ps(q[2], q[3]));
     const __m256d ad = _mm256_castps_pd(a), bd = _mm256_castps_pd(b);

@@ -1,7 +1,8 @@
 // One chunk of tokens through all layers: embedding, Mamba-1 or Mamba-2 mixers, final norm.
 //
-// Sequences lie side by side as [n, length] tokens; the recurrence runs over the tokens of a sequence in order and threads
-// share heads and sequences. Equations: docs of models/mamba1.py and models/mamba2.py, which are the ground truth.
+// Sequences lie side by side as [n, length] tokens; the recurrence runs over the tokens of a sequence in order and
+// threads share heads and sequences. Equations: docs of models/mamba1.py and models/mamba2.py, which are the ground
+// truth.
 #include <algorithm>
 #include <stdexcept>
 
@@ -19,16 +20,20 @@ std::int64_t Model::chunk_tokens(std::int64_t sequences) { return std::max<std::
 
 const float* Model::hidden(const std::int32_t* ids, std::int64_t n, std::int64_t length, const std::int64_t* slots,
                            State& state, const Poll& poll) {
-  if (state.interrupted) throw std::invalid_argument("this state was interrupted in the middle of a step: reset() it first");
+  if (state.interrupted)
+    throw std::invalid_argument("this state was interrupted in the middle of a step: reset() it first");
   state.interrupted = true;
   const Chunk c = {n, length, n * length, slots, state};
   const std::int64_t d = config.d_model;
   float* u = residual_.at_least(c.tokens * d);
   float* x = normed_.at_least(c.tokens * d);
   for (auto& buffer : scratch_) buffer.at_least(d);
-  pool_.run(c.tokens, [&](std::int64_t t, int thread) { embedding.row(ids[t], u + t * d, scratch_[std::size_t(thread)].data()); });
+  pool_.run(c.tokens, [&](std::int64_t t, int thread) {
+    embedding.row(ids[t], u + t * d, scratch_[std::size_t(thread)].data());
+  });
   const auto norm = [&](const std::vector<float>& weight) {
-    pool_.run(c.tokens, [&](std::int64_t t, int) { kernels_.rms_norm(u + t * d, weight.data(), d, config.norm_eps, x + t * d); });
+    pool_.run(c.tokens,
+              [&](std::int64_t t, int) { kernels_.rms_norm(u + t * d, weight.data(), d, config.norm_eps, x + t * d); });
   };
   for (std::int64_t i = 0; i < config.n_layer; ++i) {
     const Layer& layer = layers[std::size_t(i)];
@@ -67,8 +72,8 @@ void Model::mixer2(const Layer& layer, std::int64_t index, const Chunk& c) {
   float* dt = dt_.at_least(c.tokens * heads);
   float* decay = decay_.at_least(c.tokens * heads);
   pool_.run(c.tokens, [&](std::int64_t t, int) {
-    kernels_.softplus(projected + t * stride + inner + channels, layer.dt_bias.data(), heads, config.dt_low, config.dt_high,
-                      dt + t * heads);
+    kernels_.softplus(projected + t * stride + inner + channels, layer.dt_bias.data(), heads, config.dt_low,
+                      config.dt_high, dt + t * heads);
     kernels_.decay(dt + t * heads, layer.a.data(), heads, decay + t * heads);
   });
   float* y = y_.at_least(c.tokens * inner);
@@ -127,11 +132,12 @@ void Model::mixer1(const Layer& layer, std::int64_t index, const Chunk& c) {
       float* v = dt + t * inner + first;
       kernels_.softplus(v, layer.dt_bias.data() + first, count, 0.0f, config.dt_high, v);
     }
-    kernels_.ssm1({c.length, count, n, x + row * inner + first, inner, bcdt + row * width + rank, bcdt + row * width + rank + n,
-                   width, dt + row * inner + first, inner, layer.a.data() + first * n, layer.d.data() + first,
-                   c.state.ssm(index, c.slots[s]) + first * n, y + row * inner + first, inner});
+    kernels_.ssm1({c.length, count, n, x + row * inner + first, inner, bcdt + row * width + rank,
+                   bcdt + row * width + rank + n, width, dt + row * inner + first, inner, layer.a.data() + first * n,
+                   layer.d.data() + first, c.state.ssm(index, c.slots[s]) + first * n, y + row * inner + first, inner});
     for (std::int64_t t = row; t < row + c.length; ++t) {
-      kernels_.gate(y + t * inner + first, projected_.data() + t * stride + inner + first, count, y + t * inner + first);
+      kernels_.gate(y + t * inner + first, projected_.data() + t * stride + inner + first, count,
+                    y + t * inner + first);
     }
   });
 }

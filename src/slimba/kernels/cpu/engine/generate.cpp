@@ -38,8 +38,8 @@ bool Generation::step(std::int32_t* out, std::int64_t stride, const Poll& poll) 
   for (std::size_t k = 0; k < active_.size(); ++k) {
     const std::int64_t b = active_[k];
     std::uint8_t* seen = seen_.data() + b * vocab;
-    const std::int32_t id =
-        sampler_.sample(logits_.data() + std::int64_t(k) * vocab, vocab, seen, params_, std::uint64_t(b), std::uint64_t(made_));
+    const std::int32_t id = sampler_.sample(logits_.data() + std::int64_t(k) * vocab, vocab, seen, params_,
+                                            std::uint64_t(b), std::uint64_t(made_));
     out[b * stride] = id;
     seen[id] = 1;
     if (std::find(stop_ids_.begin(), stop_ids_.end(), id) != stop_ids_.end()) continue;

@@ -16,8 +16,8 @@ class Generation {
   Generation(Model& model, State& state, const float* first_logits, const std::int32_t* prompts, std::int64_t length,
              const SampleParams& params, std::vector<std::int32_t> stop_ids, std::int64_t max_new_tokens);
 
-  // Up to `count` more ids of every sequence as [B, returned] in `out` (row stride `count`); -1 pads finished sequences.
-  // Returns 0 when all are finished or max_new_tokens is reached. The caller holds model.mutex().
+  // Up to `count` more ids of every sequence as [B, returned] in `out` (row stride `count`); -1 pads finished
+  // sequences. Returns 0 when all are finished or max_new_tokens is reached. The caller holds model.mutex().
   std::int64_t next(std::int64_t count, std::int32_t* out, const Poll& poll);
 
  private:

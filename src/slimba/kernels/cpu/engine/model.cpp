@@ -100,12 +100,14 @@ void Model::matmul(const Matrix& m, const float* x, std::int64_t x_stride, std::
       int8.matmul({m.b.data, m.b.scale, m.rank, m.cols, begin, end, prepared, n, t + first * m.rank, m.rank, false,
                    scratch_[std::size_t(thread)].data()});
     });
-    pool_.run(tokens, [&](std::int64_t i, int) { int8.prepare(t + i * m.rank, m.rank, t_prepared + i * factor_floats); });
+    pool_.run(tokens,
+              [&](std::int64_t i, int) { int8.prepare(t + i * m.rank, m.rank, t_prepared + i * factor_floats); });
   }
 
   // Panels: enough of them to share the work evenly, large enough to amortise what is set up per panel.
   const std::int64_t share = (m.rows / (4 * pool_.threads()) + 63) / 64 * 64;
-  const std::int64_t panel = m.rows * m.cols * tokens < 65536 ? m.rows : std::clamp<std::int64_t>(share, 64, tokens > 4 ? 256 : 1024);
+  const std::int64_t panel =
+      m.rows * m.cols * tokens < 65536 ? m.rows : std::clamp<std::int64_t>(share, 64, tokens > 4 ? 256 : 1024);
   pool_.run((m.rows + panel - 1) / panel, [&](std::int64_t task, int thread) {
     const std::int64_t begin = task * panel, end = std::min(begin + panel, m.rows);
     float* own = scratch_[std::size_t(thread)].data();

@@ -1,7 +1,8 @@
 // The model as the engine sees it: shape, matrices as pointers into the mapped file, small vectors in float32.
 //
-// Filled by bindings.cpp from a Checkpoint; whoever fills it keeps the arrays alive. Legend: B batch, L length, D d_model,
-// I d_inner, H heads, P headdim, N d_state, G groups, K d_conv, V vocabulary rows, R rank, T tokens in a chunk.
+// Filled by bindings.cpp from a Checkpoint; whoever fills it keeps the arrays alive. Legend: B batch, L length, D
+// d_model, I d_inner, H heads, P headdim, N d_state, G groups, K d_conv, V vocabulary rows, R rank, T tokens in a
+// chunk.
 #pragma once
 
 #include <cstdint>
@@ -62,8 +63,8 @@ struct Config {
 
   std::int64_t heads() const { return d_inner / headdim; }
   std::int64_t channels() const { return d_inner + (mamba2 ? 2 * n_groups * d_state : 0); }
-  std::int64_t ssm_floats() const { return d_inner * d_state; }             // of one sequence and layer
-  std::int64_t conv_floats() const { return (d_conv - 1) * channels(); }    // of one sequence and layer
+  std::int64_t ssm_floats() const { return d_inner * d_state; }           // of one sequence and layer
+  std::int64_t conv_floats() const { return (d_conv - 1) * channels(); }  // of one sequence and layer
 };
 
 // ssm [layer][B][H, P, N] or [layer][B][I, N]; conv [layer][B][K - 1, channels], oldest first.
@@ -112,13 +113,13 @@ class Model {
   static std::int64_t chunk_tokens(std::int64_t sequences);
 
   // ids [n, length] for the sequences slots[0..n) of the state -> hidden states after the final norm [n * length, D].
-  const float* hidden(const std::int32_t* ids, std::int64_t n, std::int64_t length, const std::int64_t* slots, State& state,
-                      const Poll& poll);
+  const float* hidden(const std::int32_t* ids, std::int64_t n, std::int64_t length, const std::int64_t* slots,
+                      State& state, const Poll& poll);
   // logits [tokens, V] of `tokens` hidden states.
   void logits(const float* hidden, std::int64_t tokens, float* out);
   // y [T, y_stride] = x [T, x_stride] W^T (+ bias), or y += when add.
-  void matmul(const Matrix& m, const float* x, std::int64_t x_stride, std::int64_t tokens, float* y, std::int64_t y_stride,
-              bool add);
+  void matmul(const Matrix& m, const float* x, std::int64_t x_stride, std::int64_t tokens, float* y,
+              std::int64_t y_stride, bool add);
 
  private:
   // One chunk's worth of bookkeeping for the layer functions.

@@ -34,8 +34,9 @@ std::int32_t Sampler::sample(const float* logits, std::int64_t vocab, const std:
   for (std::size_t id = 0; id < n; ++id) {
     double v = double(logits[id]);
     if (!std::isfinite(v)) {
-      throw std::domain_error("the logits of sequence " + std::to_string(b) + " hold NaN or infinity at id " + std::to_string(id) +
-                              " (new token " + std::to_string(i) + "): the weights are damaged or the state has overflowed");
+      throw std::domain_error("the logits of sequence " + std::to_string(b) + " hold NaN or infinity at id " +
+                              std::to_string(id) + " (new token " + std::to_string(i) +
+                              "): the weights are damaged or the state has overflowed");
     }
     if (seen[id]) v = v > 0 ? v / p.repetition_penalty : v * p.repetition_penalty;
     logit_[id] = v;

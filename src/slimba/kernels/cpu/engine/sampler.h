@@ -19,7 +19,8 @@ double uniform(std::uint64_t seed, std::uint64_t b, std::uint64_t i);
 
 class Sampler {
  public:
-  // logits [vocab]; seen [vocab] is non-zero for ids of prompt and output. std::domain_error when a logit is not finite.
+  // logits [vocab]; seen [vocab] is non-zero for ids of prompt and output. std::domain_error when a logit is not
+  // finite.
   std::int32_t sample(const float* logits, std::int64_t vocab, const std::uint8_t* seen, const SampleParams& p,
                       std::uint64_t b, std::uint64_t i);
 

@@ -15,7 +15,8 @@ namespace {
 
 constexpr std::int64_t kLogitTokens = 64;  // logits kept at once when only their log-likelihood is wanted
 
-// Calls use(first, count, hidden) for every chunk: `count` tokens of every sequence, from position `first` of the call on.
+// Calls use(first, count, hidden) for every chunk: `count` tokens of every sequence, from position `first` of the call
+// on.
 template <class Use>
 void for_chunks(Model& model, const std::int32_t* ids, std::int64_t length, State& state, const Poll& poll, Use use) {
   const std::int64_t batch = state.batch(), step = Model::chunk_tokens(batch);
@@ -56,8 +57,8 @@ void prefill(Model& model, const std::int32_t* ids, std::int64_t length, State& 
   model.logits(last.data(), batch, out);
 }
 
-void nll(Model& model, const std::int32_t* ids, const std::int32_t* targets, std::int64_t length, State& state, double* out,
-         const Poll& poll) {
+void nll(Model& model, const std::int32_t* ids, const std::int32_t* targets, std::int64_t length, State& state,
+         double* out, const Poll& poll) {
   const std::int64_t d = model.config.d_model, vocab = model.config.vocab, batch = state.batch();
   const Kernels& k = model.kernels();
   Buffer logits;
@@ -77,7 +78,8 @@ void nll(Model& model, const std::int32_t* ids, const std::int32_t* targets, std
       });
       if (bad >= 0) {
         throw std::domain_error("the logits of sequence " + std::to_string(bad / length) + " at position " +
-                                std::to_string(bad % length) + " hold NaN or infinity: the weights are damaged or the state has overflowed");
+                                std::to_string(bad % length) +
+                                " hold NaN or infinity: the weights are damaged or the state has overflowed");
       }
     }
   });

@@ -12,7 +12,7 @@ void forward(Model& model, const std::int32_t* ids, std::int64_t length, State& 
 // out [B, V]: logits of the last position; length >= 1
 void prefill(Model& model, const std::int32_t* ids, std::int64_t length, State& state, float* out, const Poll& poll);
 // out [B, L]: -log softmax(logits)[targets] in nats; std::domain_error when logits are not finite
-void nll(Model& model, const std::int32_t* ids, const std::int32_t* targets, std::int64_t length, State& state, double* out,
-         const Poll& poll);
+void nll(Model& model, const std::int32_t* ids, const std::int32_t* targets, std::int64_t length, State& state,
+         double* out, const Poll& poll);
 
 }  // namespace slimba

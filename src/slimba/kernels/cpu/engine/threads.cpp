@@ -31,8 +31,9 @@ void relax() {
 
 }  // namespace
 
-// A job is open while `generation` is odd. A worker announces itself in `active` and then looks at the generation again:
-// the caller closes the job first and waits for `active` to fall to zero second, so no worker can touch a closed job.
+// A job is open while `generation` is odd. A worker announces itself in `active` and then looks at the generation
+// again: the caller closes the job first and waits for `active` to fall to zero second, so no worker can touch a closed
+// job.
 struct ThreadPool::Shared {
   std::mutex mutex;
   std::condition_variable wake;

@@ -3,15 +3,18 @@
 
 namespace slimba {
 
-void naive_dequant_float32(const std::uint8_t* data, const std::uint8_t*, std::int64_t cols, std::int64_t r, float* out) {
+void naive_dequant_float32(const std::uint8_t* data, const std::uint8_t*, std::int64_t cols, std::int64_t r,
+                           float* out) {
   std::memcpy(out, data + 4 * r * cols, std::size_t(cols) * 4);
 }
 
-void naive_dequant_float16(const std::uint8_t* data, const std::uint8_t*, std::int64_t cols, std::int64_t r, float* out) {
+void naive_dequant_float16(const std::uint8_t* data, const std::uint8_t*, std::int64_t cols, std::int64_t r,
+                           float* out) {
   for (std::int64_t c = 0; c < cols; ++c) out[c] = load_half(data + 2 * (r * cols + c));
 }
 
-void naive_dequant_bfloat16(const std::uint8_t* data, const std::uint8_t*, std::int64_t cols, std::int64_t r, float* out) {
+void naive_dequant_bfloat16(const std::uint8_t* data, const std::uint8_t*, std::int64_t cols, std::int64_t r,
+                            float* out) {
   for (std::int64_t c = 0; c < cols; ++c) out[c] = load_bfloat(data + 2 * (r * cols + c));
 }
 

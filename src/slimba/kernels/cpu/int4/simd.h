@@ -1,8 +1,9 @@
 // int4 rows (groups of 128 columns) for AVX2 and AVX-512.
 //
-// A vector of W bytes holds 2 W columns: its low nibbles are the even ones, its high nibbles the odd ones. So activations
-// are stored with the even and odd columns of every 2 W apart, and weight vector 2 j (2 j + 1) holds the even (odd) columns
-// 2 W j ... A weight, (nibble - 8) * group scale, is exact in float32; the scale cannot wait for the end of the row.
+// A vector of W bytes holds 2 W columns: its low nibbles are the even ones, its high nibbles the odd ones. So
+// activations are stored with the even and odd columns of every 2 W apart, and weight vector 2 j (2 j + 1) holds the
+// even (odd) columns 2 W j ... A weight, (nibble - 8) * group scale, is exact in float32; the scale cannot wait for the
+// end of the row.
 #include "../dots.h"
 
 namespace slimba {
@@ -42,7 +43,9 @@ struct Int4Loader {
   }
   const uint8_t* at(int64_t row, int64_t k) const { return data + row * row_bytes + (k >> 1) * W; }
   vf load(int64_t row, int64_t k) const { return weights(row, k, load_bytes(at(row, k))); }
-  vf load_n(int64_t row, int64_t k) const { return weights(row, k, load_bytes_n(at(row, k), row_bytes - (k >> 1) * W)); }
+  vf load_n(int64_t row, int64_t k) const {
+    return weights(row, k, load_bytes_n(at(row, k), row_bytes - (k >> 1) * W));
+  }
   vf scale(int64_t, int64_t) const { return vset(1.0f); }
 };
 

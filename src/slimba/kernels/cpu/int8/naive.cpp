@@ -3,7 +3,8 @@
 
 namespace slimba {
 
-void naive_dequant_int8(const std::uint8_t* data, const std::uint8_t* scale, std::int64_t cols, std::int64_t r, float* out) {
+void naive_dequant_int8(const std::uint8_t* data, const std::uint8_t* scale, std::int64_t cols, std::int64_t r,
+                        float* out) {
   const std::uint8_t* row = data + r * cols;
   const float s = load_half(scale + 2 * r);
   for (std::int64_t c = 0; c < cols; ++c) out[c] = s * float(std::int8_t(row[c]));

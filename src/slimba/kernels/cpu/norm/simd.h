@@ -22,7 +22,8 @@ void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* 
 }
 
 void gate(const float* y, const float* z, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; i += W) vstore_n(out + i, vmul(vload_n(y + i, n - i), vsilu(vload_n(z + i, n - i))), n - i);
+  for (int64_t i = 0; i < n; i += W)
+    vstore_n(out + i, vmul(vload_n(y + i, n - i), vsilu(vload_n(z + i, n - i))), n - i);
 }
 
 float max_of(const float* x, int64_t n) {

@@ -5,7 +5,8 @@
 
 namespace slimba {
 
-void naive_dequant_sign(const std::uint8_t* data, const std::uint8_t* scale, std::int64_t cols, std::int64_t r, float* out) {
+void naive_dequant_sign(const std::uint8_t* data, const std::uint8_t* scale, std::int64_t cols, std::int64_t r,
+                        float* out) {
   const std::uint8_t* row = data + r * ((cols + 63) / 64 * 8);
   const float s = load_half(scale + 2 * r);
   for (std::int64_t c = 0; c < cols; ++c) out[c] = (row[c >> 3] >> (c & 7) & 1) ? s : -s;

@@ -1,10 +1,11 @@
 // Sign rows for AVX2 and AVX-512: table look-ups instead of multiplications, no activation is rounded.
 //
-// A handful of neighbouring columns (4 with AVX-512, 3 with AVX2) has 16 (8) possible signed sums of its activations. Those
-// tables are made once per token (`sign_prepare`) and one permute instruction looks up W rows at once: a lane holds 32
-// columns of its row, its low bits select, and a shift brings the next columns down. That is three instructions for 64
-// (24) weights, two when several tokens share the shift. Rows are transposed first, W of them at a time, so that a lane is a row.
-// Every (row, token) meets its columns in order with one accumulator: results do not depend on T or on the tile.
+// A handful of neighbouring columns (4 with AVX-512, 3 with AVX2) has 16 (8) possible signed sums of its activations.
+// Those tables are made once per token (`sign_prepare`) and one permute instruction looks up W rows at once: a lane
+// holds 32 columns of its row, its low bits select, and a shift brings the next columns down. That is three
+// instructions for 64 (24) weights, two when several tokens share the shift. Rows are transposed first, W of them at a
+// time, so that a lane is a row. Every (row, token) meets its columns in order with one accumulator: results do not
+// depend on T or on the tile.
 #include "../simd.h"
 
 namespace slimba {
@@ -16,7 +17,7 @@ constexpr int kColumns = 4, kTables = 8;  // of 16 entries, for the 32 columns o
 constexpr int kColumns = 3, kTables = 11;  // of 8 entries; the last one has two columns
 #endif
 constexpr int64_t kWordFloats = kTables * W;
-constexpr int kMaxBlocks = 4;       // blocks of W rows that share a look at the tables
+constexpr int kMaxBlocks = 4;        // blocks of W rows that share a look at the tables
 constexpr int64_t kPanelRows = 256;  // rows transposed at once when many tokens meet them
 
 inline int64_t sign_words(int64_t cols) { return (cols + 63) / 64 * 2; }
@@ -115,7 +116,8 @@ inline void transpose_block(const uint8_t* data, int64_t row_bytes, int64_t row,
   }
 }
 
-// Adds what the tables say about the next columns of RB blocks for TK tokens; table 0 of the first token is at `tables`.
+// Adds what the tables say about the next columns of RB blocks for TK tokens; table 0 of the first token is at
+// `tables`.
 template <int RB, int TK>
 inline void add_columns(const vi (&index)[RB], const float* tables, int64_t stride, vf (&sum)[RB][TK]) {
 #pragma GCC unroll 4
@@ -126,11 +128,11 @@ inline void add_columns(const vi (&index)[RB], const float* tables, int64_t stri
   }
 }
 
-// Sums of RB blocks (block_floats apart) and TK tokens (stride apart) over all columns. Meanwhile the rows at `upcoming`, as
-// many bytes as these blocks have, are fetched into the cache (null: nothing).
+// Sums of RB blocks (block_floats apart) and TK tokens (stride apart) over all columns. Meanwhile the rows at
+// `upcoming`, as many bytes as these blocks have, are fetched into the cache (null: nothing).
 template <int RB, int TK>
-inline void sign_tile(const float* blocks, int64_t block_floats, int64_t words, const float* x, int64_t stride, vf (&sum)[RB][TK],
-                      const uint8_t* upcoming) {
+inline void sign_tile(const float* blocks, int64_t block_floats, int64_t words, const float* x, int64_t stride,
+                      vf (&sum)[RB][TK], const uint8_t* upcoming) {
 #pragma GCC unroll 4
   for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 4
@@ -168,7 +170,8 @@ inline void sign_tile(const float* blocks, int64_t block_floats, int64_t words, 
 
 // One tile and its results: rows row .. of the segment, RB blocks of them, ends clipped to `end`.
 template <int RB, int TK>
-inline void sign_rows(const MatmulArgs& a, const float* blocks, int64_t row, int64_t end, int64_t token, const uint8_t* upcoming) {
+inline void sign_rows(const MatmulArgs& a, const float* blocks, int64_t row, int64_t end, int64_t token,
+                      const uint8_t* upcoming) {
   const int64_t words = sign_words(a.cols), stride = sign_prepared_floats(a.cols);
   vf sum[RB][TK];
   sign_tile<RB, TK>(blocks, words * W, words, a.x + token * stride, stride, sum, upcoming);

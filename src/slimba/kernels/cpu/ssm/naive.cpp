@@ -1,6 +1,7 @@
 // Portable twin of the sequence kernels: causal convolution, softplus of the step size, both recurrences.
 //
-// Mamba-2: Dao & Gu 2024 (arXiv 2405.21060), equation 1 with scalar decay per head. Mamba-1: Gu & Dao 2023 (arXiv 2312.00752).
+// Mamba-2: Dao & Gu 2024 (arXiv 2405.21060), equation 1 with scalar decay per head. Mamba-1: Gu & Dao 2023 (arXiv
+// 2312.00752).
 #include <cmath>
 #include <cstring>
 

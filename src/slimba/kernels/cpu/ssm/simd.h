@@ -17,7 +17,8 @@ void conv_silu(const ConvArgs& a) {
       const int64_t n = a.channels - i;
       vf sum = a.bias ? vload_n(a.bias + i, n) : vzero();
       for (int k = 0; k < a.taps; ++k) {
-        sum = vfma(vload_n(a.weight + k * a.weight_stride + i, n), vload_n(conv_row(a, t - (a.taps - 1) + k) + i, n), sum);
+        sum = vfma(vload_n(a.weight + k * a.weight_stride + i, n), vload_n(conv_row(a, t - (a.taps - 1) + k) + i, n),
+                   sum);
       }
       vstore_n(a.out + t * a.out_stride + i, vsilu(sum), n);
     }
@@ -37,7 +38,8 @@ void softplus(const float* x, const float* bias, int64_t n, float low, float hig
 }
 
 void decay(const float* dt, const float* a, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; i += W) vstore_n(out + i, vexp(vmul(vload_n(dt + i, n - i), vload_n(a + i, n - i))), n - i);
+  for (int64_t i = 0; i < n; i += W)
+    vstore_n(out + i, vexp(vmul(vload_n(dt + i, n - i), vload_n(a + i, n - i))), n - i);
 }
 
 constexpr int64_t kTokens = 16;  // per pass over a state: the partial sums below stay in the first-level cache
