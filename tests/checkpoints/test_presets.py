@@ -9,8 +9,16 @@ from slimba.formats.presets import PRESETS, preset_dtypes, preset_layouts
 from slimba.models.spec import ModelSpec
 
 MAMBA2 = ModelSpec(
-    architecture="mamba2", n_layer=2, d_model=48, d_inner=96, d_state=16, vocab_size=50, headdim=32, n_groups=1,
-    norm_group_size=96, tie_embeddings=False,
+    architecture="mamba2",
+    n_layer=2,
+    d_model=48,
+    d_inner=96,
+    d_state=16,
+    vocab_size=50,
+    headdim=32,
+    n_groups=1,
+    norm_group_size=96,
+    tie_embeddings=False,
 )
 MAMBA1 = ModelSpec(architecture="mamba1", n_layer=1, d_model=48, d_inner=96, d_state=16, vocab_size=50, dt_rank=3)
 IN, OUT = "backbone.layers.0.mixer.in_proj", "backbone.layers.0.mixer.out_proj"

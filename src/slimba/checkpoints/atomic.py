@@ -179,9 +179,7 @@ def _move_into_place(tmp: Path, target: Path) -> None:
 def _exchange(a: Path, b: Path) -> bool:
     """Swap two paths atomically with Linux's renameat2; False where there is none."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    return bool(
-        renameat2 and renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
-    )
+    return bool(renameat2 and renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0)
 
 
 def _sync_tree(directory: Path) -> None:

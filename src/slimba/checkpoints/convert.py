@@ -68,9 +68,7 @@ def cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     """The same model with every tensor in one float type, packed matrices dequantised, one at a time as it is used."""
     if dtype not in FLOATS:
         raise UserError(f"unknown type {dtype!r}, known are {', '.join(FLOATS)}")
-    layouts = {
-        name: MatrixLayout.plain(layout.rows, layout.cols, dtype) for name, layout in checkpoint.layouts.items()
-    }
+    layouts = {name: MatrixLayout.plain(layout.rows, layout.cols, dtype) for name, layout in checkpoint.layouts.items()}
     provenance = checkpoint.provenance
     if not checkpoint.is_float:  # its figures are those of the packed weights
         provenance = provenance | {"dequantised": f"to {dtype} from {_formats(checkpoint)}"}

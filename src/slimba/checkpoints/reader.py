@@ -26,9 +26,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SAFE_FILES = ["*.json", "*.safetensors", "README.md"]
 
 
-def open_checkpoint(
-    path_or_id: str | Path, *, tokenizer: str | Path | None = None, verify: bool = True
-) -> Checkpoint:
+def open_checkpoint(path_or_id: str | Path, *, tokenizer: str | Path | None = None, verify: bool = True) -> Checkpoint:
     """Open a directory, a bundled model or a hub id, in this order; the weights are mapped, not read.
 
     `tokenizer` (a tokenizer.json or a directory holding one) replaces the checkpoint's own. `verify=False` skips the

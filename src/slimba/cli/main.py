@@ -10,7 +10,6 @@ Run the tests: `pytest tests/cli`.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 import traceback
@@ -59,8 +58,7 @@ def _register(verb: str, home: str) -> None:
 
 
 for verb in ("demo", "generate", "chat", "eval", "compress", "pretrain", "convert", "inspect", "bench"):
-    if importlib.util.find_spec(f"slimba.cli.{verb}"):
-        _register(verb, "evaluate" if verb == "eval" else verb)
+    _register(verb, "evaluate" if verb == "eval" else verb)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,9 +1,9 @@
 """The interface that every backend implements, and the sampling settings that all of them read the same way.
 
-    engine = CpuEngine(checkpoint, threads=2)
-    state = engine.new_state(batch=1)
-    logits = engine.forward(ids, state)     # [B, L, V]; the state moves on by L tokens
-    for tokens in engine.generate(state, last_logits, params): ...
+engine = CpuEngine(checkpoint, threads=2)
+state = engine.new_state(batch=1)
+logits = engine.forward(ids, state)     # [B, L, V]; the state moves on by L tokens
+for tokens in engine.generate(state, last_logits, params): ...
 """
 
 from __future__ import annotations

@@ -232,7 +232,10 @@ class _Run:
                 " (the last good checkpoint is kept, --resume continues from it)"
             )
         self.progress.last = values
-        row: dict[str, float] = {"step": self.progress.step, "tokens": self.progress.step * self.batches.tokens_per_step}
+        row: dict[str, float] = {
+            "step": self.progress.step,
+            "tokens": self.progress.step * self.batches.tokens_per_step,
+        }
         row |= {"seconds": round(self.progress.seconds, 3)}
         log.write(json.dumps(row | {k: round(v, 6) for k, v in values.items()}) + "\n")
         log.flush()
