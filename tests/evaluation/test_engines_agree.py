@@ -13,7 +13,6 @@ import pytest
 
 from helpers.tiny import TEXT, tiny_directory
 from slimba import evaluate, load
-from slimba.checkpoints.reader import bundled_names
 from slimba.evaluation.compare import compare
 from slimba.evaluation.perplexity import read_text
 
@@ -54,7 +53,6 @@ def test_tiny_models(case: str, tmp_path: Path, text: Path) -> None:
     assert cpu.bits_per_byte == pytest.approx(reference.bits_per_byte, rel=1e-4)
 
 
-@pytest.mark.skipif("demo-teacher" not in bundled_names(), reason="the bundled teacher has not been built")
 def test_bundled_teacher(tmp_path: Path) -> None:
     """Real weights on English text: the engines agree in every figure of a comparison."""
     cpu, reference = (load("demo-teacher", backend=b, threads=1) for b in ("cpu", "reference"))

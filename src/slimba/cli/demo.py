@@ -84,7 +84,7 @@ def measure(name: str, model: str, text: Path, threads: int | None, seed: int) -
     sample = loaded.generate(PROMPT, max_new_tokens=90, temperature=0.7, top_p=0.9, seed=seed)
     sizes = inventory_of(loaded.checkpoint)
     return Measured(
-        name, sizes.file_bytes, sizes.bits_per_projection_weight, perplexity, greedy.tokens_per_second, sample.text
+        name, sizes.file_bytes, sizes.bits_per_projection_weight, perplexity, greedy.tokens_per_second, sample.text or ""
     )
 
 

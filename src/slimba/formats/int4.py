@@ -48,4 +48,5 @@ class Int4Format:
         return w
 
     def matmul(self, parts: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
-        return x @ self.unpack(parts, x.shape[-1]).T
+        y: np.ndarray = x @ self.unpack(parts, x.shape[-1]).T
+        return y
