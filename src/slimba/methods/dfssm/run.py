@@ -50,6 +50,7 @@ def run(
     `resume` with other settings, and where memory runs out.
     """
     teacher.require_float("the teacher")
+    layouts(teacher.spec, recipe)  # refuses a recipe that does not fit the model before anything is written
     check_finite(teacher)
     where = pick_device(device)
     batches = WindowBatches(ids, recipe.window, recipe.batch, seed)
