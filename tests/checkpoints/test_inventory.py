@@ -134,12 +134,18 @@ def test_inspect_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert json.loads((tmp_path / "record.json").read_text())["file_bytes"] <= 276_000_000
 
 
+def test_inspect_shape_in_every_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect(shape="mamba2-1.3b", json_file=tmp_path / "record.json")
+    formats = json.loads((tmp_path / "record.json").read_text())["formats"]
+    assert formats["dfssm"]["file_bytes"] < formats["dfssm-published"]["file_bytes"] <= 276_000_000
+    assert f"{formats['dfssm']['file_bytes']:,}" in capsys.readouterr().out
+
+
 def test_inspect_bad_arguments() -> None:
     for arguments, message in (
         ({}, "either a MODEL or --shape"),
         ({"model": "x", "shape": "mamba2-1.3b"}, "either a MODEL or --shape"),
         ({"model": "x", "format": "int8"}, "go with --shape"),
-        ({"shape": "mamba2-1.3b"}, "--shape needs --format, one of dfssm"),
         ({"shape": "mamba9", "format": "int8"}, "mamba9"),
         ({"shape": "mamba2-1.3b", "format": "q4"}, "unknown format 'q4'"),
         ({"shape": "mamba2-1.3b", "format": "dfssm", "rank": -1}, "rank is -1"),

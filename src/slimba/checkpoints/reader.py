@@ -79,7 +79,8 @@ def bundled_names() -> list[str]:
 
 
 def _assets() -> Path:
-    return Path(str(importlib.resources.files("slimba"))) / "assets"
+    # not files("slimba") / "assets": an editable install has two folders called slimba
+    return Path(str(importlib.resources.files("slimba.assets")))
 
 
 def _is_gguf(path: Path) -> bool:

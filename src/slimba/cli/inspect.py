@@ -1,4 +1,4 @@
-"""`slimba inspect MODEL`, or `--shape NAME --format F`: bytes by component, bits per weight, every layer's format.
+"""`slimba inspect MODEL`, or `--shape NAME [--format F]`: bytes by component, bits per weight, every layer's format.
 
 Run the tests: `pytest tests/checkpoints/test_inventory.py`.
 """
@@ -24,7 +24,10 @@ def inspect(
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option("--format", help="With --shape: dfssm, dfssm-published, float16, bfloat16, float32, int8, int4."),
+        typer.Option(
+            "--format",
+            help="With --shape (all, where not given): dfssm, dfssm-published, float16, bfloat16, float32, int8, int4.",
+        ),
     ] = None,
     rank: Annotated[int, typer.Option("--rank", help="With --shape: rank of the low-rank correction.")] = 16,
     embedding: Annotated[
@@ -38,7 +41,7 @@ def inspect(
     from slimba.cli.options import write_json
 
     if (model is None) == (shape is None):
-        raise UserError("give either a MODEL or --shape NAME --format F")
+        raise UserError("give either a MODEL or --shape NAME")
     if shape is None and (format is not None or embedding is not None):
         raise UserError("--format and --embedding go with --shape; a MODEL has its own formats")
     if shape is not None:
@@ -54,13 +57,30 @@ def _inspect_shape(name: str, format: str | None, rank: int, embedding: str | No
     from slimba.formats.presets import PRESETS, preset_layouts
     from slimba.models.configs import named_spec
 
-    if format is None:
-        raise UserError(f"--shape needs --format, one of {', '.join(PRESETS)}")
     spec = named_spec(name)
+    if format is None:
+        sizes = {f: inventory_of_shape(spec, f, rank=rank, embedding=embedding) for f in PRESETS}
+        _print_sizes(name, sizes)
+        return {"shape": name, "rank": rank, "formats": {f: inventory.to_json() for f, inventory in sizes.items()}}
     inventory = inventory_of_shape(spec, format, rank=rank, embedding=embedding)
     groups = layer_groups(spec, preset_layouts(spec, format, rank=rank, embedding=embedding))
     _print_inventory(f"{name} as {format}", inventory, groups)
     return {"shape": name, "format": format, "rank": rank, "layers": groups} | inventory.to_json()
+
+
+def _print_sizes(name: str, sizes: dict[str, Inventory]) -> None:
+    """One line per format: what `model.safetensors` would weigh."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{name}: model.safetensors in every format, exact, header included")
+    for column in ("format", "bytes", "bits/projection weight", "smaller than float16"):
+        table.add_column(column, justify="left" if column == "format" else "right")
+    whole = sizes["float16"].file_bytes
+    for fmt, inventory in sizes.items():
+        bits = f"{inventory.bits_per_projection_weight:.3f}"
+        table.add_row(fmt, f"{inventory.file_bytes:,}", bits, f"{whole / inventory.file_bytes:.2f}x")
+    Console().print(table)
 
 
 def _inspect_model(model: str, tokenizer: Any, *, verify: bool) -> dict[str, Any]:
