@@ -1,12 +1,10 @@
-// Matrix products of formats whose weights become floats one vector at a time (floats, int8, int4), for AVX2 and
-// AVX-512.
+// Matrix products of formats whose weights become floats one vector at a time (floats, int8), for AVX2 and AVX-512.
 //
 // A Loader gives W consecutive weights of a row: `load(row, k)` for whole vectors, `load_n(row, k, n)` for the last
 // one, and `scale(row, n)`, the factors of W consecutive rows applied at the end; `at(row, k)` is where vector k lies
-// and kVectorsPerLine how many vectors a cache line holds (0: not worth fetching ahead). From kExpandFrom tokens on it
-// pays to turn W rows into floats once; for most formats never, since conversion hides behind the multiplications.
-// Lanes run over columns: every (row, token) has one accumulator that meets the columns in order and is reduced in one
-// fixed way, whatever the tile, so results do not depend on T.
+// and kVectorsPerLine how many vectors a cache line holds. Lanes run over columns: every (row, token) has one
+// accumulator that meets the columns in order and is reduced in one fixed way, whatever the tile, so results do not
+// depend on T.
 #pragma once
 
 #include "simd.h"
@@ -24,7 +22,7 @@ inline void dot_tile(const Loader& loader, const int64_t* rows, const float* x, 
 #pragma GCC unroll 4
     for (int t = 0; t < TK; ++t) sum[r][t] = vzero();
   for (int64_t k = 0; k < whole; ++k) {
-    if (Loader::kVectorsPerLine && k % Loader::kVectorsPerLine == 0) {  // the rows after the next ones are on their way
+    if (k % Loader::kVectorsPerLine == 0) {  // the rows after the next ones are on their way
 #pragma GCC unroll 16
       for (int r = 0; r < RB; ++r) _mm_prefetch((const char*)loader.at(rows[r] + W, k), _MM_HINT_T1);
     }
@@ -83,23 +81,10 @@ inline void dot_tokens(const Loader& loader, int64_t row, int64_t n, vf scale, c
     dot_rows<Loader, 8, 1>(loader, row, n, scale, x + t * stride, stride, y + t * y_stride, y_stride, add);
 }
 
-// Rows already turned into floats by another loader, `stride` floats apart.
-constexpr int64_t kNever = INT64_MAX;
-struct ExpandedLoader {
-  static constexpr int kVectorsPerLine = 0;
-  const float* data;
-  int64_t stride, used;
-  int64_t vectors() const { return used; }
-  int64_t tail() const { return 0; }
-  vf load(int64_t row, int64_t k) const { return vload(data + row * stride + k * W); }
-  const float* at(int64_t row, int64_t k) const { return data + row * stride + k * W; }
-  vf load_n(int64_t row, int64_t k) const { return load(row, k); }
-};
-
-// Tokens and expanded rows are a cache line apart from a power of two, or they would fight for the same cache sets.
+// Tokens are a cache line apart from a power of two, or they would fight for the same cache sets.
 inline int64_t padded(int64_t cols) { return round_up(cols, 32); }
 inline int64_t dot_prepared_floats(int64_t cols) { return padded(cols) + 16; }
-inline int64_t dot_scratch_floats(int64_t cols) { return W * (padded(cols) + 16); }
+inline int64_t dot_scratch_floats(int64_t) { return 0; }
 
 inline void dot_prepare(const float* x, int64_t cols, float* out) {
   int64_t c = 0;
@@ -121,26 +106,14 @@ inline void short_rows(const Loader& loader, const MatmulArgs& a) {
   }
 }
 
-// The whole product: W rows at a time, expanded first when many tokens meet them.
+// The whole product, W rows at a time.
 template <class Loader>
 inline void dot_matmul(const Loader& loader, const MatmulArgs& a) {
   if (a.tokens == 1 && loader.vectors() == 1 && !loader.tail()) return short_rows(loader, a);
-  const int64_t stride = dot_prepared_floats(a.cols), used = loader.vectors() + loader.tail();
+  const int64_t stride = dot_prepared_floats(a.cols);
   for (int64_t row = a.row_begin; row < a.row_end; row += W) {
     const int64_t n = min64(W, a.row_end - row);
-    const vf scale = loader.scale(row, n);
-    if (a.tokens < Loader::kExpandFrom) {
-      dot_tokens(loader, row, n, scale, a.x, stride, a.tokens, a.y + row, a.y_stride, a.add);
-      continue;
-    }
-    for (int64_t r = 0; r < n; ++r) {
-      float* out = a.scratch + r * stride;
-      for (int64_t k = 0; k < loader.vectors(); ++k) vstore(out + k * W, loader.load(row + r, k));
-      for (int64_t k = loader.vectors(); k < loader.vectors() + loader.tail(); ++k)
-        vstore(out + k * W, loader.load_n(row + r, k));
-    }
-    dot_tokens(ExpandedLoader{a.scratch, stride, used}, 0, n, scale, a.x, stride, a.tokens, a.y + row, a.y_stride,
-               a.add);
+    dot_tokens(loader, row, n, loader.scale(row, n), a.x, stride, a.tokens, a.y + row, a.y_stride, a.add);
   }
 }
 

@@ -28,12 +28,11 @@ const float* Model::hidden(const std::int32_t* ids, std::int64_t n, std::int64_t
   float* u = residual_.at_least(c.tokens * d);
   float* x = normed_.at_least(c.tokens * d);
   for (auto& buffer : scratch_) buffer.at_least(d);
-  pool_.run(c.tokens, [&](std::int64_t t, int thread) {
-    embedding.row(ids[t], u + t * d, scratch_[std::size_t(thread)].data());
-  });
+  share(c.tokens, c.tokens * d,
+        [&](std::int64_t t, int thread) { embedding.row(ids[t], u + t * d, scratch_[std::size_t(thread)].data()); });
   const auto norm = [&](const std::vector<float>& weight) {
-    pool_.run(c.tokens,
-              [&](std::int64_t t, int) { kernels_.rms_norm(u + t * d, weight.data(), d, config.norm_eps, x + t * d); });
+    share(c.tokens, c.tokens * d,
+          [&](std::int64_t t, int) { kernels_.rms_norm(u + t * d, weight.data(), d, config.norm_eps, x + t * d); });
   };
   for (std::int64_t i = 0; i < config.n_layer; ++i) {
     const Layer& layer = layers[std::size_t(i)];
@@ -53,7 +52,7 @@ const float* Model::hidden(const std::int32_t* ids, std::int64_t n, std::int64_t
 void Model::conv(const Layer& layer, std::int64_t index, const Chunk& c, const float* in, std::int64_t in_stride) {
   const std::int64_t channels = config.channels(), blocks = (channels + kConvBlock - 1) / kConvBlock;
   float* out = conv_out_.at_least(c.tokens * channels);
-  pool_.run(c.sequences * blocks, [&](std::int64_t task, int) {
+  share(c.sequences * blocks, c.tokens * channels * 16, [&](std::int64_t task, int) {
     const std::int64_t s = task / blocks, first = task % blocks * kConvBlock;
     const std::int64_t row = s * c.length;
     kernels_.conv_silu({in + row * in_stride + first, in_stride, c.length, std::min(kConvBlock, channels - first),
@@ -71,13 +70,13 @@ void Model::mixer2(const Layer& layer, std::int64_t index, const Chunk& c) {
   conv(layer, index, c, projected + inner, stride);
   float* dt = dt_.at_least(c.tokens * heads);
   float* decay = decay_.at_least(c.tokens * heads);
-  pool_.run(c.tokens, [&](std::int64_t t, int) {
+  share(c.tokens, c.tokens * heads * 64, [&](std::int64_t t, int) {
     kernels_.softplus(projected + t * stride + inner + channels, layer.dt_bias.data(), heads, config.dt_low,
                       config.dt_high, dt + t * heads);
     kernels_.decay(dt + t * heads, layer.a.data(), heads, decay + t * heads);
   });
   float* y = y_.at_least(c.tokens * inner);
-  pool_.run(c.sequences * heads, [&](std::int64_t task, int) {
+  share(c.sequences * heads, c.tokens * inner * n, [&](std::int64_t task, int) {
     const std::int64_t s = task / heads, h = task % heads, row = s * c.length;
     const float* x = conv_out_.data() + row * channels;
     const float* b = x + inner + h / per_group * n;
@@ -91,7 +90,7 @@ void Model::mixer2(const Layer& layer, std::int64_t index, const Chunk& c) {
 // y_ = norm(y * silu(z)), norm(y) * silu(z) or y * silu(z), one RMS per norm_group_size channels.
 void Model::gate2(const Layer& layer, const Chunk& c) {
   const std::int64_t inner = config.d_inner, group = config.norm_group_size, stride = layer.in_proj.rows;
-  pool_.run(c.tokens, [&](std::int64_t t, int) {
+  share(c.tokens, c.tokens * inner * 16, [&](std::int64_t t, int) {
     float* y = y_.data() + t * inner;
     const float* z = projected_.data() + t * stride;
     const auto norm = [&] {
@@ -114,7 +113,7 @@ void Model::mixer1(const Layer& layer, std::int64_t index, const Chunk& c) {
   float* bcdt = bcdt_.at_least(c.tokens * width);  // dt | B | C
   matmul(layer.x_proj, x, inner, c.tokens, bcdt, width, false);
   if (config.bcdt_norm) {  // Falcon-Mamba
-    pool_.run(c.tokens, [&](std::int64_t t, int) {
+    share(c.tokens, c.tokens * width, [&](std::int64_t t, int) {
       float* row = bcdt + t * width;
       kernels_.rms_norm(row, nullptr, rank, config.bcdt_norm_eps, row);
       kernels_.rms_norm(row + rank, nullptr, n, config.bcdt_norm_eps, row + rank);
@@ -125,7 +124,7 @@ void Model::mixer1(const Layer& layer, std::int64_t index, const Chunk& c) {
   matmul(layer.dt_proj, bcdt, width, c.tokens, dt, inner, false);
   float* y = y_.at_least(c.tokens * inner);
   const std::int64_t blocks = (inner + kChannelBlock - 1) / kChannelBlock;
-  pool_.run(c.sequences * blocks, [&](std::int64_t task, int) {
+  share(c.sequences * blocks, c.tokens * inner * n * 4, [&](std::int64_t task, int) {
     const std::int64_t s = task / blocks, first = task % blocks * kChannelBlock, row = s * c.length;
     const std::int64_t count = std::min(kChannelBlock, inner - first);
     for (std::int64_t t = row; t < row + c.length; ++t) {

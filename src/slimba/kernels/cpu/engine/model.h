@@ -5,6 +5,7 @@
 // chunk.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <mutex>
@@ -128,10 +129,32 @@ class Model {
     const std::int64_t* slots;
     State& state;
   };
+  struct Output {
+    float* y;
+    std::int64_t stride;
+    bool add;
+  };
+  // How far the factors of a low-rank correction are.
+  struct Factors {
+    std::atomic<std::int64_t> left{0};  // blocks
+    std::atomic<bool> ready{false};
+  };
+  void factor_block(const Matrix& m, std::int64_t tokens, std::int64_t block, Factors& f, float* scratch);
+  void panel(const Matrix& m, std::int64_t tokens, std::int64_t begin, std::int64_t end, const Output& out,
+             const Factors& factors, float* scratch);
   void mixer2(const Layer& layer, std::int64_t index, const Chunk& c);
   void mixer1(const Layer& layer, std::int64_t index, const Chunk& c);
   void conv(const Layer& layer, std::int64_t index, const Chunk& c, const float* in, std::int64_t in_stride);
   void gate2(const Layer& layer, const Chunk& c);
+  // Calls f(task, thread) for every task, on this thread alone when `work` (multiplications and the like, all tasks
+  // together) is so little that waking the others would take longer.
+  template <class F>
+  void share(std::int64_t tasks, std::int64_t work, F&& f) {
+    if (work >= kShareFrom) return pool_.run(tasks, f);
+    for (std::int64_t task = 0; task < tasks; ++task) f(task, 0);
+  }
+  static constexpr std::int64_t kShareFrom = 16384;  // about two microseconds
+
   void prepare(const Matrix& m, const float* x, std::int64_t x_stride, std::int64_t tokens);
 
   const Kernels& kernels_;

@@ -5,7 +5,6 @@ namespace slimba {
 namespace {
 
 struct FloatLoader {  // what the three have in common
-  static constexpr int64_t kExpandFrom = kNever;
   const uint8_t* data;
   int64_t cols;
   int64_t vectors() const { return cols / W; }

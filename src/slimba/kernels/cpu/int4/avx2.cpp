@@ -3,6 +3,6 @@
 
 namespace slimba {
 
-const FormatKernels kAvx2Int4 = {dot_prepared_floats, prepare, dot_scratch_floats, matmul};
+const FormatKernels kAvx2Int4 = {int4_prepared_floats, prepare, dot_scratch_floats, matmul};
 
 }  // namespace slimba

@@ -5,7 +5,6 @@ namespace slimba {
 namespace {
 
 struct Int8Loader {
-  static constexpr int64_t kExpandFrom = kNever;
   static constexpr int kVectorsPerLine = 64 / W;
   const uint8_t *data, *scales;
   int64_t cols;
