@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -49,6 +50,8 @@ def compress(
         overwrite=overwrite,
         settings=parse_overrides(set_ or []),
     )
+    if os.environ.get("RANK", "0") != "0":
+        return  # started by torchrun: the first process speaks for all
     if json_file:
         write_json(json_file, record)
     final = ", ".join(f"{k} {v:.4g}" for k, v in record["final"].items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -51,6 +52,8 @@ def pretrain(
         overwrite=overwrite,
         settings=parse_overrides(set_ or []),
     )
+    if os.environ.get("RANK", "0") != "0":
+        return  # started by torchrun: the first process speaks for all
     if json_file:
         write_json(json_file, record)
     typer.echo(f"{out}: {record['tokens']:,} tokens in {record['seconds']:.0f} s, loss {record['final']['loss']:.4f}")

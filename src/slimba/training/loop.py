@@ -4,6 +4,8 @@ A method gives a `Task`: the model, its parameter groups and a loss for one batc
 step count; everything that changes over time (learning rates, loss weights, phases) is a function of it, and the batch
 of a step is too, so a run that is killed and resumed ends in the same weights as one that is not (on one machine).
 
+Started by torchrun, every process takes its share of each batch; `distributed.py` says how.
+
 On a GPU the whole step is captured in a CUDA graph: small models are bound by launches, not by arithmetic.
 """
 
@@ -23,6 +25,7 @@ from torch import nn
 
 from slimba.data.batches import WindowBatches
 from slimba.errors import UserError
+from slimba.training import distributed
 from slimba.training.schedule import lr_factor
 
 __all__ = ["Group", "LoopSettings", "Task", "pick_device", "train"]
@@ -57,7 +60,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopSettings:
-    """How to run a task. `micro_batch` windows go through the model at a time (0: the whole batch)."""
+    """How to run a task. `micro_batch` windows go through the model at a time, in each process (0: all)."""
 
     steps: int
     warmup: float = 0.05
@@ -105,9 +108,11 @@ def train(
     Writes `workdir/log.jsonl` and `workdir/checkpoint.pt`. With `resume` a checkpoint found there is continued.
     Raises UserError when the loss stops being finite (the last good checkpoint stays).
     """
+    distributed.share(batches.batch)  # an error now, not after the first step
     run = _Run(task, batches, settings, workdir)
     if resume:
         run.restore()
+    distributed.same_as_first(task.model)
     with run.progress_bar() as advance:
         run.steps(advance, on_log)
     return run.progress
@@ -155,6 +160,7 @@ class _Run:
 
     def whole_step(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         out = self.backward(ids)
+        distributed.mean_gradients(self.params)
         out["grad_norm"] = nn.utils.clip_grad_norm_(self.params, self.settings.clip, foreach=True)
         self.optimizer.step()
         return out
@@ -187,7 +193,9 @@ class _Run:
         self.static_ids = ids.clone()
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # "thread_local": NCCL watches its messages from a thread of its own, which must not spoil the capture
+        mode = "thread_local" if distributed.world() > 1 else "global"
+        with torch.cuda.graph(self.graph, capture_error_mode=mode):
             self.static_out = self.whole_step(self.static_ids)
 
     # ---------------------------------------------------------------- all steps
@@ -200,23 +208,25 @@ class _Run:
         for past in range(self.progress.step):
             self.task.at_step(past, total)
         started = time.monotonic() - self.progress.seconds
-        with open(self.workdir / "log.jsonl", "a", encoding="utf-8") as log:
+        log_file = self.workdir / "log.jsonl" if distributed.first() else os.devnull
+        mine = slice(distributed.rank(), None, distributed.world())
+        with open(log_file, "a", encoding="utf-8") as log:
             try:
                 while self.progress.step < total:
                     step = self.progress.step
                     changed = self.task.at_step(step, total)
                     for group, lr in zip(self.group_list, self.lrs, strict=True):
                         lr.fill_(group.lr * lr_factor(step, total, s.warmup, s.decay))
-                    ids = torch.from_numpy(self.batches[step]).to(self.device, non_blocking=True).long()
+                    ids = torch.from_numpy(self.batches[step][mine]).to(self.device, non_blocking=True).long()
                     out = self.step(ids, changed)
                     self.progress.step = step + 1
                     self.progress.seconds = time.monotonic() - started
                     if self.progress.step % s.log_every == 0 or self.progress.step == total:
                         self.log(out, log)
-                        if on_log:
+                        if on_log and distributed.first():
                             on_log(self.progress, total)
                     due = time.monotonic() - last_save > s.save_every_s and self.progress.step < total
-                    if due and math.isfinite(float(out["loss"])):  # never replace a good checkpoint by a broken one
+                    if due and healthy(out):  # never replace a good checkpoint by a broken one
                         self.save()
                         last_save = time.monotonic()
                     advance(self.progress)
@@ -225,7 +235,8 @@ class _Run:
                 raise
 
     def log(self, out: dict[str, torch.Tensor], log: Any) -> None:
-        values = {k: float(v) for k, v in out.items()}
+        means = distributed.mean(torch.stack([v.float() for v in out.values()])).tolist()
+        values = dict(zip(out, means, strict=True))
         if not math.isfinite(values["loss"]):
             raise UserError(
                 f"the loss is {values['loss']} at step {self.progress.step}; lower the learning rates"
@@ -243,6 +254,8 @@ class _Run:
     # ---------------------------------------------------------------- checkpoints
 
     def save(self) -> None:
+        if not distributed.first():
+            return
         path = self.workdir / "checkpoint.pt"
         partial = path.with_suffix(".partial")
         payload = {
@@ -262,9 +275,14 @@ class _Run:
             raise UserError(f"cannot write the checkpoint {path}: {e.strerror}") from None
 
     def restore(self) -> None:
+        """Every process reads the checkpoint, so the work directory must be one that all of them see."""
         path = self.workdir / "checkpoint.pt"
-        if not path.is_file():
-            return
+        if path.is_file():
+            self.load(path)
+        unseen = f"not every process finds the same {path}; put OUT on a file system that all machines share"
+        distributed.require_equal(self.progress.step, unseen)
+
+    def load(self, path: Path) -> None:
         try:
             payload = torch.load(path, map_location=self.device, weights_only=True)
             # fused AdamW keeps lr as our tensors; its state_dict would replace them
@@ -283,6 +301,11 @@ class _Run:
         return _Bar(self.settings.label, self.settings.steps, self.batches.tokens_per_step)
 
 
+def healthy(out: dict[str, torch.Tensor]) -> bool:
+    """Loss and gradients of the step are finite; the gradients' norm speaks for all processes."""
+    return math.isfinite(float(out["loss"])) and math.isfinite(float(out["grad_norm"]))
+
+
 class _Bar:
     """A rich progress bar with loss and tokens/s; on a terminal only, silent in logs."""
 
@@ -296,7 +319,7 @@ class _Bar:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self.bar = Progress(*columns, transient=True)
+        self.bar = Progress(*columns, transient=True, disable=not distributed.first())
         self.id = self.bar.add_task(label, total=total, note="")
         self.tokens_per_step = tokens_per_step
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from slimba.training import distributed
+
 __all__ = ["cross_entropy", "hidden_loss", "kl_divergence"]
 
 CHUNK_ELEMENTS = 1 << 28  # logits of one chunk; 1 GiB in float32
@@ -101,9 +103,12 @@ def cross_entropy(
 
 
 def hidden_loss(student: list[torch.Tensor], teacher: list[torch.Tensor]) -> torch.Tensor:
-    """Mean over layers of |h_s - h_t|^2 / |h_t|^2, both summed over the batch: [B, L, D] each."""
+    """Mean over layers of |h_s - h_t|^2 / |h_t|^2, both summed over the batch: [B, L, D] each.
+
+    |h_t|^2 is the mean over all processes, so that the mean of their losses is that of one process with all windows.
+    """
+    sizes = distributed.mean(torch.stack([t.detach().float().square().sum() for t in teacher])).clamp_min(1e-12)
     terms = []
-    for s, t in zip(student, teacher, strict=True):
-        t = t.detach().float()
-        terms.append((s.float() - t).square().sum() / t.square().sum().clamp_min(1e-12))
+    for s, t, size in zip(student, teacher, sizes, strict=True):
+        terms.append((s.float() - t.detach().float()).square().sum() / size)
     return torch.stack(terms).mean()

@@ -27,6 +27,7 @@ from slimba.formats import MatrixLayout
 from slimba.formats.floats import DTYPES
 from slimba.models.lm import SSMForCausalLM, init_weights
 from slimba.models.spec import ModelSpec
+from slimba.training import distributed
 from slimba.training.loop import Group, LoopSettings, pick_device, train
 from slimba.training.losses import cross_entropy
 from slimba.training.recipes import load_recipe
@@ -118,35 +119,60 @@ def pretrain(
     settings: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """Train a model from scratch into the packed directory `out` (float weights); returns the run's record."""
+    """Train a model from scratch into the packed directory `out` (float weights); returns the run's record.
+
+    Started by torchrun, the processes share every batch.
+    """
     out = Path(out)
     check_target(out, overwrite=overwrite)
     chosen = load_recipe(PretrainRecipe, "pretrain.yaml", recipe, {**(settings or {}), **more})
     words = Tokenizer.from_file(tokenizer)
     spec = chosen.spec(words)
     ids = encode_documents(words, documents(list(data), split_documents), spec.bos_token_id)  # type: ignore[arg-type]
-    batches = WindowBatches(ids, chosen.window, chosen.batch, seed)
-    if tokens is None:
-        tokens = round(chosen.passes * batches.n_windows * chosen.window)
-    loop = LoopSettings(
-        steps=batches.steps_for(tokens),
-        warmup=chosen.warmup,
-        decay=chosen.decay,
-        clip=chosen.grad_clip,
-        betas=(0.9, 0.95),
-        micro_batch=chosen.micro_batch,
-        label="pretraining",
-    )
-    record = {
-        "method": "pretrain",
-        "slimba": slimba.__version__,
-        "recipe": dataclasses.asdict(chosen),
-        "seed": seed,
-        "data": {"sources": [Path(d).name for d in data], "tokens_in_text": len(ids)},
-        "steps": loop.steps,
-        "tokens": loop.steps * batches.tokens_per_step,
-    }
-    work = out.with_name(out.name + ".work")
+    with distributed.group(pick_device(device)) as where:
+        distributed.share(chosen.batch)
+        batches = WindowBatches(ids, chosen.window, chosen.batch, seed)
+        if tokens is None:
+            tokens = round(chosen.passes * batches.n_windows * chosen.window)
+        loop = LoopSettings(
+            steps=batches.steps_for(tokens),
+            warmup=chosen.warmup,
+            decay=chosen.decay,
+            clip=chosen.grad_clip,
+            betas=(0.9, 0.95),
+            micro_batch=chosen.micro_batch,
+            label="pretraining",
+        )
+        record = {
+            "method": "pretrain",
+            "slimba": slimba.__version__,
+            "recipe": dataclasses.asdict(chosen),
+            "seed": seed,
+            "data": {"sources": [Path(d).name for d in data], "tokens_in_text": len(ids)},
+            "steps": loop.steps,
+            "tokens": loop.steps * batches.tokens_per_step,
+        }
+        work = out.with_name(out.name + ".work")
+        distributed.from_first(lambda: prepare_work(work, record, resume))
+        model = SSMForCausalLM(spec)
+        init_weights(model, seed)
+        model.to(where)
+        progress = train(PretrainTask(model, chosen), batches, loop, work, resume=resume)
+        record |= {
+            "device": distributed.name_of(where),
+            "seconds": round(progress.seconds, 1),
+            "final": {k: round(v, 5) for k, v in progress.last.items()},
+        }
+        if distributed.first():
+            packed = to_checkpoint(model, chosen.dtype, Path(tokenizer), record)
+            write_packed(packed, out, card=card(record), overwrite=overwrite)
+            shutil.copy(work / "log.jsonl", out / "training.jsonl")
+            shutil.rmtree(work)
+    return record
+
+
+def prepare_work(work: Path, record: dict[str, Any], resume: bool) -> None:
+    """Make the work directory, or with `resume` check that the run interrupted there had these settings."""
     if not resume and work.exists():
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
@@ -155,18 +181,6 @@ def pretrain(
     if resume and settings_file.is_file() and settings_file.read_text("utf-8") != text:
         raise UserError(f"--resume: the settings differ from the interrupted run's in {settings_file}")
     settings_file.write_text(text, "utf-8")
-
-    model = SSMForCausalLM(spec)
-    init_weights(model, seed)
-    model.to(pick_device(device))
-    progress = train(PretrainTask(model, chosen), batches, loop, work, resume=resume)
-    record |= {"seconds": round(progress.seconds, 1), "final": {k: round(v, 5) for k, v in progress.last.items()}}
-    write_packed(
-        to_checkpoint(model, chosen.dtype, Path(tokenizer), record), out, card=card(record), overwrite=overwrite
-    )
-    shutil.copy(work / "log.jsonl", out / "training.jsonl")
-    shutil.rmtree(work)
-    return record
 
 
 def to_checkpoint(model: SSMForCausalLM, dtype: str, tokenizer: Path, record: dict[str, Any]) -> Checkpoint:

@@ -26,6 +26,7 @@ from slimba.errors import UserError
 from slimba.methods.dfssm.recipe import DfssmRecipe, layouts
 from slimba.methods.dfssm.student import DistilTask, Student
 from slimba.models.lm import SSMForCausalLM, load_weights
+from slimba.training import distributed
 from slimba.training.loop import LoopSettings, pick_device, train
 
 __all__ = ["run"]
@@ -46,39 +47,49 @@ def run(
 ) -> dict[str, Any]:
     """Distil `teacher` on `ids` int32 [n] and write the packed model to `out`. Returns the run's record.
 
-    `data` describes where the ids came from. Raises UserError for a teacher that is not float or holds NaN, for
-    `resume` with other settings, and where memory runs out.
+    `data` describes where the ids came from. Started by torchrun, the processes share every batch. Raises UserError for
+    a teacher that is not float or holds NaN, for `resume` with other settings, and where memory runs out.
     """
     teacher.require_float("the teacher")
     layouts(teacher.spec, recipe)  # refuses a recipe that does not fit the model before anything is written
     check_finite(teacher)
-    where = pick_device(device)
-    batches = WindowBatches(ids, recipe.window, recipe.batch, seed)
-    settings = settings_of(recipe, batches, tokens)
-    record: dict[str, Any] = {
-        "method": "dfssm",
-        "slimba": slimba.__version__,
-        "recipe": dataclasses.asdict(recipe),
-        "seed": seed,
-        "data": data | {"token_sha256": hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()},
-        "teacher_sha256": fingerprint(teacher),
-        "steps": settings.steps,
-        "tokens": settings.steps * batches.tokens_per_step,
-    }
-    work = out.with_name(out.name + ".work")
-    fresh = prepare_work(work, record, resume)
-    try:
-        student, task = build(teacher, recipe, batches, where, fresh)
-        progress = train(task, batches, settings, work, resume=not fresh)
-    except torch.cuda.OutOfMemoryError:
-        raise UserError(
-            "the GPU's memory is too small; set micro_batch to 1 or 2, or a smaller batch or window"
-        ) from None
-    record |= {
-        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
-        "seconds": round(progress.seconds, 1),
-        "final": {k: round(v, 5) for k, v in progress.last.items()},
-    }
+    with distributed.group(pick_device(device)) as where:
+        distributed.share(recipe.batch)  # likewise a batch that does not fit the number of processes
+        batches = WindowBatches(ids, recipe.window, recipe.batch, seed)
+        settings = settings_of(recipe, batches, tokens)
+        record: dict[str, Any] = {
+            "method": "dfssm",
+            "slimba": slimba.__version__,
+            "recipe": dataclasses.asdict(recipe),
+            "seed": seed,
+            "data": data | {"token_sha256": hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()},
+            "teacher_sha256": fingerprint(teacher),
+            "steps": settings.steps,
+            "tokens": settings.steps * batches.tokens_per_step,
+        }
+        work = out.with_name(out.name + ".work")
+        fresh = distributed.from_first(lambda: prepare_work(work, record, resume))
+        try:
+            student, task = build(teacher, recipe, batches, where, fresh)
+            progress = train(task, batches, settings, work, resume=not fresh)
+        except torch.cuda.OutOfMemoryError:
+            raise UserError(
+                "the GPU's memory is too small; set micro_batch to 1 or 2, or a smaller batch or window"
+            ) from None
+        record |= {
+            "device": distributed.name_of(where),
+            "seconds": round(progress.seconds, 1),
+            "final": {k: round(v, 5) for k, v in progress.last.items()},
+        }
+        if distributed.first():
+            export(student, teacher, record, out, overwrite)
+            shutil.copy(work / "log.jsonl", out / "training.jsonl")
+            shutil.rmtree(work)
+    return record
+
+
+def export(student: Student, teacher: Checkpoint, record: dict[str, Any], out: Path, overwrite: bool) -> None:
+    """Write the packed directory."""
     packed = Checkpoint(
         spec=teacher.spec,
         layouts=student.layouts,
@@ -88,9 +99,6 @@ def run(
         generation=teacher.generation,
     )
     write_packed(packed, out, card=card(record), overwrite=overwrite)
-    shutil.copy(work / "log.jsonl", out / "training.jsonl")
-    shutil.rmtree(work)
-    return record
 
 
 def settings_of(recipe: DfssmRecipe, batches: WindowBatches, tokens: int | None) -> LoopSettings:
@@ -144,12 +152,15 @@ def prepare_work(work: Path, record: dict[str, Any], resume: bool) -> bool:
 def build(
     teacher: Checkpoint, recipe: DfssmRecipe, batches: WindowBatches, where: torch.device, fresh: bool
 ) -> tuple[Student, DistilTask]:
-    """Teacher network, student and task on the device; a student to be resumed is not fitted."""
+    """Teacher network, student and task on the device.
+
+    A student to be resumed is not fitted, nor is one that will take the first process's fit.
+    """
     network = SSMForCausalLM(teacher.spec)
     load_weights(network, teacher)
     network.to(where).eval()
     student = Student(teacher.spec, layouts(teacher.spec, recipe), recipe).to(where)
-    if fresh:
+    if fresh and distributed.first():
         n = min(recipe.calibration_windows, batches.n_windows)
         rows = [batches[i][:, :-1] for i in range(-(-n // batches.batch))]
         windows = torch.from_numpy(np.concatenate(rows)[:n]).to(where).long()
