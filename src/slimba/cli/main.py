@@ -57,7 +57,7 @@ def _register(verb: str, home: str) -> None:
     app.command(verb)(getattr(importlib.import_module(f"slimba.cli.{verb}"), home))
 
 
-for verb in ("demo", "generate", "chat", "eval", "compress", "pretrain", "convert", "inspect", "bench"):
+for verb in ("demo", "generate", "chat", "eval", "compress", "pretrain", "convert", "inspect", "report", "bench"):
     _register(verb, "evaluate" if verb == "eval" else verb)
 
 
