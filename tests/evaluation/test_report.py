@@ -313,9 +313,10 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert main(["report", "--html", str(html), *arguments]) == 2
         err = capsys.readouterr().err
         assert err.startswith("error: ") and message in err and err.count("\n") == 1, err
-    (out / "training.jsonl").write_text('{"step": 1, "kl": 1}\n{"step"')
-    assert main(["report", str(out), "--html", str(html)]) == 2
-    assert "line 2: not a row of a training log" in capsys.readouterr().err
+    for row in ('{"step"', "[1]", '{"step": 2, "tokens": Infinity}', '{"step": "two"}', '{"step": 2, "tokens": "x"}'):
+        (out / "training.jsonl").write_text('{"step": 1, "kl": 1}\n' + row)
+        assert main(["report", str(out), "--html", str(html)]) == 2
+        assert "line 2: not a row of a training log" in capsys.readouterr().err
     assert not html.exists() and (tmp_path / "notes.html").read_text() == "<p>mine</p>"
 
 
@@ -329,6 +330,25 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines()[-1] == f"wrote {html}, {len(page.encode()):,} bytes"
     assert "41.00" in Page(page).text and "42.00" in Page(page).text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "b.json", "page.html", "small"]
+
+
+def test_odd_figures_do_not_stop_the_page(tmp_path: Path) -> None:
+    """Values no chart can show, a recipe of stages, figures that are not numbers where numbers are usual."""
+    checkpoint = tiny_checkpoint(preset="dfssm")
+    stages = [{"method": "a"}, {"method": "b"}]
+    checkpoint.provenance = {"recipe": stages, "tokens": "many", "seconds": None, "steps": 1e300}
+    out = write_packed(checkpoint, tmp_path / "odd")
+    rows = [{"step": s, "kl": k} for s, k in ((1, 1e308), (2, -1e308), (3, 1e-308), (4, 5.0), (5, float("inf")))]
+    (out / "training.jsonl").write_text("\n".join(json.dumps(r | {"zero": 0.0, "none": float("nan")}) for r in rows))
+    other = make(tmp_path / "other", log=False)
+    files = [
+        result(tmp_path / "a.json", "odd", 9e99, bits_per_byte=float("nan")),
+        result(tmp_path / "b.json", "other", 2),
+    ]
+    text = report([str(out), str(other)], results=files)
+    assert {"kl of odd", "zero of odd"} <= {c.findtext("title") for c in charts(text)}
+    assert '[{"method": "a"}, {"method": "b"}]' in Page(text).text and "not stated" in text
+    assert not re.search(r'="[^"]*(nan|inf)[ "]', re.sub(r"<style>.*</style>", "", text, flags=re.S))
 
 
 def test_frontier_and_scatter() -> None:

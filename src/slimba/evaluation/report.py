@@ -25,7 +25,17 @@ from slimba.checkpoints.atomic import atomic_write
 from slimba.checkpoints.reader import find_model
 from slimba.errors import UserError
 from slimba.evaluation.report_data import Model, Result, layer_errors, match_results, short_names
-from slimba.evaluation.report_page import Child, h, missing, model_section, percent, table, two_sizes
+from slimba.evaluation.report_page import (
+    Child,
+    decimals,
+    h,
+    is_number,
+    missing,
+    model_section,
+    percent,
+    table,
+    two_sizes,
+)
 from slimba.evaluation.report_svg import Point, scatter
 
 __all__ = ["check_page", "report", "write_report"]
@@ -189,7 +199,7 @@ def _ranking(rows: Sequence[Arm], links: Mapping[int, str]) -> Element:
     for number, m, r in rows:
         bits = f"{m.inventory.bits_per_projection_weight:.3f}"
         line: list[Child] = [str(number), _link(m, links), f"{m.inventory.file_bytes:,}", bits]
-        line += [f"{r.perplexity:.2f}", f"{r.figures['bits_per_byte']:.4f}"]
+        line += [f"{r.perplexity:.2f}", decimals(r.figures["bits_per_byte"], 4)]
         if teacher is not None and r.perplexity is not None:
             line.append(f"{r.perplexity / teacher:.3f}")
         body.append(line)
@@ -220,7 +230,7 @@ def _sizes(arms: Sequence[Model], links: Mapping[int, str]) -> Element:
 
 
 def _count(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int | float) else "not stated"
+    return f"{value:,}" if is_number(value) else "not stated"
 
 
 # ------------------------------------------------------------------------------------------------ settings that differ

@@ -115,6 +115,8 @@ def _read_log(path: Path) -> tuple[list[dict[str, float]] | None, int]:
         try:
             row = json.loads(line)
             step = int(row["step"])
+            if not math.isfinite(row.get("tokens", step)):
+                raise ValueError("a place on the x axis")
             rows[step] = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise UserError(
@@ -188,7 +190,7 @@ def _text_fields(record: Mapping[str, Any], text: str, file: Path) -> dict[str, 
     if "perplexity" not in record:
         return {}
     figures = {k: _number(record, k, file) for k in (*TEXT_FIGURES, "nll")}
-    if not figures["perplexity"] >= 1 or not math.isfinite(figures["perplexity"]):
+    if not 1 <= figures["perplexity"] < 1e100:
         raise UserError(f"{file}: a perplexity of {figures['perplexity']} is not a figure of a language model")
     same = [f"{k} {int(figures[k]):,}" for k in ("tokens", "bytes", "window", "stride")]
     return {

@@ -16,9 +16,9 @@ from xml.etree.ElementTree import Element
 
 from slimba.checkpoints.inventory import describe_value, layer_groups
 from slimba.evaluation.report_data import LOG, Model, Result
-from slimba.evaluation.report_svg import bar, clean, line_chart
+from slimba.evaluation.report_svg import HUGE, bar, clean, line_chart
 
-__all__ = ["h", "missing", "model_section", "percent", "table", "two_sizes"]
+__all__ = ["decimals", "h", "is_number", "missing", "model_section", "percent", "table", "two_sizes"]
 
 Child = Element | str | None
 
@@ -150,16 +150,16 @@ def _measured_table(rows: Sequence[Result]) -> Element:
     head = ["text", "perplexity", "bits per byte"] + (["ratio", "KL, nats", "top-1 agreement"] if compared else [])
     body: list[list[Child]] = []
     for r in rows:
-        line: list[Child] = [r.text, f"{r.perplexity:.2f}", _decimals(r.figures["bits_per_byte"], 4)]
+        line: list[Child] = [r.text, f"{r.perplexity:.2f}", decimals(r.figures["bits_per_byte"], 4)]
         if compared:
             c = r.comparison
-            line += [_decimals(c.get("ratio"), 3), _decimals(c.get("kl"), 4)]
+            line += [decimals(c.get("ratio"), 3), decimals(c.get("kl"), 4)]
             line.append(percent(c["agreement"]) if "agreement" in c else "—")
         body.append(line)
     return table(head, body)
 
 
-def _decimals(value: float | None, digits: int) -> str:
+def decimals(value: float | None, digits: int) -> str:
     return "—" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
@@ -226,7 +226,7 @@ def _training(model: Model) -> list[Child]:
     charts: list[Child] = []
     for name in _curve_names(model.log):
         values = [row.get(name) for row in model.log]
-        if any(v is not None and math.isfinite(v) for v in values):
+        if any(v is not None and abs(v) < HUGE for v in values):
             svg = line_chart(
                 f"{name} of {model.name}",
                 x,
@@ -263,13 +263,13 @@ def _phases(model: Model, by_tokens: bool) -> list[tuple[float, str]]:
     """Where the recipe's fractions lie on the x axis; none without a recipe or its number of steps."""
     record = model.checkpoint.provenance
     recipe, total = record.get("recipe"), record.get("tokens" if by_tokens else "steps")
-    if not isinstance(recipe, dict) or not _is_number(total):
+    if not isinstance(recipe, dict) or not is_number(total):
         return []
-    marks = [(recipe[k], word) for k, word in PHASES.items() if _is_number(recipe.get(k))]
+    marks = [(recipe[k], word) for k, word in PHASES.items() if is_number(recipe.get(k))]
     return [(share * total, word) for share, word in marks if 0 < share < 1]
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -292,11 +292,11 @@ def _errors(model: Model) -> list[Child]:
         wide = line_chart(title, x, parts, **axes, width=720, height=300)
         narrow = line_chart(title, x, parts, **axes, width=380, height=280)
         out.append(two_sizes(wide, narrow, "Rows of in_proj by what they compute, and out_proj."))
-    rows: list[list[Child]] = [[str(i), *(_decimals(e.layers[n][i], 4) for n in names)] for i in layers]
+    rows: list[list[Child]] = [[str(i), *(decimals(e.layers[n][i], 4) for n in names)] for i in layers]
     means = [float(sum(e.layers[n]) / len(layers)) for n in names]
-    rows.append([h("b", "mean"), *(_decimals(m, 4) for m in means)])
+    rows.append([h("b", "mean"), *(decimals(m, 4) for m in means)])
     out.append(table(["layer", *names], rows))
-    tables = ", ".join(f"{n} {_decimals(v, 5)}" for n, v in e.tables.items())
+    tables = ", ".join(f"{n} {decimals(v, 5)}" for n, v in e.tables.items())
     said = {True: "It is the teacher that the provenance names.", None: "The provenance names no teacher to check."}
     said[False] = "It is NOT the teacher of the provenance: its weights have another SHA-256."
     out.append(
@@ -318,7 +318,7 @@ def _provenance(model: Model) -> list[Child]:
     record = dict(model.checkpoint.provenance)
     if not record:
         return [missing("The checkpoint says nothing about where it came from.")]
-    recipe = record.pop("recipe", None)
+    recipe = record.pop("recipe") if isinstance(record.get("recipe"), dict) else None
     rows: list[list[Child]] = []
     for key, value in record.items():
         if isinstance(value, dict):
@@ -326,9 +326,9 @@ def _provenance(model: Model) -> list[Child]:
         else:
             rows.append([key, _value(key, value)])
     out: list[Child] = [table(["field", "value"], rows, left=2)]
-    if isinstance(recipe, dict) and recipe:
+    if recipe:
         out += [h("h4", "Recipe"), h("dl", *_pairs(recipe), class_="recipe")]
-    else:
+    elif not record.get("recipe"):
         out.append(missing("The provenance holds no recipe."))
     return out
 
@@ -338,10 +338,10 @@ def _pairs(recipe: Mapping[str, Any]) -> list[Element]:
 
 
 def _value(key: str, value: Any) -> Child:
-    if key == "seconds" and _is_number(value) and 0 <= value < 1e9:
+    if key == "seconds" and is_number(value) and 0 <= value < 1e9:
         spent = time.strftime("%H:%M:%S", time.gmtime(value % 86400))
         return f"{value:,} s ({int(value // 86400)} d {spent})" if value >= 86400 else f"{value:,} s ({spent})"
-    if key in ("tokens", "steps") and _is_number(value):
+    if key in ("tokens", "steps") and is_number(value):
         return f"{value:,}"
     if "sha256" in key:
         return h("code", describe_value(value))

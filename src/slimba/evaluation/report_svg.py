@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from xml.etree.ElementTree import Element
 
-__all__ = ["Point", "bar", "clean", "frontier", "line_chart", "scatter"]
+__all__ = ["HUGE", "Point", "bar", "clean", "frontier", "line_chart", "scatter"]
 
 FONT = 11.0
 SERIES = 6
+HUGE = 1e100  # no figure of a model; keeps the arithmetic of the axes finite
 MAX_POINTS = 600  # of a drawn line; longer ones are drawn as means of neighbours
 LABEL_REACH = (9.0, 20.0, 34.0, 52.0, 74.0)  # how far from its point a label may stand
 DIRECTIONS = ((1, 0), (-1, 0), (0, -1), (0, 1), (0.8, -0.8), (-0.8, -0.8), (0.8, 0.8), (-0.8, 0.8))
@@ -75,7 +76,7 @@ class Scale:
     def of(cls, values: Sequence[float], start: float, end: float, *, log: bool, pad: float = 0.06) -> Scale:
         """Around `values` (not empty) with a margin; logarithmic only where all are positive."""
         lo, hi = min(values), max(values)
-        log = log and lo > 0
+        log = log and lo > 1 / HUGE
         if log:
             margin = (hi / lo) ** pad if hi > lo else 1.3
             return cls(lo / margin, hi * margin, start, end, True)
@@ -155,7 +156,7 @@ def line_chart(
 ) -> Element:
     """Lines over a common x; None and non-finite values are gaps. `marks` are vertical lines with a word.
 
-    The y axis is logarithmic where the values span more than a factor of four. ValueError where nothing is finite.
+    The y axis is logarithmic where the values span more than a factor of four. ValueError where nothing can be drawn.
     """
     drawn = [(label, _runs(x, values)) for label, values in lines.items()]
     values = [v for _, runs in drawn for run in runs for _, v in run]
@@ -163,7 +164,7 @@ def line_chart(
     legend = _legend_rows(list(lines), width) if len(lines) > 1 else []
     legend_height = 10 + 13 * (1 + max(r for *_, r in legend)) if legend else 0
     top = 22.0 + legend_height + 13 * (1 + max((r for *_, r in rows), default=-1))
-    positive = min(values) > 0 and max(values) / min(values) > 4
+    positive = min(values) > 1 / HUGE and max(values) / min(values) > 4
     y = Scale.of(values, height - 36, top, log=positive)
     across = _across(x, width)
     svg = _canvas(title, width, height)
@@ -203,10 +204,10 @@ def _draw_run(svg: Element, run: list[tuple[float, float]], x: Scale, y: Scale, 
 
 
 def _runs(x: Sequence[float], values: Sequence[float | None]) -> list[list[tuple[float, float]]]:
-    """Unbroken stretches of finite values; long ones thinned to means of neighbours."""
+    """Unbroken stretches of finite values; long ones thinned to means of neighbours. Beyond 1e100 nothing is drawn."""
     runs: list[list[tuple[float, float]]] = [[]]
     for a, v in zip(x, values, strict=True):
-        if v is not None and math.isfinite(v):
+        if v is not None and abs(v) < HUGE:
             runs[-1].append((a, v))
         elif runs[-1]:
             runs.append([])
