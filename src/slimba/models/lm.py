@@ -16,6 +16,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.errors import UserError
@@ -46,6 +47,7 @@ class Backbone(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.residual_in_fp32 = spec.residual_in_fp32
+        self.recompute = False
         self.embeddings = nn.Embedding(spec.vocab_size, spec.d_model)
         self.layers = nn.ModuleList(Block(spec) for _ in range(spec.n_layer))
         self.norm_f = RMSNorm(spec.d_model, spec.norm_eps)
@@ -61,10 +63,20 @@ class Backbone(nn.Module):
             u = u.float()
         layer_states: Iterable[LayerState | None] = state.layers if state else [None] * len(self.layers)
         for block, layer_state in zip(self.layers, layer_states, strict=True):
-            u = block(u, layer_state)
+            u = self.forget(block, u) if self.recompute and torch.is_grad_enabled() else block(u, layer_state)
             if hidden is not None:
                 hidden.append(u)
         return self.norm_f(u)
+
+    def forget(self, block: nn.Module, u: torch.Tensor) -> torch.Tensor:
+        """The block without its activations, which are computed again for the gradient; from an empty state.
+
+        The weights are handed over: those that functional_call lends have left the block by the time of the gradient.
+        """
+        weights = dict(block.named_parameters())
+        return recomputed(
+            torch.func.functional_call, block, weights, (u,), use_reentrant=False, preserve_rng_state=False
+        )
 
 
 class SSMForCausalLM(nn.Module):
@@ -94,6 +106,10 @@ class SSMForCausalLM(nn.Module):
         for module in self.modules():
             if isinstance(module, Mamba1Mixer | Mamba2Mixer):
                 module.chunk_size = chunk_size
+
+    def set_recompute(self, recompute: bool) -> None:
+        """Whether training keeps only the stream between the blocks and computes the rest again for the gradient."""
+        self.backbone.recompute = recompute
 
     def new_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32

@@ -25,10 +25,13 @@ from torch import nn
 
 from slimba.data.batches import WindowBatches
 from slimba.errors import UserError
+from slimba.models.spec import ModelSpec
 from slimba.training import distributed
 from slimba.training.schedule import lr_factor
 
-__all__ = ["Group", "LoopSettings", "Task", "pick_device", "train"]
+__all__ = ["Group", "LoopSettings", "Task", "pick_device", "recomputes", "train"]
+
+LARGE = 1 << 15  # d_model * n_layer: between the 130m size (18432) and the 370m size (49152)
 
 
 @dataclass(slots=True)
@@ -92,6 +95,11 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: torch sees no GPU here; use --device cpu")
     return torch.device(name)
+
+
+def recomputes(setting: str, spec: ModelSpec) -> bool:
+    """Whether blocks forget their activations: the recipe's `activation_checkpointing` (auto, on or off)."""
+    return setting == "on" or (setting == "auto" and spec.d_model * spec.n_layer >= LARGE)
 
 
 def train(

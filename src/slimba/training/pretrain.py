@@ -28,7 +28,7 @@ from slimba.formats.floats import DTYPES
 from slimba.models.lm import SSMForCausalLM, init_weights
 from slimba.models.spec import ModelSpec
 from slimba.training import distributed
-from slimba.training.loop import Group, LoopSettings, pick_device, train
+from slimba.training.loop import Group, LoopSettings, pick_device, recomputes, train
 from slimba.training.losses import cross_entropy
 from slimba.training.recipes import load_recipe
 
@@ -51,6 +51,7 @@ class PretrainRecipe:
     window: int
     batch: int
     micro_batch: int
+    activation_checkpointing: Literal["auto", "on", "off"]
     passes: float
     lr: float
     weight_decay: float
@@ -87,6 +88,7 @@ class PretrainTask:
         self.model, self.recipe = model, recipe
         self.device = next(model.parameters()).device
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        model.set_recompute(recomputes(recipe.activation_checkpointing, model.spec))
 
     def groups(self) -> list[Group]:
         r = self.recipe

@@ -23,6 +23,7 @@ class DfssmRecipe:
     window: int
     batch: int
     micro_batch: int
+    activation_checkpointing: Literal["auto", "on", "off"]
     calibration_windows: int
     init_rounds: int
     col_floor: float

@@ -23,7 +23,7 @@ from slimba.methods.dfssm.layers import PlainMatrix, SignMatrix, array
 from slimba.methods.dfssm.recipe import DfssmRecipe, norm_before
 from slimba.models.lm import SSMForCausalLM
 from slimba.models.spec import ModelSpec
-from slimba.training.loop import Group
+from slimba.training.loop import Group, recomputes
 from slimba.training.losses import hidden_loss, kl_divergence
 from slimba.training.schedule import fade
 
@@ -171,6 +171,7 @@ class DistilTask:
         # a network without storage: functional_call lends it the student's weights
         with torch.device("meta"):
             self.network = Features(SSMForCausalLM(student.spec))
+        self.network.lm.set_recompute(recomputes(recipe.activation_checkpointing, student.spec))
         self.head = "backbone.embeddings.weight" if student.spec.tie_embeddings else "lm_head.weight"
         self.hidden_weight = torch.zeros((), device=self.device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
