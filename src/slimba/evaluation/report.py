@@ -22,6 +22,7 @@ from xml.etree.ElementTree import Element, tostring
 
 from slimba import __version__
 from slimba.checkpoints.atomic import atomic_write
+from slimba.checkpoints.inventory import describe_value
 from slimba.checkpoints.reader import find_model
 from slimba.errors import UserError
 from slimba.evaluation.report_data import Model, Result, layer_errors, match_results, short_names
@@ -171,7 +172,8 @@ def _one_text(
     out: list[Child] = [h("h3", f"On {protocol[0] or 'a text without a name'}")]
     if len({p.number for p in points}) > 1:
         caption = "Lower and further left is better; the line joins the arms that no other beats."
-        caption += " An open circle is the teacher; a number stands for the arm of that number in the table."
+        caption += " The open circle is the teacher." if any(p.hollow for p in points) else ""
+        caption += " A number stands for the arm of that number in the table." if len(points) > 9 else ""
         out.append(_plot(points, caption))
         near = [p for p in points if p.y <= NEAR * min(q.y for q in points)]
         if 2 < len(near) < len(points):
@@ -237,40 +239,53 @@ def _count(value: Any) -> str:
 
 
 def _settings(arms: Sequence[Model]) -> list[Child]:
-    """The ablations: one row for each set of settings, its columns the settings that differ, seeds joined."""
-    made = [m for _, m in _ranked(arms) if isinstance(m.checkpoint.provenance.get("recipe"), dict)]
-    settings = {id(m): _flat(m) for m in made}
+    """The ablations: a table for each method and teacher that made several of the models with different settings."""
+    families: dict[str, list[Model]] = {}
+    for _, m in _ranked(arms):
+        record = m.checkpoint.provenance
+        if isinstance(record.get("recipe"), dict):
+            families.setdefault(json.dumps([record.get("method"), record.get("teacher_sha256")]), []).append(m)
+    texts = [p for p, rows in _by_text(arms).items() if len({n for n, _, _ in rows}) > 1]
+    out: list[Child] = []
+    for members in families.values():
+        made = _settings_table(members, texts)
+        if made is not None:
+            method = members[0].checkpoint.provenance.get("method")
+            out += [h("h3", f"Settings that differ, method {describe_value(method)}"), made]
+            note = "Models that differ only in their seed share a row: mean ± standard deviation. The rest is equal."
+            out.append(h("p", note, class_="note"))
+    return out
+
+
+def _settings_table(members: Sequence[Model], texts: Sequence[tuple[str, ...]]) -> Element | None:
+    """One row for each set of settings, its columns those that differ; None where nothing does."""
+    settings = {id(m): _flat(m) for m in members}
     keys = dict.fromkeys(k for s in settings.values() for k in s)
     differ = [k for k in keys if len({json.dumps(s.get(k)) for s in settings.values()}) > 1]
-    if len(made) < 2 or not differ:
-        return []
-    groups: dict[str, list[Model]] = {}
-    for m in made:
-        groups.setdefault(json.dumps([settings[id(m)].get(k) for k in differ if k != "seed"]), []).append(m)
+    if not differ:
+        return None
     columns = [k for k in differ if k != "seed"]
-    texts = [p for p, rows in _by_text(arms).items() if len({n for n, _, _ in rows}) > 1]
+    groups: dict[str, list[Model]] = {}
+    for m in members:
+        groups.setdefault(json.dumps([settings[id(m)].get(k) for k in columns]), []).append(m)
     body: list[list[Child]] = []
-    for members in groups.values():
-        mine = settings[id(members[0])]
-        line: list[Child] = [", ".join(m.name for m in members)]
-        line += [_setting(mine, k) for k in columns]
-        line += [_spread([r for m in members for r in m.results if r.protocol == p]) for p in texts]
+    for same in groups.values():
+        line: list[Child] = [", ".join(m.name for m in same)]
+        line += [_setting(settings[id(same[0])].get(k)) for k in columns]
+        line += [_spread([r for m in same for r in m.results if r.protocol == p]) for p in texts]
         body.append(line)
-    head = ["models", *columns, *(f"perplexity, {p[0]}" for p in texts)]
-    note = "Models that differ only in their seed share a row: mean ± standard deviation. Other settings are equal."
-    return [h("h3", "Settings that differ"), table(head, body), h("p", note, class_="note")]
+    return table(["models", *columns, *(f"perplexity, {p[0]}" for p in texts)], body)
 
 
 def _flat(model: Model) -> dict[str, Any]:
     record = model.checkpoint.provenance
-    top = {k: record.get(k) for k in ("method", "teacher_sha256", "tokens", "seed")}
-    return top | {str(k): v for k, v in record["recipe"].items()}
+    return {k: record.get(k) for k in ("tokens", "seed")} | {str(k): v for k, v in record["recipe"].items()}
 
 
-def _setting(settings: Mapping[str, Any], key: str) -> str:
-    value = settings.get(key)
-    text = "—" if value is None else value if isinstance(value, str) else json.dumps(value)
-    return text[:12] + "…" if key.endswith("sha256") and len(text) > 13 else text
+def _setting(value: Any) -> str:
+    if value is None:
+        return "—"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else describe_value(value)
 
 
 def _spread(results: Sequence[Result]) -> str:
@@ -285,7 +300,11 @@ def _spread(results: Sequence[Result]) -> str:
 
 def _subtitle(arms: Sequence[Model], against: str | None) -> str:
     what = "What is in the file, what it cost, and how well it does, from the files on disk."
-    return what + (f" Teacher: {against}." if against else "") + ("" if len(arms) < 3 else " Models rank by bytes.")
+    return (
+        what
+        + (f" Teacher: {against}." if against else "")
+        + ("" if len(arms) < 3 else " Tables rank the models by bytes.")
+    )
 
 
 def _footer(unmatched: Sequence[str]) -> list[Child]:

@@ -242,10 +242,7 @@ def _training(model: Model) -> list[Child]:
     if not _phases(model, by_tokens):
         notes += " The provenance gives no phases to mark."
     else:
-        notes += (
-            " Marked are the ends of the recipe's phases: the hidden-state loss is off, rounding is in the loop, "
-            "the signs are frozen."
-        )
+        notes += " Dashed lines mark where the recipe's phases begin."
     return [h("div", *charts, class_="charts"), h("p", notes, class_="note")]
 
 

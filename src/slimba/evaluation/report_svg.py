@@ -322,7 +322,9 @@ def _label(svg: Element, point: Point, x: float, y: float, boxes: list[Box], lin
                     if reach > LABEL_REACH[0]:
                         edge = min(max(x, box[0]), box[2])
                         svg.append(node("line", x1=x, y1=y, x2=edge, y2=cy - 6 * dy, class_="leader"))
-                    svg.append(node("text", word, x=cx, y=cy + 4, text_anchor="middle", class_="arm-name"))
+                    anchor = "start" if dx == 1 else "end" if dx == -1 else "middle"  # fonts differ: exact at the point
+                    at = {"start": box[0], "end": box[2], "middle": cx}[anchor]
+                    svg.append(node("text", word, x=at, y=cy + 4, text_anchor=anchor, class_="arm-name"))
                     return
     svg.append(node("text", str(point.number), x=x + 7, y=y + 4, class_="arm-name"))
 
