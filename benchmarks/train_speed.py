@@ -1,0 +1,149 @@
+"""Speed and memory of `dfssm` training steps at a named shape, with random weights: what a budget of tokens will take.
+
+    python benchmarks/train_speed.py --shape mamba2-1.3b --window 2048 --batch 4 --micro-batch 1 --json h200.json
+    torchrun --nproc_per_node 2 benchmarks/train_speed.py --shape mamba2-1.3b --window 2048 --batch 8 --micro-batch 1
+
+Real steps of the real loop: the teacher's forward, KL over the whole vocabulary, the hidden-state loss and rounding all
+on (the dearest phase), AdamW. On a GPU the first steps are eager and then captured; those are the warm-up. Prints
+JSON; tokens/s are from the median step. `--shape tiny` is for the test, tests/methods/test_train_speed.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import resource
+import statistics
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from slimba.checkpoints.checkpoint import Checkpoint
+from slimba.data.batches import WindowBatches
+from slimba.formats import MatrixLayout
+from slimba.methods.dfssm.recipe import DfssmRecipe
+from slimba.methods.dfssm.run import build, settings_of
+from slimba.models.configs import named_spec
+from slimba.models.lm import SSMForCausalLM, init_weights
+from slimba.models.spec import ModelSpec
+from slimba.training import distributed
+from slimba.training.loop import Progress, pick_device, recomputes, train
+from slimba.training.recipes import load_recipe
+
+TINY = ModelSpec(
+    architecture="mamba2", n_layer=2, d_model=32, d_inner=64, d_state=16, vocab_size=64, headdim=16, norm_group_size=64
+)
+BUDGET = 32_000_000  # tokens
+# everything on from the first step to the last, so that every step costs the same; a small fit, it is not measured
+ALL_ON = {"round_from": 0.0, "freeze_from": 1.0, "hidden_until": 1.0, "calibration_windows": 1, "init_rounds": 1}
+
+
+def random_teacher(spec: ModelSpec) -> Checkpoint:
+    """A float32 teacher with the first weights of training."""
+    network = SSMForCausalLM(spec)
+    init_weights(network, 0)
+    plain = {name: MatrixLayout.plain(rows, cols, "float32") for name, (rows, cols) in spec.matrices().items()}
+    return Checkpoint(spec, plain, {name: p.detach().numpy() for name, p in network.state_dict().items()})
+
+
+def measure(
+    spec: ModelSpec, recipe: DfssmRecipe, steps: int, warmup: int, where: torch.device, cuda_graph: bool
+) -> dict[str, Any]:
+    """The figures of this process; every process takes part."""
+    total = warmup + steps
+    tokens = total * recipe.window * recipe.batch
+    ids = np.random.default_rng(0).integers(0, spec.vocab_size, tokens + 1).astype(np.int32)
+    batches = WindowBatches(ids, recipe.window, recipe.batch)
+    student, task = build(random_teacher(spec), recipe, batches, where, True)
+    if where.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    ends: list[float] = []
+    losses: list[float] = []
+
+    def note(progress: Progress, _total: int) -> None:
+        ends.append(time.perf_counter())
+        losses.append(progress.last["loss"])
+
+    settings = settings_of(recipe, batches, tokens)
+    settings = dataclasses.replace(settings, log_every=1, save_every_s=math.inf, cuda_graph=cuda_graph)
+    with tempfile.TemporaryDirectory() as work:
+        train(task, batches, settings, Path(work), on_log=note)
+    if not distributed.first():
+        return {}
+    times = [b - a for a, b in zip(ends[warmup - 1 :], ends[warmup:], strict=False)]
+    median = statistics.median(times)
+    speed = batches.tokens_per_step / median
+    return {
+        "parameters": sum(p.numel() for p in task.teacher.parameters()),
+        "trained_numbers": sum(p.numel() for p in student.parameters()),
+        "step_seconds": {"median": median, "fastest": min(times), "slowest": max(times), "steps": len(times)},
+        "tokens_per_second": speed,
+        "hours_for_32M_tokens": BUDGET / speed / 3600,
+        "loss": {"first": losses[0], "last": losses[-1]},
+        "memory": peak_memory(where),
+    }
+
+
+def peak_memory(where: torch.device) -> dict[str, int]:
+    """Bytes at their highest: of the GPU since the fit, or of this whole process."""
+    if where.type == "cuda":
+        return {"gpu_allocated": torch.cuda.max_memory_allocated(), "gpu_reserved": torch.cuda.max_memory_reserved()}
+    return {"process_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="mamba2-1.3b", help="a published size such as mamba2-130m, or tiny")
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=4, help="windows of a step, of all processes together")
+    parser.add_argument("--micro-batch", type=int, default=1, help="windows at a time in each process; 0: all")
+    parser.add_argument("--activation-checkpointing", default="auto", choices=["auto", "on", "off"])
+    parser.add_argument("--steps", type=int, default=10, help="measured steps")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before; 5 hold the eager ones and the capture")
+    parser.add_argument("--no-cuda-graph", action="store_true", help="launch every kernel; for comparison")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    args = parser.parse_args()
+    if min(args.steps, args.warmup) < 1:
+        parser.error("--steps and --warmup must be at least 1")
+
+    spec = TINY if args.shape == "tiny" else named_spec(args.shape)
+    settings = {
+        "window": args.window,
+        "batch": args.batch,
+        "micro_batch": args.micro_batch,
+        "activation_checkpointing": args.activation_checkpointing,
+        "int8_rows": ["B", "C", "dt"] if spec.architecture == "mamba2" else [],
+    }
+    recipe = load_recipe(DfssmRecipe, "dfssm.yaml", None, ALL_ON | settings)
+    with distributed.group(pick_device(args.device)) as where:
+        figures = measure(spec, recipe, args.steps, args.warmup, where, not args.no_cuda_graph)
+        record = {
+            "shape": args.shape,
+            "device": distributed.name_of(where),
+            "processes": distributed.world(),
+            **{k: settings[k] for k in ("window", "batch", "micro_batch")},
+            "activation_checkpointing": recomputes(args.activation_checkpointing, spec),
+            "teacher_projections": "bfloat16" if where.type == "cuda" else "float32",
+            "cuda_graph": where.type == "cuda" and not args.no_cuda_graph,
+            "torch": torch.__version__,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **figures,
+        }
+        if distributed.first():
+            text = json.dumps(record, indent=2)
+            print(text)
+            if args.json:
+                args.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
