@@ -37,6 +37,14 @@ def flat(a: np.ndarray) -> np.ndarray:
     return shifted
 
 
+NO_SCALE = np.full(1, np.nan, np.float32)  # of a float32 state
+
+
+def raw(a: np.ndarray) -> np.ndarray:
+    """The bytes of `a`, in place."""
+    return a.reshape(-1).view(np.uint8)
+
+
 def packed(format: str, w: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, dict[str, np.ndarray]]:
     parts = FORMATS[format].pack(w)
     data = parts["packed"] if "packed" in parts else parts["weight"]
@@ -190,13 +198,13 @@ def test_mamba2_recurrence(isa: str, headdim: int, d_state: int) -> None:
                 s = decay[t] * s + dt[t] * np.outer(x, b)
                 want.append(s @ c + d * x)
             state, y = start.copy(), nan(tokens, headdim)
-            kernels.ssm2(isa, xbc, dt, decay, d, state, y)
+            kernels.ssm2(isa, xbc, dt, decay, d, 0, raw(state), NO_SCALE, y)
             np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
             np.testing.assert_allclose(state, s, rtol=1e-5, atol=1e-5)
             stepped, y1 = start.copy(), nan(tokens, headdim)
             for t in range(tokens):
                 one = slice(t, t + 1)
-                kernels.ssm2(isa, xbc[one], dt[one], decay[one], d, stepped, y1[one])
+                kernels.ssm2(isa, xbc[one], dt[one], decay[one], d, 0, raw(stepped), NO_SCALE, y1[one])
             np.testing.assert_array_equal(stepped, state)
             np.testing.assert_array_equal(y1, y)
 
@@ -217,6 +225,6 @@ def test_mamba1_recurrence(isa: str, channels: int, d_state: int) -> None:
         s = np.exp(dt[t].astype(np.float64)[:, None] * a) * s + np.outer(dt[t] * x[t], b)
         want.append(s @ c + d * x[t])
     state, y = start.copy(), nan(tokens, channels)
-    kernels.ssm1(isa, x, bc, dt, a, d, state, y)
+    kernels.ssm1(isa, x, bc, dt, a, d, 0, raw(state), NO_SCALE, y)
     np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(state, s, rtol=1e-5, atol=1e-5)

@@ -247,8 +247,10 @@ def test_bad_input_is_refused_by_name() -> None:
         engine.new_state(10**10)
     with pytest.raises(UserError, match="another shape"):
         engine.forward(good, CpuEngine(random_checkpoint(SPECS["odd"], 8), threads=1).new_state(2))
-    with pytest.raises(UserError, match="float32"):
-        CpuEngine(checkpoint, state_dtype="int8")
+    with pytest.raises(UserError, match=r"float16.*known are float32, bfloat16, int8"):
+        CpuEngine(checkpoint, state_dtype="float16")
+    with pytest.raises(UserError, match="another shape"):
+        engine.forward(good, CpuEngine(checkpoint, threads=1, state_dtype="int8").new_state(2))
     with pytest.raises(UserError, match="threads"):
         CpuEngine(checkpoint, threads=0)
     with pytest.raises(UserError, match="n_valid"):

@@ -41,10 +41,13 @@ def test_the_check_goes_red_on_wrong_kernels(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_traffic_of_the_published_layout_is_the_honest_count() -> None:
     """275.6 MB of weights, 201.3 MB of float32 state and 5.0 MB of convolution state at batch 1 (Mamba-2 1.3B)."""
-    moved = measure.traffic(measure.random_model(named_spec("mamba2-1.3b"), "dfssm-published"))
+    model = measure.random_model(named_spec("mamba2-1.3b"), "dfssm-published")
+    moved = measure.traffic(model)
     assert moved.weights == pytest.approx(275_596_640, rel=2e-4)
     assert moved.per_sequence == 48 * (64 * 64 * 128 + 3 * 4352) * 4 * 2
     assert moved.step(8) == moved.weights + 8 * moved.per_sequence
+    assert measure.traffic(model, "bfloat16").per_sequence == 48 * (64 * 64 * 128 * 2 + 3 * 4352 * 4) * 2
+    assert measure.traffic(model, "int8").per_sequence == 48 * (64 * 64 * (128 + 4) + 3 * 4352 * 4) * 2
 
 
 def test_an_untied_embedding_is_read_by_the_row() -> None:

@@ -122,8 +122,8 @@ def test_bad_requests_are_user_errors(engine: ReferenceEngine) -> None:
     ):
         with pytest.raises(UserError):
             call()
-    with pytest.raises(UserError, match="float32 state, int8 is not available"):
-        ReferenceEngine(tiny_checkpoint(), state_dtype="int8")
+    with pytest.raises(UserError, match="'float16' is unknown, known are float32, bfloat16, int8"):
+        ReferenceEngine(tiny_checkpoint(), state_dtype="float16")
 
 
 def test_missing_torch_is_one_clear_line() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimba.cli.options import JsonFile, NoVerify, Threads
+from slimba.cli.options import JsonFile, NoVerify, StateDtype, Threads
 from slimba.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def bench(
     prompt_len: Annotated[int, typer.Option("--prompt-len", min=1, help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to decode.")] = 64,
     threads: Threads = None,
+    state_dtype: StateDtype = None,
     no_verify: NoVerify = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -41,7 +42,11 @@ def bench(
     if (shape is None) != (format is None):
         raise UserError("--shape and --format go together; a MODEL has its own formats")
     batches = _batches(batch)
-    record = _measure(_open(model, shape, format, verify=not no_verify), batches, prompt_len, new_tokens, threads)
+    from slimba.runtime.load import resolve_state_dtype
+
+    checkpoint = _open(model, shape, format, verify=not no_verify)
+    state = resolve_state_dtype(state_dtype, checkpoint)
+    record = _measure(checkpoint, batches, prompt_len, new_tokens, threads, state)
     record = {"model": model or f"{shape} as {format} (random weights)"} | record
     _print(record)
     if json_file:
@@ -70,7 +75,7 @@ def _open(model: str | None, shape: str | None, format: str | None, *, verify: b
 
 
 def _measure(
-    checkpoint: Checkpoint, batches: list[int], prompt_len: int, new_tokens: int, threads: int | None
+    checkpoint: Checkpoint, batches: list[int], prompt_len: int, new_tokens: int, threads: int | None, state_dtype: str
 ) -> dict[str, Any]:
     """Everything that is printed, as a JSON-ready record (times in seconds, sizes in bytes)."""
     from rich.console import Console
@@ -79,12 +84,12 @@ def _measure(
     from slimba.runtime.backends.cpu import CpuEngine
 
     with Console(stderr=True).status("memory bandwidth") as status:
-        engine = CpuEngine(checkpoint, threads=threads)
+        engine = CpuEngine(checkpoint, threads=threads, state_dtype=state_dtype)
         machine = measure.machine(engine.threads)
         limit = measure.bandwidth(engine.threads)
         status.update("fast kernels against naive ones")
-        difference = measure.check(checkpoint, engine.threads)
-        moved = measure.traffic(checkpoint)
+        difference = measure.check(checkpoint, engine.threads, state_dtype)
+        moved = measure.traffic(checkpoint, state_dtype)
         decode, prefill = [], []
         for size in batches:
             status.update(f"decode, batch {size}")
@@ -97,7 +102,7 @@ def _measure(
         "difference_to_naive_kernels": difference,
         "weight_bytes": checkpoint.nbytes(),
         "resident_bytes": measure.resident_bytes(),
-        "numerics": {"activations": "float32", "state": "float32"},
+        "numerics": {"activations": "float32", "state": state_dtype},
         "decode": decode,
         "prefill": prefill,
     }
@@ -110,6 +115,7 @@ def _print(record: dict[str, Any]) -> None:
     machine, console = record["machine"], Console()
     console.print(
         f"{record['model']}: {machine['cpu']}, {machine['threads']} threads, {machine['isa']} kernels, "
+        f"state {record['numerics']['state']}, "
         f"{record['bandwidth'] / 1e9:.1f} GB/s; naive kernels agree to {record['difference_to_naive_kernels']:.1e}"
     )
     table = Table(title="decode: a step is one token for every sequence")

@@ -18,7 +18,7 @@ from slimba.errors import UserError
 from slimba.runtime.api import LoadedModel
 from slimba.runtime.engine import Engine
 
-__all__ = ["BACKENDS", "STATE_DTYPES", "load"]
+__all__ = ["BACKENDS", "STATE_DTYPES", "load", "resolve_state_dtype"]
 
 STATE_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
 
@@ -67,7 +67,7 @@ def load(
         model = open_checkpoint(model, tokenizer=tokenizer, verify=verify)
     elif tokenizer is not None:
         model.tokenizer_file = Path(tokenizer)
-    state = _state_dtype(state_dtype or model.numerics.get("state", "float32"))
+    state = resolve_state_dtype(state_dtype, model)
     found = Tokenizer.from_file(model.tokenizer_file) if model.tokenizer_file else None
     _check_memory(model, needs_float32=make is _reference)
     try:
@@ -99,8 +99,9 @@ def _has_core() -> bool:
     return True
 
 
-def _state_dtype(name: str) -> str:
-    """fp32, bf16, int8 and the long names -> the long name."""
+def resolve_state_dtype(name: str | None, checkpoint: Checkpoint) -> str:
+    """The long name of `name` (fp32, bf16, int8 or a long name), or of what the checkpoint says where it is None."""
+    name = name or checkpoint.numerics.get("state", "float32")
     if name in STATE_DTYPES.values():
         return name
     if name not in STATE_DTYPES:

@@ -2,7 +2,7 @@
 
     model = random_model(named_spec("mamba2-1.3b"), "dfssm", rank=16)
     check(model, threads=2)                              # the chosen kernels against the naive ones; UserError when red
-    row = decode_speed(engine, traffic(model), bandwidth(2), batch=1, new_tokens=64)
+    row = decode_speed(engine, traffic(model, "float32"), bandwidth(2), batch=1, new_tokens=64)
 
 A decode step makes one token for each of B sequences. It has to read every weight once (the whole head, but of an
 untied embedding only B rows), and to read and write the recurrent and convolution states of B sequences. Activations
@@ -130,8 +130,8 @@ def _vector(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.n
     return rng.standard_normal(shape) * (0.5 if name.endswith("conv1d.weight") else 0.0)
 
 
-def traffic(checkpoint: Checkpoint) -> Traffic:
-    """What a decode step must move, from the sizes of the tensors (float32 states)."""
+def traffic(checkpoint: Checkpoint, state_dtype: str = "float32") -> Traffic:
+    """What a decode step must move, from the sizes of the tensors and of a state in `state_dtype`."""
     spec = checkpoint.spec
     weights = checkpoint.nbytes()
     row = 0
@@ -139,7 +139,9 @@ def traffic(checkpoint: Checkpoint) -> Traffic:
         table = checkpoint.layouts["backbone.embeddings"].nbytes
         weights -= table
         row = table // spec.vocab_size
-    state = spec.n_layer * (spec.d_inner * spec.d_state + (spec.d_conv - 1) * spec.d_conv_channels) * 4
+    entries = spec.d_inner * spec.d_state
+    ssm = {"float32": 4 * entries, "bfloat16": 2 * entries, "int8": entries + 4 * spec.d_inner}[state_dtype]
+    state = spec.n_layer * (ssm + (spec.d_conv - 1) * spec.d_conv_channels * 4)
     return Traffic(weights, 2 * state + row)
 
 
@@ -148,7 +150,7 @@ def bandwidth(threads: int, nbytes: int = 1 << 29) -> float:
     return float(nbytes / min(_core.kernels.read_seconds(nbytes, threads, 30)))
 
 
-def check(checkpoint: Checkpoint, threads: int) -> float:
+def check(checkpoint: Checkpoint, threads: int, state_dtype: str = "float32") -> float:
     """The engine's kernels against the portable naive ones on this very model; the largest difference of the logits
     relative to the largest logit.
 
@@ -156,10 +158,10 @@ def check(checkpoint: Checkpoint, threads: int) -> float:
     or when logits are not finite: no speed is worth printing then.
     """
     ids = np.random.default_rng(0).integers(0, checkpoint.spec.vocab_size, (1, 8)).astype(np.int32)
-    engine = CpuEngine(checkpoint, threads=threads)
+    engine = CpuEngine(checkpoint, threads=threads, state_dtype=state_dtype)
     state = engine.new_state()
     pieces = [engine.forward(ids[:, a:b], state) for a, b in ((0, 1), (1, 2), (2, 3), (3, 8))]
-    naive = CpuEngine(checkpoint, threads=threads, isa="portable")
+    naive = CpuEngine(checkpoint, threads=threads, state_dtype=state_dtype, isa="portable")
     want = naive.forward(ids, naive.new_state())
     worst = float(np.abs(np.concatenate(pieces, axis=1) - want).max() / np.abs(want).max())
     if not worst <= 1e-3:

@@ -92,6 +92,7 @@ Config make_config(const Numbers& numbers) {
   const auto integer = [&](const char* key) { return int64_t(n.at(key)); };
   Config c;
   c.mamba2 = n.at("mamba2") != 0;
+  c.state_type = StateType(integer("state_type"));
   c.n_layer = integer("n_layer");
   c.d_model = integer("d_model");
   c.d_inner = integer("d_inner");

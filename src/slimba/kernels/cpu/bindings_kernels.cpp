@@ -25,6 +25,7 @@ namespace {
 template <class T, int N>
 using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 using Bytes = Array<const std::uint8_t, 1>;
+using OutBytes = Array<std::uint8_t, 1>;
 using In1 = Array<const float, 1>;
 using In2 = Array<const float, 2>;
 using Out1 = Array<float, 1>;
@@ -61,19 +62,35 @@ void conv_silu(const std::string& isa, const In2& in, const In2& weight, const s
                         bias ? bias->data() : nullptr, int(weight.shape(0)), state.data(), out.data(), channels});
 }
 
-// x [T, P], b and c [T, N] packed into xbc [T, P + 2N]; dt and decay [T]
-void ssm2(const std::string& isa, const In2& xbc, const In1& dt, const In1& decay, const In1& d, const Out2& state,
-          const Out2& y) {
-  const int64_t p = int64_t(state.shape(0)), n = int64_t(state.shape(1)), stride = p + 2 * n;
+// A state [rows, N] for one call: float32, uint16 (bfloat16) or int8 with scales [rows]; type is kernels.h's StateType.
+struct TestState {
+  StateType type;
+  std::uint8_t* data;
+  float* scales;
+  Buffer work;
+  TestState(int t, const OutBytes& state, const Out1& scale, int64_t n)
+      : type(StateType(t)), data(state.data()), scales(scale.data()) {
+    const int64_t floats = (n + 15) / 16 * 16;
+    work.at_least(floats);
+    for (int64_t i = 0; i < floats; ++i) work.data()[i] = __builtin_nanf("");
+  }
+};
+
+// x [T, P], b and c [T, N] packed into xbc [T, P + 2N]; dt and decay [T]; y [T, P]; state [P, N]
+void ssm2(const std::string& isa, const In2& xbc, const In1& dt, const In1& decay, const In1& d, int type,
+          const OutBytes& state, const Out1& scale, const Out2& y) {
+  const int64_t p = int64_t(y.shape(1)), n = (int64_t(xbc.shape(1)) - p) / 2, stride = p + 2 * n;
+  TestState s(type, state, scale, n);
   table(isa).ssm2({int64_t(y.shape(0)), p, n, xbc.data(), xbc.data() + p, xbc.data() + p + n, stride, dt.data(),
-                   decay.data(), 1, d.data(), d.size() > 1, state.data(), y.data(), p});
+                   decay.data(), 1, d.data(), d.size() > 1, s.type, s.data, s.scales, y.data(), p, s.work.data()});
 }
 
-void ssm1(const std::string& isa, const In2& x, const In2& bc, const In2& dt, const In2& a, const In1& d,
-          const Out2& state, const Out2& y) {
-  const int64_t channels = int64_t(state.shape(0)), n = int64_t(state.shape(1));
-  table(isa).ssm1({int64_t(y.shape(0)), channels, n, x.data(), channels, bc.data(), bc.data() + n, 2 * n, dt.data(),
-                   channels, a.data(), d.data(), state.data(), y.data(), channels});
+void ssm1(const std::string& isa, const In2& x, const In2& bc, const In2& dt, const In2& a, const In1& d, int type,
+          const OutBytes& state, const Out1& scale, const Out2& y) {
+  const int64_t channels = int64_t(a.shape(0)), n = int64_t(a.shape(1));
+  TestState s(type, state, scale, n);
+  table(isa).ssm1({int64_t(x.shape(0)), channels, n, x.data(), channels, bc.data(), bc.data() + n, 2 * n, dt.data(),
+                   channels, a.data(), d.data(), s.type, s.data, s.scales, y.data(), channels, s.work.data()});
 }
 
 // Seconds of each of `repeats` passes over `bytes` of memory with `threads` threads, each of which reads its own share.

@@ -48,6 +48,12 @@ struct ConvArgs {
   std::int64_t out_stride;
 };
 
+// How a recurrent state is stored. The recurrence itself is float32; after every token the state is rounded to what is
+// stored: to nearest-even bfloat16, or to int8 with one float32 scale for each row of N entries, max |S| / 127, codes
+// nearest-even (a row below 1e-30 becomes zero, one that holds NaN or infinity stays damaged). A token's y is taken
+// before its state is rounded.
+enum StateType : int { kStateFloat32, kStateBfloat16, kStateInt8 };
+
 // Mamba-2 recurrence of one head over T tokens: S[p, :] = a[t] S[p, :] + (dt[t] x[t, p]) B[t], y[t, p] = <S[p], C[t]> +
 // D[p] x[t, p].
 struct Ssm2Args {
@@ -58,9 +64,12 @@ struct Ssm2Args {
   std::int64_t dt_stride;
   const float* d;  // D of this head: one value, or one per channel when d_per_channel
   bool d_per_channel;
-  float* state;  // [P, N]
-  float* y;      // [T, y_stride]
+  StateType type;
+  std::uint8_t* state;  // [P, N] in its type
+  float* state_scale;   // [P], int8 only
+  float* y;             // [T, y_stride]
   std::int64_t y_stride;
+  float* work;  // round_up(N, 16) floats of this thread; untouched when the state is float32
 };
 
 // Mamba-1 recurrence of `channels` channels: S[i, :] = exp(dt[t, i] A[i, :]) S[i, :] + (dt[t, i] x[t, i]) B[t], y =
@@ -75,9 +84,12 @@ struct Ssm1Args {
   std::int64_t dt_stride;
   const float* a;  // [channels, N], negative
   const float* d;  // [channels]
-  float* state;    // [channels, N]
+  StateType type;
+  std::uint8_t* state;  // [channels, N] in its type
+  float* state_scale;   // [channels], int8 only
   float* y;
   std::int64_t y_stride;
+  float* work;  // round_up(N, 16) floats of this thread; untouched when the state is float32
 };
 
 struct Kernels {

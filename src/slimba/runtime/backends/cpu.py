@@ -22,7 +22,9 @@ from slimba.errors import UserError
 from slimba.models.spec import ModelSpec
 from slimba.runtime.engine import SamplingParams
 
-__all__ = ["CpuEngine", "CpuState", "available_bytes", "default_threads"]
+__all__ = ["STATE_DTYPES", "CpuEngine", "CpuState", "available_bytes", "default_threads"]
+
+STATE_DTYPES = ("float32", "bfloat16", "int8")  # in the order of StateType in kernels.h, where rounding is defined
 
 
 def default_threads() -> int:
@@ -75,7 +77,7 @@ def _bytes(array: np.ndarray) -> np.ndarray:
 
 
 class CpuState:
-    """Recurrent state of a batch of sequences (float32)."""
+    """Recurrent state of a batch of sequences, in the engine's state dtype."""
 
     def __init__(self, core: Any) -> None:
         self._core = core
@@ -92,8 +94,9 @@ class CpuEngine:
     """Implements `runtime.engine.Engine`.
 
     `threads` defaults to the cores at hand; `isa` forces an instruction set, else SLIMBA_CPU_ISA, else the best one is
-    taken. Both can be read back as attributes. UserError for settings that are not available and for a checkpoint
-    whose tensors do not fit its spec.
+    taken. `state_dtype` is float32, bfloat16 or int8 (a scale for each head and channel): the recurrent state is
+    rounded to it after every token. All three can be read back as attributes. UserError for settings that are not
+    available and for a checkpoint whose tensors do not fit its spec.
     """
 
     name = "cpu"
@@ -106,8 +109,8 @@ class CpuEngine:
         state_dtype: str = "float32",
         isa: str | None = None,
     ) -> None:
-        if state_dtype != "float32":
-            raise UserError(f"the CPU engine keeps its state in float32, state dtype {state_dtype!r} is not available")
+        if state_dtype not in STATE_DTYPES:
+            raise UserError(f"state dtype {state_dtype!r} is unknown, known are {', '.join(STATE_DTYPES)}")
         activations = checkpoint.numerics.get("activations", "float32")
         if activations != "float32":
             raise UserError(f"the CPU engine computes with float32 activations, the model asks for {activations!r}")
@@ -116,12 +119,14 @@ class CpuEngine:
         self.spec: ModelSpec = checkpoint.spec
         try:
             wanted = isa or os.environ.get("SLIMBA_CPU_ISA", "")
-            self._core = _core.Model(_config(self.spec), threads or default_threads(), wanted)
+            config = _config(self.spec) | {"state_type": float(STATE_DTYPES.index(state_dtype))}
+            self._core = _core.Model(config, threads or default_threads(), wanted)
             _fill(self._core, checkpoint)
             self._core.finish()
         except ValueError as e:
             raise UserError(str(e)) from None
         self.isa: str = self._core.isa
+        self.state_dtype = state_dtype
         self.threads: int = self._core.threads
 
     def new_state(self, batch: int = 1) -> CpuState:

@@ -34,8 +34,27 @@ CHUNK = 256  # positions per pass of prefill and nll, which bounds their memory
 SCAN_CHUNK = 64  # chunk of the Mamba-2 scan that is fastest on a CPU; speed, not result
 
 
+def round_bfloat16(state: torch.Tensor) -> torch.Tensor:
+    """To the nearest bfloat16, ties to even."""
+    return state.bfloat16().float()
+
+
+def round_int8(state: torch.Tensor) -> torch.Tensor:
+    """[..., N] float32: codes round(S 127 / max|S|), ties to even, times max|S| / 127, for each row of N entries.
+
+    A row below 1e-30 becomes zero; NaN and infinity make all of their row NaN.
+    """
+    top = state.abs().amax(-1, keepdim=True)
+    zero = top < 1e-30
+    codes = (state * torch.where(zero, 0.0, 127 / top)).round()
+    return codes * torch.where(zero, 0.0, top / 127)
+
+
+ROUND = {"float32": None, "bfloat16": round_bfloat16, "int8": round_int8}
+
+
 class TorchState:
-    """Recurrent state of a batch of sequences, float32."""
+    """Recurrent state of a batch of sequences; float32 numbers, rounded to the engine's state dtype."""
 
     def __init__(self, model: SSMForCausalLM, batch: int, inner: ModelState | None = None) -> None:
         self.batch = batch
@@ -52,8 +71,9 @@ class TorchState:
 class ReferenceEngine:
     """Implements `runtime.engine.Engine` with torch.
 
-    threads sets torch's threads (for the process). device: a torch device name. UserError for a state or activation
-    type other than float32, and for weights that are not finite.
+    threads sets torch's threads (for the process). device: a torch device name. state_dtype: what the recurrent state
+    is rounded to after every token; with bfloat16 and int8 tokens therefore run one by one. UserError for another state
+    type, activations other than float32, and weights that are not finite.
     """
 
     name = "reference"
@@ -67,9 +87,11 @@ class ReferenceEngine:
         device: str = "cpu",
     ) -> None:
         activations = checkpoint.numerics.get("activations", "float32")
-        for what, dtype in (("state", state_dtype), ("activations", activations)):
-            if dtype != "float32":
-                raise UserError(f"backend reference computes with float32 {what}, {dtype} is not available")
+        if activations != "float32":
+            raise UserError(f"backend reference computes with float32 activations, {activations} is not available")
+        if state_dtype not in ROUND:
+            raise UserError(f"state dtype {state_dtype!r} is unknown, known are {', '.join(ROUND)}")
+        self._round = ROUND[state_dtype]
         if threads is not None:
             torch.set_num_threads(threads)
         self.spec: ModelSpec = checkpoint.spec
@@ -145,8 +167,15 @@ class ReferenceEngine:
         return torch.from_numpy(check_ids(ids, self.spec.vocab_size).astype(np.int64)).to(self._device)
 
     def _features(self, x: torch.Tensor, state: TorchState) -> torch.Tensor:
-        features: torch.Tensor = self.model.backbone(x, state.inner)
-        return features
+        if self._round is None:
+            whole: torch.Tensor = self.model.backbone(x, state.inner)
+            return whole
+        pieces = []
+        for token in x.split(1, dim=1):
+            pieces.append(self.model.backbone(token, state.inner))
+            for layer in state.inner.layers:
+                layer.ssm = self._round(layer.ssm)
+        return torch.cat(pieces, dim=1)
 
     def _head(self, features: torch.Tensor) -> np.ndarray:
         out: np.ndarray = self.model.head(features).float().cpu().numpy()

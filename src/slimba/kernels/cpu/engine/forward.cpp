@@ -76,13 +76,17 @@ void Model::mixer2(const Layer& layer, std::int64_t index, const Chunk& c) {
     kernels_.decay(dt + t * heads, layer.a.data(), heads, decay + t * heads);
   });
   float* y = y_.at_least(c.tokens * inner);
-  share(c.sequences * heads, c.tokens * inner * n, [&](std::int64_t task, int) {
+  const std::int64_t state_bytes = config.ssm_bytes() / heads;
+  for (auto& buffer : scratch_) buffer.at_least((n + 15) / 16 * 16);
+  share(c.sequences * heads, c.tokens * inner * n, [&](std::int64_t task, int thread) {
     const std::int64_t s = task / heads, h = task % heads, row = s * c.length;
     const float* x = conv_out_.data() + row * channels;
     const float* b = x + inner + h / per_group * n;
     kernels_.ssm2({c.length, p, n, x + h * p, b, b + config.n_groups * n, channels, dt + row * heads + h,
                    decay + row * heads + h, heads, layer.d.data() + (config.d_has_hdim ? h * p : h), config.d_has_hdim,
-                   c.state.ssm(index, c.slots[s]) + h * p * n, y + row * inner + h * p, inner});
+                   config.state_type, c.state.ssm(index, c.slots[s]) + h * state_bytes,
+                   c.state.scales(index, c.slots[s]) + h * p, y + row * inner + h * p, inner,
+                   scratch_[std::size_t(thread)].data()});
   });
   gate2(layer, c);
 }
@@ -124,7 +128,9 @@ void Model::mixer1(const Layer& layer, std::int64_t index, const Chunk& c) {
   matmul(layer.dt_proj, bcdt, width, c.tokens, dt, inner, false);
   float* y = y_.at_least(c.tokens * inner);
   const std::int64_t blocks = (inner + kChannelBlock - 1) / kChannelBlock;
-  share(c.sequences * blocks, c.tokens * inner * n * 4, [&](std::int64_t task, int) {
+  const std::int64_t state_bytes = config.ssm_bytes() / inner;
+  for (auto& buffer : scratch_) buffer.at_least((n + 15) / 16 * 16);
+  share(c.sequences * blocks, c.tokens * inner * n * 4, [&](std::int64_t task, int thread) {
     const std::int64_t s = task / blocks, first = task % blocks * kChannelBlock, row = s * c.length;
     const std::int64_t count = std::min(kChannelBlock, inner - first);
     for (std::int64_t t = row; t < row + c.length; ++t) {
@@ -133,7 +139,9 @@ void Model::mixer1(const Layer& layer, std::int64_t index, const Chunk& c) {
     }
     kernels_.ssm1({c.length, count, n, x + row * inner + first, inner, bcdt + row * width + rank,
                    bcdt + row * width + rank + n, width, dt + row * inner + first, inner, layer.a.data() + first * n,
-                   layer.d.data() + first, c.state.ssm(index, c.slots[s]) + first * n, y + row * inner + first, inner});
+                   layer.d.data() + first, config.state_type, c.state.ssm(index, c.slots[s]) + first * state_bytes,
+                   c.state.scales(index, c.slots[s]) + first, y + row * inner + first, inner,
+                   scratch_[std::size_t(thread)].data()});
     for (std::int64_t t = row; t < row + c.length; ++t) {
       kernels_.gate(y + t * inner + first, projected_.data() + t * stride + inner + first, count,
                     y + t * inner + first);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 
 namespace slimba {
 
@@ -29,27 +30,33 @@ void Matrix::row(std::int64_t r, float* out, float* temp) const {
 }
 
 State::State(const Config& config, std::int64_t batch)
-    : n_layer_(config.n_layer), ssm_floats_(config.ssm_floats()), conv_floats_(config.conv_floats()), batch_(batch) {
-  ssm_.at_least(std::max<std::int64_t>(1, n_layer_ * batch_ * ssm_floats_));
-  conv_.at_least(std::max<std::int64_t>(1, n_layer_ * batch_ * conv_floats_));
+    : n_layer_(config.n_layer),
+      ssm_bytes_(config.ssm_bytes()),
+      ssm_scales_(config.ssm_scales()),
+      conv_floats_(config.conv_floats()),
+      batch_(batch) {
+  const std::int64_t copies = n_layer_ * batch_;
+  ssm_.at_least(std::max<std::int64_t>(1, (copies * ssm_bytes_ + 3) / 4));
+  scales_.at_least(std::max<std::int64_t>(1, copies * ssm_scales_));
+  conv_.at_least(std::max<std::int64_t>(1, copies * conv_floats_));
   reset();
 }
 
 State State::clone() const {
   State copy;
   copy.n_layer_ = n_layer_;
-  copy.ssm_floats_ = ssm_floats_;
+  copy.ssm_bytes_ = ssm_bytes_;
+  copy.ssm_scales_ = ssm_scales_;
   copy.conv_floats_ = conv_floats_;
   copy.batch_ = batch_;
   copy.interrupted = interrupted;
-  std::memcpy(copy.ssm_.at_least(ssm_.size()), ssm_.data(), std::size_t(ssm_.size()) * 4);
-  std::memcpy(copy.conv_.at_least(conv_.size()), conv_.data(), std::size_t(conv_.size()) * 4);
+  for (auto [to, from] : {std::pair{&copy.ssm_, &ssm_}, {&copy.scales_, &scales_}, {&copy.conv_, &conv_}})
+    std::memcpy(to->at_least(from->size()), from->data(), std::size_t(from->size()) * 4);
   return copy;
 }
 
 void State::reset() {
-  std::memset(ssm_.data(), 0, std::size_t(ssm_.size()) * 4);
-  std::memset(conv_.data(), 0, std::size_t(conv_.size()) * 4);
+  for (Buffer* part : {&ssm_, &scales_, &conv_}) std::memset(part->data(), 0, std::size_t(part->size()) * 4);
   interrupted = false;
 }
 

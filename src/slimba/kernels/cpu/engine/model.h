@@ -51,6 +51,7 @@ struct Layer {
 
 struct Config {
   bool mamba2 = true;
+  StateType state_type = kStateFloat32;
   std::int64_t n_layer = 0, d_model = 0, d_inner = 0, d_state = 0, vocab = 0, d_conv = 0;
   float norm_eps = 1e-5f;
   // Mamba-2
@@ -64,33 +65,42 @@ struct Config {
 
   std::int64_t heads() const { return d_inner / headdim; }
   std::int64_t channels() const { return d_inner + (mamba2 ? 2 * n_groups * d_state : 0); }
-  std::int64_t ssm_floats() const { return d_inner * d_state; }           // of one sequence and layer
+  // Of one sequence and layer: rows of N entries, each with a scale when they are int8
+  std::int64_t ssm_bytes() const {
+    return d_inner * d_state * (state_type == kStateFloat32 ? 4 : state_type == kStateBfloat16 ? 2 : 1);
+  }
+  std::int64_t ssm_scales() const { return state_type == kStateInt8 ? d_inner : 0; }
   std::int64_t conv_floats() const { return (d_conv - 1) * channels(); }  // of one sequence and layer
 };
 
-// ssm [layer][B][H, P, N] or [layer][B][I, N]; conv [layer][B][K - 1, channels], oldest first.
+// ssm [layer][B][H, P, N] or [layer][B][I, N] in the state's type, scales [layer][B][I]; conv [layer][B][K - 1,
+// channels] float32, oldest first.
 class State {
  public:
   State(const Config& config, std::int64_t batch);
   State clone() const;
   void reset();
 
-  float* ssm(std::int64_t layer, std::int64_t b) { return ssm_.data() + (layer * batch_ + b) * ssm_floats_; }
+  std::uint8_t* ssm(std::int64_t layer, std::int64_t b) {
+    return reinterpret_cast<std::uint8_t*>(ssm_.data()) + (layer * batch_ + b) * ssm_bytes_;
+  }
+  float* scales(std::int64_t layer, std::int64_t b) { return scales_.data() + (layer * batch_ + b) * ssm_scales_; }
   float* conv(std::int64_t layer, std::int64_t b) { return conv_.data() + (layer * batch_ + b) * conv_floats_; }
   std::int64_t batch() const { return batch_; }
   bool fits(const Config& c) const {
-    return c.n_layer == n_layer_ && c.ssm_floats() == ssm_floats_ && c.conv_floats() == conv_floats_;
+    return c.n_layer == n_layer_ && c.ssm_bytes() == ssm_bytes_ && c.ssm_scales() == ssm_scales_ &&
+           c.conv_floats() == conv_floats_;
   }
   static std::int64_t bytes(const Config& c, std::int64_t batch) {
-    return c.n_layer * batch * (c.ssm_floats() + c.conv_floats()) * 4;
+    return c.n_layer * batch * (c.ssm_bytes() + (c.ssm_scales() + c.conv_floats()) * 4);
   }
 
   bool interrupted = false;  // an exception left some layers ahead of others; reset() makes it usable again
 
  private:
   State() = default;
-  std::int64_t n_layer_ = 0, ssm_floats_ = 0, conv_floats_ = 0, batch_ = 0;
-  Buffer ssm_, conv_;
+  std::int64_t n_layer_ = 0, ssm_bytes_ = 0, ssm_scales_ = 0, conv_floats_ = 0, batch_ = 0;
+  Buffer ssm_, scales_, conv_;
 };
 
 // Called between layers; throws to stop the work (Ctrl-C).

@@ -2,7 +2,7 @@
 //
 // The recurrences keep a few rows of the state in registers across all tokens of the call, so the state is read and
 // written once per call: in decode that is the memory traffic of the step, in prefill it is next to nothing.
-#include "../simd.h"
+#include "rounded.h"
 
 namespace slimba {
 namespace {
@@ -53,7 +53,7 @@ inline void ssm2_tile(const Ssm2Args& a, int64_t p, int64_t n0, int64_t last, fl
 #pragma GCC unroll 4
   for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) s[r][v] = vload_n(a.state + (p + r) * a.d_state + n0 + v * W, width(v));
+    for (int v = 0; v < NV; ++v) s[r][v] = vload_n((const float*)a.state + (p + r) * a.d_state + n0 + v * W, width(v));
   for (int64_t t = 0; t < a.tokens; ++t) {
     const float *b = a.b + t * a.xbc_stride + n0, *c = a.c + t * a.xbc_stride + n0;
     const vf decay = vset(a.decay[t * a.dt_stride]);
@@ -78,7 +78,7 @@ inline void ssm2_tile(const Ssm2Args& a, int64_t p, int64_t n0, int64_t last, fl
 #pragma GCC unroll 4
   for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) vstore_n(a.state + (p + r) * a.d_state + n0 + v * W, s[r][v], width(v));
+    for (int v = 0; v < NV; ++v) vstore_n((float*)a.state + (p + r) * a.d_state + n0 + v * W, s[r][v], width(v));
 }
 
 // RB channels over all of N, in pieces as wide as the registers hold.
@@ -92,11 +92,35 @@ inline void ssm2_rows(const Ssm2Args& a, int64_t p, float* sums) {
   for (; n0 < a.d_state; n0 += W) ssm2_tile<RB, 1>(a, p, n0, min64(W, a.d_state - n0), sums);
 }
 
+// One channel whose state is rounded after every token; sums as above.
+inline void ssm2_rounded_row(const Ssm2Args& a, int64_t p, float* sums) {
+  const StoredRow row = {a.type, a.state, a.state_scale, p, a.d_state};
+  row.open(a.work);
+  for (int64_t t = 0; t < a.tokens; ++t) {
+    const float *b = a.b + t * a.xbc_stride, *c = a.c + t * a.xbc_stride;
+    const vf decay = vset(a.decay[t * a.dt_stride]), dx = vset(a.dt[t * a.dt_stride] * a.x[t * a.xbc_stride + p]);
+    vf y = vzero(), top = vzero();
+    const auto step = [&](int64_t i, vf bv, vf cv) {
+      const vf s = vfma(decay, vload(a.work + i), vmul(dx, bv));
+      vstore(a.work + i, s);
+      y = vfma(s, cv, y);
+      top = vmax(top, vabs(s));
+    };
+    int64_t i = 0;
+    for (; i + W <= a.d_state; i += W) step(i, vload(b + i), vload(c + i));
+    if (i < a.d_state) step(i, vload_n(b + i, a.d_state - i), vload_n(c + i, a.d_state - i));
+    vstore(sums + t * W * W, y);
+    row.round(a.work, top, any_nan(vmul(y, vzero())), t + 1 < a.tokens);
+  }
+}
+
 // W channels (n of them real) over at most kTokens tokens.
 inline void ssm2_block(const Ssm2Args& a, int64_t p, int64_t n) {
   alignas(64) float sums[kTokens * W * W];
   for (int64_t i = 0; i < a.tokens * W; ++i) vstore(sums + i * W, vzero());
   int64_t r = 0;
+  if (a.type != kStateFloat32)
+    for (; r < n; ++r) ssm2_rounded_row(a, p + r, sums + r * W);
   for (; r + 2 <= n; r += 2) ssm2_rows<2>(a, p + r, sums + r * W);
   for (; r < n; ++r) ssm2_rows<1>(a, p + r, sums + r * W);
   const vf d = a.d_per_channel ? vload_n(a.d + p, n) : vset(a.d[0]);
@@ -121,31 +145,57 @@ void ssm2(const Ssm2Args& whole) {
   }
 }
 
-// One channel and token: moves the channel's state on and returns the products S C, lanes not yet summed up.
-inline vf ssm1_step(const Ssm1Args& a, int64_t i, const float* b, const float* c, float dt, float x) {
+// One channel and token: moves the channel's state s on and returns the products S C, lanes not yet summed up. `top`
+// becomes the lanes' largest magnitudes. With `padded`, whole vectors of s may be touched.
+inline vf ssm1_step(const Ssm1Args& a, int64_t i, int64_t t, float* s, bool padded, vf& top) {
+  const float *b = a.b + t * a.bc_stride, *c = a.c + t * a.bc_stride;
+  const float dt = a.dt[t * a.dt_stride + i], x = a.x[t * a.x_stride + i];
   vf y = vzero();
+  top = vzero();
   for (int64_t n0 = 0; n0 < a.d_state; n0 += W) {
-    const int64_t n = a.d_state - n0;
-    float* state = a.state + i * a.d_state + n0;
+    const int64_t n = a.d_state - n0, touched = padded ? W : n;
     const vf keep = vexp(vmul(vset(dt), vload_n(a.a + i * a.d_state + n0, n)));
-    const vf s = vfma(keep, vload_n(state, n), vmul(vset(dt * x), vload_n(b + n0, n)));
-    vstore_n(state, s, n);
-    y = vfma(s, vload_n(c + n0, n), y);
+    const vf next = vfma(keep, vload_n(s + n0, touched), vmul(vset(dt * x), vload_n(b + n0, n)));
+    vstore_n(s + n0, next, touched);
+    y = vfma(next, vload_n(c + n0, n), y);
+    top = vmax(top, vabs(next));
   }
   return y;
 }
 
-void ssm1(const Ssm1Args& a) {
-  for (int64_t i = 0; i < a.channels; i += W) {
-    const int64_t n = min64(W, a.channels - i);
+// W channels (n of them real) from i on over at most kTokens tokens.
+inline void ssm1_block(const Ssm1Args& a, int64_t i, int64_t n) {
+  alignas(64) float sums[kTokens * W * W];
+  for (int64_t k = 0; k < W; ++k) {
+    const StoredRow row = {a.type, a.state, a.state_scale, i + k, a.d_state};
+    const bool rounded = a.type != kStateFloat32;
+    float* s = rounded ? a.work : (float*)a.state + (i + k) * a.d_state;
+    if (rounded && k < n) row.open(s);
     for (int64_t t = 0; t < a.tokens; ++t) {
-      const float *x = a.x + t * a.x_stride + i, *dt = a.dt + t * a.dt_stride + i;
-      vf rows[W];
-      for (int k = 0; k < W; ++k) {
-        rows[k] = k < n ? ssm1_step(a, i + k, a.b + t * a.bc_stride, a.c + t * a.bc_stride, dt[k], x[k]) : vzero();
-      }
-      vstore_n(a.y + t * a.y_stride + i, vfma(vload_n(a.d + i, n), vload_n(x, n), reduce_rows(rows)), n);
+      vf top = vzero(), y = vzero();
+      if (k < n) y = ssm1_step(a, i + k, t, s, rounded, top);
+      vstore(sums + (t * W + k) * W, y);
+      if (rounded && k < n) row.round(s, top, any_nan(vmul(y, vzero())), t + 1 < a.tokens);
     }
+  }
+  for (int64_t t = 0; t < a.tokens; ++t) {
+    vf rows[W];
+    for (int k = 0; k < W; ++k) rows[k] = vload(sums + (t * W + k) * W);
+    const vf x = vload_n(a.x + t * a.x_stride + i, n);
+    vstore_n(a.y + t * a.y_stride + i, vfma(vload_n(a.d + i, n), x, reduce_rows(rows)), n);
+  }
+}
+
+void ssm1(const Ssm1Args& whole) {
+  for (int64_t first = 0; first < whole.tokens; first += kTokens) {
+    Ssm1Args a = whole;
+    a.tokens = min64(kTokens, whole.tokens - first);
+    a.x += first * a.x_stride;
+    a.b += first * a.bc_stride;
+    a.c += first * a.bc_stride;
+    a.dt += first * a.dt_stride;
+    a.y += first * a.y_stride;
+    for (int64_t i = 0; i < a.channels; i += W) ssm1_block(a, i, min64(W, a.channels - i));
   }
 }
 
