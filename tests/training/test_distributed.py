@@ -5,6 +5,7 @@ Run: `pytest tests/training/test_distributed.py`. The processes compute with one
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -19,45 +20,40 @@ import torch
 
 from helpers.tiny import TEXT, tiny_directory
 from slimba.checkpoints.packed import read_packed
+from slimba.cli.main import main
 from slimba.errors import UserError
+from slimba.methods.dfssm import run as dfssm_run
 from slimba.training import distributed
+from slimba.training import pretrain as pretrain_run
 
-# Several `slimba` commands in turn, at the tests' own pace: a checkpoint every SAVE_EVERY seconds, a log row a step.
+# Several `slimba` commands in turn, at the tests' own pace: a checkpoint and a log row every step.
 COMMANDS = """
-import functools, json, os, sys, torch
+import functools, json, sys, torch
 torch.set_num_threads(1)
 import slimba.methods.dfssm.run as dfssm, slimba.training.pretrain as pretrain
 for module in (dfssm, pretrain):
-    module.LoopSettings = functools.partial(
-        module.LoopSettings, save_every_s=float(os.environ["SAVE_EVERY"]), log_every=1
-    )
+    module.LoopSettings = functools.partial(module.LoopSettings, save_every_s=0.0, log_every=1)
 from slimba.cli.main import main
 for line in json.loads(sys.argv[1]):
     if code := main(line):
         sys.exit(code)
 """
+STEPS = 50  # of the run that is killed
 QUICK = ["--set", "window=16", "--set", "batch=4", "--set", "calibration_windows=4", "--set", "rank=2"]
 SIZES = ["--set", "d_model=32", "--set", "n_layer=2", "--set", "headdim=16", "--set", "d_state=8"]
 
 
-def start(here: Path, processes: int, lines: list[list[str]], save_every: float = 1e9) -> subprocess.Popen[str]:
-    """The commands in one process, or in several under torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+def start(here: Path, lines: list[list[str]]) -> subprocess.Popen[str]:
+    """The commands in two processes, under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return subprocess.Popen(
-        [sys.executable, *(torchrun if processes > 1 else []), "commands.py", json.dumps(lines)],
+        [sys.executable, *torchrun, "commands.py", json.dumps(lines)],
         cwd=here,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "SAVE_EVERY": str(save_every)},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def finish(here: Path, processes: int, lines: list[list[str]]) -> tuple[int, str, str]:
-    """Exit code and both streams."""
-    with start(here, processes, lines) as child:
-        out, err = child.communicate(timeout=120)
-    return child.returncode, out, err
 
 
 def compress(out: str, steps: int, *more: str) -> list[str]:
@@ -73,18 +69,30 @@ def pretrain(out: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what one process and what two processes made of the same commands."""
+    """A folder with what one process and what two made of the same commands, and a run of two, one of them killed."""
     folder = tmp_path_factory.mktemp("runs")
     tiny_directory(folder / "teacher")
     (folder / "text.txt").write_text(TEXT * 20, "utf-8")
     (folder / "commands.py").write_text(COMMANDS)
-    code, _, err = finish(folder, 1, [compress("one", 12), pretrain("p1")])
-    assert code == 0, err
-    code, out, err = finish(
-        folder, 2, [compress("two", 12, "--json", "two.json"), pretrain("p2"), compress("whole", 60)]
-    )
-    assert code == 0, err
+    with pytest.MonkeyPatch.context() as here:  # one process: this one
+        here.chdir(folder)
+        for module in (dfssm_run, pretrain_run):
+            here.setattr(module, "LoopSettings", functools.partial(module.LoopSettings, log_every=1))
+        assert main(compress("one", 12)) == 0
+        assert main(pretrain("p1")) == 0
+    two = [compress("two", 12, "--json", "two.json"), pretrain("p2"), compress("whole", STEPS)]
+    with start(folder, [*two, compress("killed", STEPS)]) as torchrun:
+        log = folder / "killed.work" / "log.jsonl"
+        deadline = time.monotonic() + 100
+        while not log.exists() or len(log.read_text().splitlines()) < 20:
+            assert torchrun.poll() is None and time.monotonic() < deadline, torchrun.communicate(timeout=60)
+            time.sleep(0.005)
+        workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        out, err = torchrun.communicate(timeout=60)
+    assert torchrun.returncode != 0
     (folder / "said.txt").write_text(out)
+    (folder / "complained.txt").write_text(err)
     return folder
 
 
@@ -149,29 +157,24 @@ def test_two_processes_pretrain_as_one(here: Path) -> None:
 
 
 def test_two_processes_of_which_one_is_killed_resume_to_the_same_file(here: Path) -> None:
-    log = here / "killed.work" / "log.jsonl"
-    with start(here, 2, [compress("killed", 60)], save_every=0.0) as torchrun:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and (not log.exists() or len(log.read_text().splitlines()) < 20):
-            time.sleep(0.005)
-        ours = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-        os.kill(int(ours[-1]), signal.SIGKILL)
-        _, err = torchrun.communicate(timeout=60)
-    assert torchrun.returncode != 0
+    err = (here / "complained.txt").read_text()
     assert "SIGKILL" in err, "torchrun has seen it and ended the other"
+    assert "defect" not in err
     assert not (here / "killed").exists()
     assert (here / "killed.work" / "checkpoint.pt").exists()
-    before = len(log.read_text().splitlines())
-    assert 20 <= before < 60
+    before = len((here / "killed.work" / "log.jsonl").read_text().splitlines())
+    assert 20 <= before < STEPS
 
-    code, _, err = finish(here, 2, [compress("killed", 60, "--resume"), compress("odd", 4, "--set", "batch=3")])
-    assert log_of(here / "killed")[-1]["step"] == 60
-    assert len(log_of(here / "killed")) < before + 60, "continued, not begun anew"
+    odd = compress("odd", 4, "--set", "batch=3")
+    with start(here, [compress("killed", STEPS, "--resume"), odd]) as torchrun:
+        _, err = torchrun.communicate(timeout=100)
+    assert log_of(here / "killed")[-1]["step"] == STEPS
+    assert len(log_of(here / "killed")) < before + STEPS, "continued, not begun anew"
     whole, killed = (here / n / "model.safetensors" for n in ("whole", "killed"))
     assert whole.read_bytes() == killed.read_bytes()
 
     # and the second command, an error in both processes
-    assert code != 0
+    assert torchrun.returncode != 0
     assert "a batch of 3 windows cannot be shared by 2 processes; set batch to a multiple of 2" in err
     assert "error: process 1: " in err
     assert not (here / "odd").exists() and not (here / "odd.work").exists()

@@ -73,6 +73,10 @@ def group(device: torch.device) -> Iterator[torch.device]:
         yield device
     except UserError as e:
         raise (UserError(f"process {rank()}: {e}") if rank() else e) from None
+    except RuntimeError as e:  # gloo has no error class of its own
+        if isinstance(e, dist.DistBackendError) or "gloo" in str(e):
+            raise UserError(f"process {rank()} stops because another one has; that one's message says why") from e
+        raise
     dist.barrier()
 
 

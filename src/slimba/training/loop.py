@@ -109,7 +109,6 @@ def train(
     workdir: Path,
     *,
     resume: bool = False,
-    on_log: Callable[[Progress, int], None] | None = None,
 ) -> Progress:
     """Run `settings.steps` optimiser steps; afterwards the task's model is trained in place.
 
@@ -122,7 +121,7 @@ def train(
         run.restore()
     distributed.same_as_first(task.model)
     with run.progress_bar() as advance:
-        run.steps(advance, on_log)
+        run.steps(advance)
     return run.progress
 
 
@@ -208,7 +207,7 @@ class _Run:
 
     # ---------------------------------------------------------------- all steps
 
-    def steps(self, advance: Callable[[Progress], None], on_log: Callable[[Progress, int], None] | None) -> None:
+    def steps(self, advance: Callable[[Progress], None]) -> None:
         s, total = self.settings, self.settings.steps
         last_save = time.monotonic()
         self.workdir.mkdir(parents=True, exist_ok=True)
@@ -231,8 +230,6 @@ class _Run:
                     self.progress.seconds = time.monotonic() - started
                     if self.progress.step % s.log_every == 0 or self.progress.step == total:
                         self.log(out, log)
-                        if on_log and distributed.first():
-                            on_log(self.progress, total)
                     due = time.monotonic() - last_save > s.save_every_s and self.progress.step < total
                     if due and healthy(out):  # never replace a good checkpoint by a broken one
                         self.save()
@@ -282,11 +279,21 @@ class _Run:
             partial.unlink(missing_ok=True)
             raise UserError(f"cannot write the checkpoint {path}: {e.strerror}") from None
 
+    def forget_log_rows(self) -> None:
+        """Drop the rows of steps after the checkpoint, which are about to be written again."""
+        log = self.workdir / "log.jsonl"
+        if log.is_file():
+            rows = log.read_text("utf-8").splitlines(keepends=True)
+            whole = (row for row in rows if row.endswith("\n"))  # a kill may have cut the last one
+            log.write_text("".join(row for row in whole if json.loads(row)["step"] <= self.progress.step), "utf-8")
+
     def restore(self) -> None:
         """Every process reads the checkpoint, so the work directory must be one that all of them see."""
         path = self.workdir / "checkpoint.pt"
         if path.is_file():
             self.load(path)
+            if distributed.first():
+                self.forget_log_rows()
         unseen = f"not every process finds the same {path}; put OUT on a file system that all machines share"
         distributed.require_equal(self.progress.step, unseen)
 
