@@ -58,7 +58,7 @@ def assert_same(a: Stored, b: Stored) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("headdim,d_state", [(1, 1), (16, 16), (5, 7), (33, 129), (64, 128)])
+@pytest.mark.parametrize("headdim,d_state", [(1, 1), (16, 16), (5, 7), (19, 64), (33, 129), (64, 128)])
 def test_mamba2_rounds_after_every_token(isa: str, dtype: str, headdim: int, d_state: int) -> None:
     rng = np.random.default_rng(headdim)
     tokens = 37  # more than one pass of the kernel

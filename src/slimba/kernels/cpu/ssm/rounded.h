@@ -10,7 +10,9 @@ namespace {
 // The W numbers, whole and within -128 .. 127, as bytes
 inline void store_int8_n(uint8_t* p, vf v, int64_t n) {
 #if defined(__AVX512F__)
-  _mm_mask_storeu_epi8(p, lanes(n), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
+  const __m128i packed = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v));
+  if (n >= W) _mm_storeu_si128((__m128i*)p, packed);
+  else _mm_mask_storeu_epi8(p, lanes(n), packed);  // slow on AMD
 #else
   const vi whole = _mm256_cvtps_epi32(v);
   __m128i packed = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
@@ -28,7 +30,9 @@ inline vf round_bfloat_n(uint8_t* p, vf v, int64_t n) {
   const vi bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   vi high = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
   high = _mm512_mask_mov_epi32(high, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-  _mm256_mask_storeu_epi16(p, lanes(n), _mm512_cvtepi32_epi16(high));
+  const __m256i packed = _mm512_cvtepi32_epi16(high);
+  if (n >= W) _mm256_storeu_si256((__m256i*)p, packed);
+  else _mm256_mask_storeu_epi16(p, lanes(n), packed);
   return _mm512_castsi512_ps(_mm512_slli_epi32(high, 16));
 #else
   const vi bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -57,6 +61,17 @@ inline float max_lane(vf v) {
 #endif
 }
 
+struct Int8Scale {
+  float step, inverse;  // a code is round(s * inverse), its value code * step
+};
+
+inline Int8Scale int8_scale(vf top, bool damaged) {
+  const float most = max_lane(top);
+  if (damaged) return {__builtin_nanf(""), 0.0f};
+  if (most < 1e-30f) return {0.0f, 0.0f};
+  return {most / 127.0f, 127.0f / most};
+}
+
 struct StoredRow {
   StateType type;
   uint8_t* state;
@@ -83,13 +98,10 @@ struct StoredRow {
       for (int64_t i = 0; i < n; i += W) vstore(s + i, round_bfloat_n(state + 2 * (row * n + i), vload(s + i), n - i));
       return;
     }
-    const float most = max_lane(top);
-    const bool zero = most < 1e-30f;
-    const float step = damaged ? __builtin_nanf("") : zero ? 0.0f : most / 127.0f;
-    const vf inverse = vset(damaged || zero ? 0.0f : 127.0f / most);
+    const auto [step, inverse] = int8_scale(top, damaged);
     scale[row] = step;
     for (int64_t i = 0; i < n; i += W) {
-      const vf code = vround(vmul(vload(s + i), inverse));
+      const vf code = vround(vmul(vload(s + i), vset(inverse)));
       store_int8_n(state + row * n + i, code, n - i);
       if (goes_on) vstore(s + i, vmul(code, vset(step)));
     }

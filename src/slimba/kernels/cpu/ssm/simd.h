@@ -114,13 +114,55 @@ inline void ssm2_rounded_row(const Ssm2Args& a, int64_t p, float* sums) {
   }
 }
 
+// The same arithmetic, in registers, for a row of NV whole vectors.
+template <int NV>
+inline void ssm2_rounded_whole(const Ssm2Args& a, int64_t p, float* sums) {
+  const bool bfloat = a.type == kStateBfloat16;
+  uint8_t* const at = a.state + p * NV * W * (bfloat ? 2 : 1);
+  const vf scale = vset(bfloat ? 0.0f : a.state_scale[p]);
+  vf s[NV];
+#pragma GCC unroll 16
+  for (int v = 0; v < NV; ++v) s[v] = bfloat ? load_bfloat(at + 2 * v * W) : vmul(load_int8(at + v * W), scale);
+  for (int64_t t = 0; t < a.tokens; ++t) {
+    const float *b = a.b + t * a.xbc_stride, *c = a.c + t * a.xbc_stride;
+    const vf decay = vset(a.decay[t * a.dt_stride]), dx = vset(a.dt[t * a.dt_stride] * a.x[t * a.xbc_stride + p]);
+    vf y = vzero(), top = vzero();
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) {
+      s[v] = vfma(decay, s[v], vmul(dx, vload(b + v * W)));
+      y = vfma(s[v], vload(c + v * W), y);
+      top = vmax(top, vabs(s[v]));
+    }
+    vstore(sums + t * W * W, y);
+    if (bfloat) {
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; ++v) s[v] = round_bfloat_n(at + 2 * v * W, s[v], W);
+      continue;
+    }
+    const auto [step, inverse] = int8_scale(top, any_nan(vmul(y, vzero())));
+    a.state_scale[p] = step;
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) {
+      const vf code = vround(vmul(s[v], vset(inverse)));
+      store_int8_n(at + v * W, code, W);
+      s[v] = vmul(code, vset(step));
+    }
+  }
+}
+
+inline void ssm2_rounded(const Ssm2Args& a, int64_t p, float* sums) {
+  if (a.d_state == 128) return ssm2_rounded_whole<128 / W>(a, p, sums);
+  if (a.d_state == 64) return ssm2_rounded_whole<64 / W>(a, p, sums);
+  ssm2_rounded_row(a, p, sums);
+}
+
 // W channels (n of them real) over at most kTokens tokens.
 inline void ssm2_block(const Ssm2Args& a, int64_t p, int64_t n) {
   alignas(64) float sums[kTokens * W * W];
   for (int64_t i = 0; i < a.tokens * W; ++i) vstore(sums + i * W, vzero());
   int64_t r = 0;
   if (a.type != kStateFloat32)
-    for (; r < n; ++r) ssm2_rounded_row(a, p + r, sums + r * W);
+    for (; r < n; ++r) ssm2_rounded(a, p + r, sums + r * W);
   for (; r + 2 <= n; r += 2) ssm2_rows<2>(a, p + r, sums + r * W);
   for (; r < n; ++r) ssm2_rows<1>(a, p + r, sums + r * W);
   const vf d = a.d_per_channel ? vload_n(a.d + p, n) : vset(a.d[0]);
