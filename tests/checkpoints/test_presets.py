@@ -42,7 +42,7 @@ def test_dfssm_published() -> None:
 
 def test_mamba1() -> None:
     layouts = preset_layouts(MAMBA1, "dfssm", rank=2, embedding="int8")
-    assert [layouts[n].describe() for n in MAMBA1.matrices()] == ["int8", "sign +r2", "int8", "int8", "sign +r2"]
+    assert [layouts[n].describe() for n in MAMBA1.matrices()] == ["int8", "sign +r2", "int8", "int8", "sign +r2 *col"]
 
 
 @pytest.mark.parametrize("name", PRESETS)

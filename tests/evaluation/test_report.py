@@ -23,7 +23,7 @@ from slimba.checkpoints.packed import write_packed
 from slimba.checkpoints.reader import open_checkpoint
 from slimba.cli.main import main
 from slimba.evaluation.report import report
-from slimba.evaluation.report_data import layer_errors, short_names, teacher_sha256
+from slimba.evaluation.report_data import layer_errors, short_names
 from slimba.evaluation.report_svg import Point, Scale, frontier, line_chart, scatter
 
 RECIPE = {"rank": 4, "hidden_until": 0.5, "round_from": 0.75, "freeze_from": 0.9}
@@ -71,7 +71,7 @@ def make(out: Path, preset: str = "dfssm", log: bool = True, seed: int = 0, **re
         "recipe": RECIPE | recipe,
         "seed": seed,
         "data": {"sources": ["corpus.txt"]},
-        "teacher_sha256": teacher_sha256(teacher),
+        "teacher_sha256": teacher.sha256(),
         "tokens": 4000,
         "steps": 40,
         "seconds": 61.5,

@@ -15,6 +15,7 @@ from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.checkpoints.packed import read_packed
 from slimba.errors import UserError
 from slimba.formats import MatrixLayout
+from slimba.formats.presets import preset_layouts
 from slimba.methods.dfssm.fit import fit_signs
 from slimba.methods.dfssm.recipe import DfssmRecipe, layouts
 from slimba.methods.dfssm.run import run
@@ -98,6 +99,7 @@ def test_fit_keeps_column_scales_away_from_zero():
 SPECS = {
     "mamba2": spec_of(),
     "groups": spec_of(n_groups=2, norm_group_size=32, tie_embeddings=False),
+    "norm-first": spec_of(norm_before_gate=True),
     "no-last-norm": spec_of(gated_norm=False, norm_group_size=0),
     "mamba1": spec_of("mamba1"),
 }
@@ -145,6 +147,13 @@ def test_frozen_signs_get_no_gradient_and_rounding_reaches_every_kind():
     assert {n for n, p in student.named_parameters() if p.grad is None} == {
         n for n, _ in student.named_parameters() if n.endswith("latent")
     }
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_default_recipe_has_the_layouts_that_inspect_counts(name):
+    spec = SPECS[name]
+    default = load_recipe(DfssmRecipe, "dfssm.yaml", None, {})
+    assert layouts(spec, default) == preset_layouts(spec, "dfssm", rank=default.rank)
 
 
 # ------------------------------------------------------------------ rung 3
@@ -252,6 +261,8 @@ def test_a_killed_run_resumes_to_the_same_file(tmp_path):
     assert run_child(killed, resume=True, save_every=1e9).wait(timeout=120) == 0
     a, b = (p / "model.safetensors" for p in (whole, killed))
     assert a.read_bytes() == b.read_bytes()
+    steps = [json.loads(row)["step"] for row in (killed / "training.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 81)), "every step is logged once"
 
 
 def test_resume_with_other_settings_is_refused(tmp_path):

@@ -6,6 +6,7 @@ where the layout allows it, and the format of every matrix. A float checkpoint i
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,14 @@ class Checkpoint:
         for name, layout in self.layouts.items():
             if not layout.is_plain_float:
                 raise UserError(f"{what} needs float weights, but {name} is stored as {layout.describe()}")
+
+    def sha256(self) -> str:
+        """SHA-256 over names and bytes of every tensor, whatever the layout of the directory."""
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            digest.update(name.encode() + b"\0")
+            digest.update(np.ascontiguousarray(self.tensors[name]).tobytes())
+        return digest.hexdigest()
 
     def nbytes(self) -> int:
         return sum(np.asarray(t).nbytes for t in self.tensors.values())

@@ -38,7 +38,7 @@ class Measured:
 
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where the compressed model goes.")] = Path("slimba-demo"),
-    minutes: Annotated[float, typer.Option(help="Minutes of distillation on this machine.")] = 4.0,
+    minutes: Annotated[float, typer.Option(help="Minutes of distillation on this machine.")] = 3.0,
     seed: Seed = 0,
     threads: Threads = None,
     json_file: JsonFile = None,
@@ -83,9 +83,8 @@ def measure(name: str, model: str, text: Path, threads: int | None, seed: int) -
     greedy = loaded.generate(PROMPT, max_new_tokens=256)
     sample = loaded.generate(PROMPT, max_new_tokens=90, temperature=0.7, top_p=0.9, seed=seed)
     sizes = inventory_of(loaded.checkpoint)
-    return Measured(
-        name, sizes.file_bytes, sizes.bits_per_projection_weight, perplexity, greedy.tokens_per_second, sample.text or ""
-    )
+    bits, speed = sizes.bits_per_projection_weight, greedy.tokens_per_second
+    return Measured(name, sizes.file_bytes, bits, perplexity, speed, sample.text or "")
 
 
 def distil(out: Path, text: Path, minutes: float, seed: int) -> dict[str, Any]:

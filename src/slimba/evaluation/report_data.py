@@ -10,7 +10,6 @@ Run the tests: `pytest tests/evaluation/test_report.py`.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from slimba.errors import UserError
 from slimba.evaluation.perplexity import progress_bar
 from slimba.models.spec import ModelSpec
 
-__all__ = ["Errors", "Model", "Result", "layer_errors", "match_results", "short_names", "teacher_sha256"]
+__all__ = ["Errors", "Model", "Result", "layer_errors", "match_results", "short_names"]
 
 LOG = "training.jsonl"
 TEXT_FIGURES = ("perplexity", "bits_per_byte", "tokens", "bytes", "window", "stride")
@@ -235,7 +234,7 @@ def layer_errors(student: Checkpoint, teacher: Checkpoint, name: str, *, show_pr
     with progress_bar("comparing layers", spec.n_layer, show_progress) as advance:
         for i in range(spec.n_layer):
             for short in spec.layer_matrices():
-                norms = [_norm_before(c.spec, i, short) for c in (student, teacher)]
+                norms = [_norm_name(c.spec, i, short) for c in (student, teacher)]
                 error, size = _row_errors(student, teacher, f"backbone.layers.{i}.mixer.{short}", norms)
                 layers.setdefault(short, []).append(_ratio(error.sum(), size.sum()))
                 at = 0
@@ -251,16 +250,14 @@ def layer_errors(student: Checkpoint, teacher: Checkpoint, name: str, *, show_pr
         error, size = _row_errors(student, teacher, matrix, [norm, norm])
         of_tables[label] = _ratio(error.sum(), size.sum())
     wanted = student.provenance.get("teacher_sha256")
-    same = None if wanted is None else wanted == teacher_sha256(teacher)
+    same = None if wanted is None else wanted == teacher.sha256()
     return Errors(name, layers, of_tables, same)
 
 
-def _norm_before(spec: ModelSpec, layer: int, short: str) -> str | None:
-    """The norm whose weight multiplies the input of a projection, column by column."""
-    if short == "in_proj":
-        return f"backbone.layers.{layer}.norm.weight"
-    gated = short == "out_proj" and spec.architecture == "mamba2" and spec.gated_norm
-    return f"backbone.layers.{layer}.mixer.norm.weight" if gated else None
+def _norm_name(spec: ModelSpec, layer: int, short: str) -> str | None:
+    """Full name of the norm whose weight multiplies the input of a projection, column by column."""
+    norm = spec.norm_before(short)
+    return norm and f"backbone.layers.{layer}.{norm}"
 
 
 def _row_errors(
@@ -277,12 +274,3 @@ def _row_errors(
 
 def _ratio(error: float, size: float) -> float:
     return float(error / size) if size > 0 else math.nan
-
-
-def teacher_sha256(teacher: Checkpoint) -> str:
-    """SHA-256 over names and bytes of every tensor: what the provenance calls teacher_sha256."""
-    digest = hashlib.sha256()
-    for name in sorted(teacher.tensors):
-        digest.update(name.encode() + b"\0")
-        digest.update(np.ascontiguousarray(teacher.tensors[name]).tobytes())
-    return digest.hexdigest()

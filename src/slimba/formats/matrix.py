@@ -167,8 +167,6 @@ class Matrix:
         """Round-to-nearest of float32 w [rows, cols] into `layout`; `lowrank` is (A [n, R], B [R, cols])."""
         if w.shape != (layout.rows, layout.cols):
             raise UserError(f"a matrix of shape {w.shape} does not fit a layout of {(layout.rows, layout.cols)}")
-        if layout.col_scale:
-            raise UserError("round-to-nearest chooses no column scale; build the arrays where the scale is chosen")
         out, row = cls(layout), 0
         for i, s in enumerate(layout.segments):
             for part, a in FORMATS[s.format].pack(w[row : row + s.rows]).items():
@@ -179,6 +177,8 @@ class Matrix:
                 raise UserError("the layout has a low-rank correction but no factors were given")
             out.arrays["lowrank_a"], out.arrays["lowrank_a_scale"] = quantize_rows(lowrank[0])
             out.arrays["lowrank_b"], out.arrays["lowrank_b_scale"] = quantize_rows(lowrank[1])
+        if layout.col_scale:  # round-to-nearest chooses none
+            out.arrays["col_scale"] = np.ones(layout.cols, np.float16)
         return out
 
     def lowrank_factors(self) -> tuple[np.ndarray, np.ndarray] | None:

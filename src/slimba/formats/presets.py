@@ -45,7 +45,8 @@ def preset_layouts(
             out[matrix] = MatrixLayout.plain(rows, cols, name)
         elif short in ("in_proj", "out_proj"):
             signs = _sign_rows(spec, rows) if short == "in_proj" and name == "dfssm" else rows
-            out[matrix] = _sign_layout(signs, rows, cols, rank)
+            column = name == "dfssm" and spec.norm_before(short) is None  # otherwise folded into the norm
+            out[matrix] = _sign_layout(signs, rows, cols, rank, column)
         else:  # x_proj and dt_proj of a Mamba-1: 6 % of its weights, and the most sensitive ones
             out[matrix] = MatrixLayout.plain(rows, cols, "int8")
     return out
@@ -69,9 +70,9 @@ def _sign_rows(spec: ModelSpec, rows: int) -> int:
     return 2 * spec.d_inner if spec.architecture == "mamba2" else rows
 
 
-def _sign_layout(signs: int, rows: int, cols: int, rank: int) -> MatrixLayout:
+def _sign_layout(signs: int, rows: int, cols: int, rank: int, column: bool) -> MatrixLayout:
     """Signs with the correction in rows 0..signs, int8 below."""
     segments = [Segment(signs, "sign")]
     if signs < rows:
         segments.append(Segment(rows - signs, "int8"))
-    return MatrixLayout(cols, tuple(segments), LowRank(rank, 0, signs) if rank else None)
+    return MatrixLayout(cols, tuple(segments), LowRank(rank, 0, signs) if rank else None, column)

@@ -97,6 +97,16 @@ class ModelSpec:
         gn = self.n_groups * self.d_state
         return {"z": self.d_inner, "x": self.d_inner, "B": gn, "C": gn, "dt": self.n_heads}
 
+    def norm_before(self, matrix: str) -> str | None:
+        """The norm, by its name within the layer, whose weight multiplies the input columns of a layer's matrix.
+
+        None where there is none (Mamba-1's out_proj, a Mamba-2 without a gated norm).
+        """
+        if matrix == "in_proj":
+            return "norm.weight"
+        gated = self.architecture == "mamba2" and self.gated_norm
+        return "mixer.norm.weight" if matrix == "out_proj" and gated else None
+
     def layer_matrices(self) -> dict[str, tuple[int, int]]:
         """Matrices of one layer's mixer by short name: (rows, cols)."""
         out = {"in_proj": (sum(self.in_proj_rows.values()), self.d_model)}

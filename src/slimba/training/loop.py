@@ -109,6 +109,7 @@ def train(
     workdir: Path,
     *,
     resume: bool = False,
+    on_log: Callable[[Progress, int], None] | None = None,
 ) -> Progress:
     """Run `settings.steps` optimiser steps; afterwards the task's model is trained in place.
 
@@ -121,7 +122,7 @@ def train(
         run.restore()
     distributed.same_as_first(task.model)
     with run.progress_bar() as advance:
-        run.steps(advance)
+        run.steps(advance, on_log)
     return run.progress
 
 
@@ -207,7 +208,7 @@ class _Run:
 
     # ---------------------------------------------------------------- all steps
 
-    def steps(self, advance: Callable[[Progress], None]) -> None:
+    def steps(self, advance: Callable[[Progress], None], on_log: Callable[[Progress, int], None] | None) -> None:
         s, total = self.settings, self.settings.steps
         last_save = time.monotonic()
         self.workdir.mkdir(parents=True, exist_ok=True)
@@ -230,6 +231,8 @@ class _Run:
                     self.progress.seconds = time.monotonic() - started
                     if self.progress.step % s.log_every == 0 or self.progress.step == total:
                         self.log(out, log)
+                        if on_log and distributed.first():
+                            on_log(self.progress, total)
                     due = time.monotonic() - last_save > s.save_every_s and self.progress.step < total
                     if due and healthy(out):  # never replace a good checkpoint by a broken one
                         self.save()

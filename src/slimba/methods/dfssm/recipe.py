@@ -64,15 +64,18 @@ class DfssmRecipe:
                 raise UserError(f"recipe: {message}")
 
 
+ROWS = ("z", "x", "B", "C", "dt")  # a Mamba-1 has B, C and dt in x_proj and dt_proj, which are int8 anyway
+
+
 def layouts(spec: ModelSpec, recipe: DfssmRecipe) -> dict[str, MatrixLayout]:
     """The layout of every matrix of `spec` under `recipe`.
 
     The low-rank correction covers the sign rows only: int8 rows have nothing for it to correct. A column scale is
     stored only where no norm stands before the matrix (Mamba-1's out_proj, a Mamba-2 without a last norm).
     """
-    unknown = [r for r in recipe.int8_rows if r not in spec.in_proj_rows]
+    unknown = [r for r in recipe.int8_rows if r not in ROWS]
     if unknown:
-        raise UserError(f"recipe: int8_rows names {unknown[0]!r}, in_proj has the rows {', '.join(spec.in_proj_rows)}")
+        raise UserError(f"recipe: int8_rows names {unknown[0]!r}, known are {', '.join(ROWS)}")
     out: dict[str, MatrixLayout] = {}
     for name, (rows, cols) in spec.matrices().items():
         short = name.rpartition(".")[2]
@@ -83,14 +86,6 @@ def layouts(spec: ModelSpec, recipe: DfssmRecipe) -> dict[str, MatrixLayout]:
         else:
             out[name] = MatrixLayout.plain(rows, cols, recipe.embedding)
     return out
-
-
-def norm_before(spec: ModelSpec, short: str) -> str | None:
-    """Name, within the layer, of the norm that takes the column scale of in_proj or out_proj; None where none does."""
-    if short == "in_proj":
-        return "norm.weight"
-    last = spec.architecture == "mamba2" and spec.gated_norm and not spec.norm_before_gate
-    return "mixer.norm.weight" if last else None
 
 
 def _projection(spec: ModelSpec, recipe: DfssmRecipe, short: str, rows: int, cols: int) -> MatrixLayout:
@@ -112,4 +107,4 @@ def _projection(spec: ModelSpec, recipe: DfssmRecipe, short: str, rows: int, col
                 ends += [at, at + s.rows]
             at += s.rows
         lowrank = LowRank(recipe.rank, min(ends), max(ends)) if ends else None
-    return MatrixLayout(cols, tuple(segments), lowrank, col_scale=norm_before(spec, short) is None)
+    return MatrixLayout(cols, tuple(segments), lowrank, col_scale=spec.norm_before(short) is None)

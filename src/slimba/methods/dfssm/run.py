@@ -63,7 +63,7 @@ def run(
             "recipe": dataclasses.asdict(recipe),
             "seed": seed,
             "data": data | {"token_sha256": hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()},
-            "teacher_sha256": fingerprint(teacher),
+            "teacher_sha256": teacher.sha256(),
             "steps": settings.steps,
             "tokens": settings.steps * batches.tokens_per_step,
         }
@@ -120,15 +120,6 @@ def check_finite(teacher: Checkpoint) -> None:
             raise UserError(
                 f"the teacher's {name} holds NaN or infinity; the checkpoint is damaged or diverged in training"
             )
-
-
-def fingerprint(teacher: Checkpoint) -> str:
-    """SHA-256 over names and bytes of every tensor."""
-    digest = hashlib.sha256()
-    for name in sorted(teacher.tensors):
-        digest.update(name.encode() + b"\0")
-        digest.update(np.ascontiguousarray(teacher.tensors[name]).tobytes())
-    return digest.hexdigest()
 
 
 def prepare_work(work: Path, record: dict[str, Any], resume: bool) -> bool:

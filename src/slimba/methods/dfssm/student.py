@@ -20,7 +20,7 @@ from slimba.formats import MatrixLayout
 from slimba.methods import fake_quant
 from slimba.methods.dfssm.fit import fit_signs
 from slimba.methods.dfssm.layers import PlainMatrix, SignMatrix, array
-from slimba.methods.dfssm.recipe import DfssmRecipe, norm_before
+from slimba.methods.dfssm.recipe import DfssmRecipe
 from slimba.models.lm import SSMForCausalLM
 from slimba.models.spec import ModelSpec
 from slimba.training.loop import Group, recomputes
@@ -94,7 +94,7 @@ class Student(nn.Module):
             module.initialise(w, fit)
             errors[name] = fit.error
             layer, _, short = name.rpartition(".mixer.")
-            norm = norm_before(self.spec, short)
+            norm = self.spec.norm_before(short)
             if norm:  # the norm's weight takes the column scale
                 self.vectors[key(f"{layer}.{norm}")].mul_(fit.col)
         return errors
