@@ -27,6 +27,7 @@ from slimba.data.batches import WindowBatches
 from slimba.errors import UserError
 from slimba.models.spec import ModelSpec
 from slimba.training import distributed
+from slimba.training.interrupt import deferred_interrupt
 from slimba.training.schedule import lr_factor
 
 __all__ = ["Group", "LoopSettings", "Task", "pick_device", "recomputes", "train"]
@@ -109,7 +110,6 @@ def train(
     workdir: Path,
     *,
     resume: bool = False,
-    on_log: Callable[[Progress, int], None] | None = None,
 ) -> Progress:
     """Run `settings.steps` optimiser steps; afterwards the task's model is trained in place.
 
@@ -122,7 +122,7 @@ def train(
         run.restore()
     distributed.same_as_first(task.model)
     with run.progress_bar() as advance:
-        run.steps(advance, on_log)
+        run.steps(advance)
     return run.progress
 
 
@@ -208,7 +208,7 @@ class _Run:
 
     # ---------------------------------------------------------------- all steps
 
-    def steps(self, advance: Callable[[Progress], None], on_log: Callable[[Progress, int], None] | None) -> None:
+    def steps(self, advance: Callable[[Progress], None]) -> None:
         s, total = self.settings, self.settings.steps
         last_save = time.monotonic()
         self.workdir.mkdir(parents=True, exist_ok=True)
@@ -218,29 +218,25 @@ class _Run:
         started = time.monotonic() - self.progress.seconds
         log_file = self.workdir / "log.jsonl" if distributed.first() else os.devnull
         mine = slice(distributed.rank(), None, distributed.world())
-        with open(log_file, "a", encoding="utf-8") as log:
-            try:
-                while self.progress.step < total:
-                    step = self.progress.step
-                    changed = self.task.at_step(step, total)
-                    for group, lr in zip(self.group_list, self.lrs, strict=True):
-                        lr.fill_(group.lr * lr_factor(step, total, s.warmup, s.decay))
-                    ids = torch.from_numpy(self.batches[step][mine]).to(self.device, non_blocking=True).long()
-                    out = self.step(ids, changed)
-                    self.progress.step = step + 1
-                    self.progress.seconds = time.monotonic() - started
-                    if self.progress.step % s.log_every == 0 or self.progress.step == total:
-                        self.log(out, log)
-                        if on_log and distributed.first():
-                            on_log(self.progress, total)
-                    due = time.monotonic() - last_save > s.save_every_s and self.progress.step < total
-                    if due and healthy(out):  # never replace a good checkpoint by a broken one
-                        self.save()
-                        last_save = time.monotonic()
-                    advance(self.progress)
-            except KeyboardInterrupt:
-                self.save()
-                raise
+        with open(log_file, "a", encoding="utf-8") as log, deferred_interrupt() as interrupted:
+            while self.progress.step < total:
+                step = self.progress.step
+                changed = self.task.at_step(step, total)
+                for group, lr in zip(self.group_list, self.lrs, strict=True):
+                    lr.fill_(group.lr * lr_factor(step, total, s.warmup, s.decay))
+                ids = torch.from_numpy(self.batches[step][mine]).to(self.device, non_blocking=True).long()
+                out = self.step(ids, changed)
+                self.progress.step = step + 1
+                self.progress.seconds = time.monotonic() - started
+                if self.progress.step % s.log_every == 0 or self.progress.step == total:
+                    self.log(out, log)
+                due = time.monotonic() - last_save > s.save_every_s and self.progress.step < total
+                if (due or interrupted()) and healthy(out):  # never replace a good checkpoint by a broken one
+                    self.save()
+                    last_save = time.monotonic()
+                if interrupted():
+                    raise KeyboardInterrupt
+                advance(self.progress)
 
     def log(self, out: dict[str, torch.Tensor], log: Any) -> None:
         means = distributed.mean(torch.stack([v.float() for v in out.values()])).tolist()
