@@ -6,8 +6,6 @@ The bundled demo-teacher is rebuilt by `scripts/make_demo_teacher.sh`, which cal
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,6 @@ from slimba.checkpoints.packed import write_packed
 from slimba.data.batches import WindowBatches
 from slimba.data.text import documents, encode_documents
 from slimba.data.tokenizer import Tokenizer
-from slimba.errors import UserError
 from slimba.formats import MatrixLayout
 from slimba.formats.floats import DTYPES
 from slimba.models.lm import SSMForCausalLM, init_weights
@@ -31,6 +28,7 @@ from slimba.training import distributed
 from slimba.training.loop import Group, LoopSettings, pick_device, recomputes, train
 from slimba.training.losses import cross_entropy
 from slimba.training.recipes import load_recipe
+from slimba.training.workdir import finish_work, prepare_work, work_of
 
 __all__ = ["PretrainRecipe", "pretrain"]
 
@@ -154,7 +152,7 @@ def pretrain(
             "steps": loop.steps,
             "tokens": loop.steps * batches.tokens_per_step,
         }
-        work = out.with_name(out.name + ".work")
+        work = work_of(out)
         distributed.from_first(lambda: prepare_work(work, record, resume))
         model = SSMForCausalLM(spec)
         init_weights(model, seed)
@@ -168,21 +166,8 @@ def pretrain(
         if distributed.first():
             packed = to_checkpoint(model, chosen.dtype, Path(tokenizer), record)
             write_packed(packed, out, card=card(record), overwrite=overwrite)
-            shutil.copy(work / "log.jsonl", out / "training.jsonl")
-            shutil.rmtree(work)
+            finish_work(work, out)
     return record
-
-
-def prepare_work(work: Path, record: dict[str, Any], resume: bool) -> None:
-    """Make the work directory, or with `resume` check that the run interrupted there had these settings."""
-    if not resume and work.exists():
-        shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    settings_file = work / "settings.json"
-    text = json.dumps(record, indent=1, sort_keys=True)
-    if resume and settings_file.is_file() and settings_file.read_text("utf-8") != text:
-        raise UserError(f"--resume: the settings differ from the interrupted run's in {settings_file}")
-    settings_file.write_text(text, "utf-8")
 
 
 def to_checkpoint(model: SSMForCausalLM, dtype: str, tokenizer: Path, record: dict[str, Any]) -> Checkpoint:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from slimba.methods.dfssm.student import DistilTask, Student
 from slimba.models.lm import SSMForCausalLM, load_weights
 from slimba.training import distributed
 from slimba.training.loop import LoopSettings, pick_device, train
+from slimba.training.workdir import finish_work, prepare_work, work_of
 
 __all__ = ["run"]
 
@@ -67,7 +66,7 @@ def run(
             "steps": settings.steps,
             "tokens": settings.steps * batches.tokens_per_step,
         }
-        work = out.with_name(out.name + ".work")
+        work = work_of(out)
         fresh = distributed.from_first(lambda: prepare_work(work, record, resume))
         try:
             student, task = build(teacher, recipe, batches, where, fresh)
@@ -83,8 +82,7 @@ def run(
         }
         if distributed.first():
             export(student, teacher, record, out, overwrite)
-            shutil.copy(work / "log.jsonl", out / "training.jsonl")
-            shutil.rmtree(work)
+            finish_work(work, out)
     return record
 
 
@@ -120,24 +118,6 @@ def check_finite(teacher: Checkpoint) -> None:
             raise UserError(
                 f"the teacher's {name} holds NaN or infinity; the checkpoint is damaged or diverged in training"
             )
-
-
-def prepare_work(work: Path, record: dict[str, Any], resume: bool) -> bool:
-    """Make the work directory; False when a run with the same settings is to be continued there."""
-    settings_file = work / "settings.json"
-    text = json.dumps(record, indent=1, sort_keys=True)
-    if resume and settings_file.is_file() and (work / "checkpoint.pt").is_file():
-        before, now = json.loads(settings_file.read_text("utf-8")), json.loads(text)
-        for k in now:
-            if before.get(k) != now[k]:
-                was = f"{k} differs from the interrupted run's in {settings_file}"
-                raise UserError(f"--resume: {was}; use its settings or start anew")
-        return False
-    if work.exists():
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
-    settings_file.write_text(text, "utf-8")
-    return True
 
 
 def build(
