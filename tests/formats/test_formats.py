@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from slimba.errors import UserError
-from slimba.formats import FORMATS, LowRank, Matrix, MatrixLayout, Segment
+from slimba.formats import FORMATS, LowRank, Matrix, MatrixLayout, Plane, Segment
 from slimba.formats.floats import DTYPES
 from slimba.formats.int4 import quantize_groups
 from slimba.formats.int8 import SMALLEST_SCALE, quantize_rows
@@ -37,6 +37,8 @@ def layouts(cols: int) -> list[MatrixLayout]:
         MatrixLayout(cols, mixed, LowRank(2, 1, 9), col_scale=True),
         MatrixLayout(cols, every, LowRank(1, 10, 11)),
         MatrixLayout(cols, (Segment(11, "float32"),), LowRank(2, 0, 4)),
+        MatrixLayout(cols, mixed, LowRank(2, 1, 9), col_scale=True, plane=Plane(max(1, cols // 3), 2, 11)),
+        MatrixLayout(cols, (Segment(11, "sign"),), plane=Plane(cols, 0, 11)),
     ]
 
 
@@ -49,9 +51,16 @@ def build(layout: MatrixLayout, seed: int = 0) -> Matrix:
         factors = weights(lr.stop - lr.start, lr.rank, seed + 1), weights(lr.rank, layout.cols, seed + 2)
     bare = MatrixLayout(layout.cols, layout.segments, lr)
     matrix = Matrix.quantize(weights(layout.rows, layout.cols, seed), bare, factors)
-    if not layout.col_scale:
-        return matrix
-    return Matrix(layout, matrix.arrays | {"col_scale": rng.uniform(0.5, 2.0, layout.cols).astype(np.float16)})
+    arrays = dict(matrix.arrays)
+    if p := layout.plane:
+        n = p.stop - p.start
+        arrays["plane_packed"] = pack_signs(weights(n, p.cols, seed + 3))
+        arrays["plane_scale"] = rng.uniform(0.5, 2.0, n).astype(np.float16)
+        if p.cols < layout.cols:
+            arrays["plane_index"] = np.sort(rng.permutation(layout.cols)[: p.cols]).astype(np.int32)
+    if layout.col_scale:
+        arrays["col_scale"] = rng.uniform(0.5, 2.0, layout.cols).astype(np.float16)
+    return Matrix(layout, arrays)
 
 
 # ------------------------------------------------------------------ signs
@@ -199,6 +208,25 @@ def test_dequantised_matrix_by_its_definition() -> None:
     assert np.array_equal(m.dequantize(), w * a["col_scale"].astype(np.float32))
 
 
+def test_a_second_plane_by_its_definition() -> None:
+    layout = MatrixLayout(70, (Segment(6, "sign"), Segment(3, "int8")), plane=Plane(20, 1, 6))
+    m = build(layout)
+    a = m.arrays
+    w = Matrix(MatrixLayout(70, layout.segments), a).dequantize()
+    second = unpack_signs(a["plane_packed"], 20) * a["plane_scale"].astype(np.float32)[:, None]
+    for k, column in enumerate(a["plane_index"]):
+        w[1:6, column] += second[:, k]
+    assert np.array_equal(m.dequantize(), w)
+
+
+@pytest.mark.parametrize("index", [[0, 2, 2], [2, 1, 3], [-1, 0, 1], [3, 5, 8]])
+def test_a_damaged_plane_index_is_refused(index: list[int]) -> None:
+    m = build(MatrixLayout(8, (Segment(4, "sign"),), plane=Plane(3, 0, 4)))
+    m.arrays["plane_index"] = np.asarray(index, np.int32)
+    with pytest.raises(UserError, match="plane_index"):
+        m.dequantize()
+
+
 @pytest.mark.parametrize("cols", [1, 7, 64, 129])
 def test_tensors_and_bytes_are_those_of_the_arrays(cols: int) -> None:
     for layout in layouts(cols):
@@ -247,6 +275,7 @@ def test_descriptions() -> None:
     assert MatrixLayout.plain(4, 8, "float16").describe() == "float16"
     layout = MatrixLayout(8, (Segment(4, "sign"), Segment(2, "int8")), LowRank(16, 0, 4), True)
     assert layout.describe() == "sign:4 int8:2 +r16 *col"
+    assert MatrixLayout(8, (Segment(4, "sign"),), plane=Plane(5, 1, 4)).describe() == "sign +plane:3x5"
 
 
 SIGNS = {"cols": 8, "segments": [{"rows": 4, "format": "sign"}]}
@@ -275,6 +304,9 @@ SIGNS = {"cols": 8, "segments": [{"rows": 4, "format": "sign"}]}
             "3..3",
         ),
         (SIGNS | {"lowrank": {"rank": 1}}, "start"),
+        (SIGNS | {"plane": {"cols": 9, "start": 0, "stop": 4}}, "9 columns"),
+        (SIGNS | {"plane": {"cols": 8, "start": 0, "stop": 5}}, "0..5"),
+        (SIGNS | {"plane": {"start": 0, "stop": 4}}, "cols"),
     ],
 )
 def test_bad_layouts_are_refused_by_name(data: dict[str, Any], named: str) -> None:

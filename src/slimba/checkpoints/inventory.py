@@ -34,6 +34,7 @@ COMPONENTS = (
     "out_proj",
     "other projections",
     "low-rank",
+    "second plane",
     "scales",
     "conv",
     "norms",
@@ -138,6 +139,8 @@ def _part_component(part: str, component: str) -> str:
         return component
     if part.startswith("lowrank"):
         return "low-rank"
+    if part.startswith("plane"):
+        return "second plane"
     return "scales" if part.endswith("scale") else component
 
 

@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 SHARD_BYTES = 4_000_000_000
-CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "uint8": "U8"}
+CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "uint8": "U8", "int32": "I32"}
 NAMES = {code: name for name, code in CODES.items()}
 ALIGN = 64
 AGAIN = "copy or download it again"

@@ -13,6 +13,7 @@ DTYPES: dict[str, np.dtype] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "int8": np.dtype(np.int8),
     "uint8": np.dtype(np.uint8),
+    "int32": np.dtype(np.int32),
 }
 
 

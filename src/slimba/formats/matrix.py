@@ -1,11 +1,15 @@
-"""One matrix: row segments in their formats, an optional int8 low-rank correction, an optional column scale.
+"""One matrix: row segments in their formats, an optional int8 low-rank correction, an optional second sign plane, an
+optional column scale.
 
-    W = (segments stacked + A @ B on the rows lowrank.start .. lowrank.stop) * col_scale
+    W = (segments stacked
+         + A @ B on the rows lowrank.start .. lowrank.stop
+         + plane_scale * S2 on the rows plane.start .. plane.stop and the columns plane_index) * col_scale
 
 Tensor names, for a matrix called `m`: a matrix of one float segment without extras is stored as `m.weight`; otherwise
 segment i has `m.i.<part>` with the parts of its format, the correction `m.lowrank_a` int8 [stop - start, R],
-`m.lowrank_a_scale` [stop - start], `m.lowrank_b` int8 [R, cols], `m.lowrank_b_scale` [R], the column scale
-`m.col_scale` [cols] (scales are float16). docs/file-format.md is the normative text.
+`m.lowrank_a_scale` [stop - start], `m.lowrank_b` int8 [R, cols], `m.lowrank_b_scale` [R], the second plane
+`m.plane_packed` uint8 [stop - start, row_bytes(k)], `m.plane_scale` [stop - start], `m.plane_index` int32 [k] (absent
+where k is all columns), the column scale `m.col_scale` [cols]; scales are float16. docs/file-format.md is the contract.
 """
 
 from __future__ import annotations
@@ -20,9 +24,9 @@ from slimba.errors import UserError
 from slimba.formats.floats import DTYPES, FloatFormat
 from slimba.formats.int4 import Int4Format
 from slimba.formats.int8 import Int8Format, quantize_rows
-from slimba.formats.sign import SignFormat
+from slimba.formats.sign import SignFormat, row_bytes, unpack_signs
 
-__all__ = ["FORMATS", "LowRank", "Matrix", "MatrixLayout", "Segment"]
+__all__ = ["FORMATS", "LowRank", "Matrix", "MatrixLayout", "Plane", "Segment"]
 
 FORMATS: dict[str, Any] = {
     "float32": FloatFormat("float32"),
@@ -52,6 +56,18 @@ class LowRank:
 
 
 @dataclass(frozen=True, slots=True)
+class Plane:
+    """A second sign plane: a scale a row times signs, added to the rows start..stop in `cols` of the columns.
+
+    Which columns is data (`plane_index`, ascending), not layout; a plane over all columns has no index.
+    """
+
+    cols: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
 class MatrixLayout:
     """How a matrix of `rows` x `cols` is stored: shapes, types and bytes, without the numbers."""
 
@@ -59,6 +75,7 @@ class MatrixLayout:
     segments: tuple[Segment, ...]
     lowrank: LowRank | None = None
     col_scale: bool = False
+    plane: Plane | None = None
 
     def __post_init__(self) -> None:
         for s in self.segments:
@@ -72,6 +89,10 @@ class MatrixLayout:
         if lr and not (lr.rank >= 1 and 0 <= lr.start < lr.stop <= self.rows):
             where = f"rank {lr.rank} on rows {lr.start}..{lr.stop}"
             raise UserError(f"a low-rank correction of {where} does not fit {self.rows} rows")
+        p = self.plane
+        if p and not (1 <= p.cols <= self.cols and 0 <= p.start < p.stop <= self.rows):
+            where = f"{p.cols} columns on rows {p.start}..{p.stop}"
+            raise UserError(f"a second sign plane of {where} does not fit {self.rows} x {self.cols}")
 
     @classmethod
     def plain(cls, rows: int, cols: int, format: str) -> MatrixLayout:
@@ -87,6 +108,7 @@ class MatrixLayout:
             len(self.segments) == 1
             and isinstance(FORMATS[self.segments[0].format], FloatFormat)
             and self.lowrank is None
+            and self.plane is None
             and not self.col_scale
         )
 
@@ -105,6 +127,12 @@ class MatrixLayout:
             out[f"{name}.lowrank_a_scale"] = ("float16", (n,))
             out[f"{name}.lowrank_b"] = ("int8", (r, self.cols))
             out[f"{name}.lowrank_b_scale"] = ("float16", (r,))
+        if self.plane:
+            n = self.plane.stop - self.plane.start
+            out[f"{name}.plane_packed"] = ("uint8", (n, row_bytes(self.plane.cols)))
+            out[f"{name}.plane_scale"] = ("float16", (n,))
+            if self.plane.cols < self.cols:
+                out[f"{name}.plane_index"] = ("int32", (self.plane.cols,))
         if self.col_scale:
             out[f"{name}.col_scale"] = ("float16", (self.cols,))
         return out
@@ -119,7 +147,9 @@ class MatrixLayout:
             text = self.segments[0].format
         else:
             text = " ".join(f"{s.format}:{s.rows}" for s in self.segments)
-        return text + (f" +r{self.lowrank.rank}" if self.lowrank else "") + (" *col" if self.col_scale else "")
+        text += f" +r{self.lowrank.rank}" if self.lowrank else ""
+        text += f" +plane:{self.plane.stop - self.plane.start}x{self.plane.cols}" if self.plane else ""
+        return text + (" *col" if self.col_scale else "")
 
     def to_json(self) -> dict[str, Any]:
         out: dict[str, Any] = {
@@ -128,6 +158,8 @@ class MatrixLayout:
         }
         if self.lowrank:
             out["lowrank"] = {"rank": self.lowrank.rank, "start": self.lowrank.start, "stop": self.lowrank.stop}
+        if self.plane:
+            out["plane"] = {"cols": self.plane.cols, "start": self.plane.start, "stop": self.plane.stop}
         if self.col_scale:
             out["col_scale"] = True
         return out
@@ -135,15 +167,16 @@ class MatrixLayout:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> MatrixLayout:
         try:
-            unknown = set(data) - {"cols", "segments", "lowrank", "col_scale"}
+            unknown = set(data) - {"cols", "segments", "lowrank", "plane", "col_scale"}
             if unknown:
                 raise UserError(f"unknown key {sorted(unknown)[0]!r} in a layer's format")
-            lr = data.get("lowrank")
+            lr, p = data.get("lowrank"), data.get("plane")
             return cls(
                 int(data["cols"]),
                 tuple(Segment(int(s["rows"]), str(s["format"])) for s in data["segments"]),
                 LowRank(int(lr["rank"]), int(lr["start"]), int(lr["stop"])) if lr else None,
                 bool(data.get("col_scale", False)),
+                Plane(int(p["cols"]), int(p["start"]), int(p["stop"])) if p else None,
             )
         except (KeyError, TypeError, ValueError) as e:
             raise UserError(f"a layer's format in quantization_config is malformed: {e!r}") from None
@@ -177,6 +210,8 @@ class Matrix:
                 raise UserError("the layout has a low-rank correction but no factors were given")
             out.arrays["lowrank_a"], out.arrays["lowrank_a_scale"] = quantize_rows(lowrank[0])
             out.arrays["lowrank_b"], out.arrays["lowrank_b_scale"] = quantize_rows(lowrank[1])
+        if layout.plane:
+            raise UserError("a second sign plane is chosen by a method, not by rounding")
         if layout.col_scale:  # round-to-nearest chooses none
             out.arrays["col_scale"] = np.ones(layout.cols, np.float16)
         return out
@@ -191,6 +226,23 @@ class Matrix:
         )
         return a, b
 
+    def plane_columns(self) -> np.ndarray:
+        """The columns of the second plane, int [k]. UserError unless they ascend within the matrix."""
+        assert self.layout.plane is not None
+        k = self.layout.plane.cols
+        if k == self.layout.cols:
+            return np.arange(k)
+        index = np.asarray(self.arrays["plane_index"])
+        if index[0] < 0 or index[-1] >= self.layout.cols or (np.diff(index) <= 0).any():
+            raise UserError(f"plane_index must ascend within 0..{self.layout.cols - 1}; the file is damaged")
+        return index
+
+    def plane_weight(self) -> np.ndarray:
+        """Dequantised second plane, float32 [stop - start, k]."""
+        assert self.layout.plane is not None
+        signs = unpack_signs(self.arrays["plane_packed"], self.layout.plane.cols)
+        return signs * self.arrays["plane_scale"].astype(np.float32)[:, None]
+
     def dequantize(self) -> np.ndarray:
         """float32 [rows, cols], the matrix that every engine must multiply by."""
         cols = self.layout.cols
@@ -200,14 +252,16 @@ class Matrix:
         factors = self.lowrank_factors()
         if factors and self.layout.lowrank:
             w[self.layout.lowrank.start : self.layout.lowrank.stop] += factors[0] @ factors[1]
+        if p := self.layout.plane:
+            w[p.start : p.stop, self.plane_columns()] += self.plane_weight()
         if self.layout.col_scale:
             w *= self.arrays["col_scale"].astype(np.float32)
         return w
 
     def rows_at(self, ids: np.ndarray) -> np.ndarray:
         """Dequantised rows (an embedding look-up): int [n] -> float32 [n, cols]. One-segment matrices only."""
-        if self.layout.lowrank or self.layout.col_scale:
-            raise UserError("an embedding has no low-rank correction and no column scale")
+        if self.layout.lowrank or self.layout.plane or self.layout.col_scale:
+            raise UserError("an embedding has no low-rank correction, no second plane and no column scale")
         (s,) = self.layout.segments
         parts = {p: a[ids] for p, a in self.segment_parts(0).items()}
         return np.asarray(FORMATS[s.format].unpack(parts, self.layout.cols), dtype=np.float32)
@@ -222,4 +276,6 @@ class Matrix:
         factors = self.lowrank_factors()
         if factors and self.layout.lowrank:
             y[..., self.layout.lowrank.start : self.layout.lowrank.stop] += (x @ factors[1].T) @ factors[0].T
+        if p := self.layout.plane:
+            y[..., p.start : p.stop] += x[..., self.plane_columns()] @ self.plane_weight().T
         return y

@@ -100,6 +100,8 @@ def _random_matrix(rng: np.random.Generator, name: str, layout: MatrixLayout) ->
         count = int(np.prod(shape))
         if dtype in CODE_RMS:
             out[full] = np.frombuffer(rng.bytes(count), np.uint8).reshape(shape).view(DTYPES[dtype])
+        elif part == "plane_index":
+            out[full] = np.sort(rng.permutation(layout.cols)[:count]).astype(np.int32)
         elif part.endswith("scale"):
             scale = size / _code_rms(layout, part)
             out[full] = np.full(shape, scale, np.float16)
@@ -116,6 +118,8 @@ def _code_rms(layout: MatrixLayout, part: str) -> float:
         return CODE_RMS["int8"] * 8  # a small correction
     if part == "lowrank_b_scale":
         return CODE_RMS["int8"]
+    if part == "plane_scale":
+        return 2.0  # half the first plane's
     format = layout.segments[int(part.split(".")[0])].format
     return {"sign": 1.0, "int4": CODE_RMS["uint8"]}.get(format, CODE_RMS["int8"])
 
