@@ -1,4 +1,4 @@
-"""Bytes of a model whose projections are stored in a form that no engine reads yet: a stated simulation, all parts counted.
+"""Bytes of a model whose projections are in a form that no engine reads yet: a stated simulation, all parts counted.
 
     size = counted_size(spec, layouts, stated=FORMS["ternary"])
     size.bits_per_projection_weight, size.file_bytes

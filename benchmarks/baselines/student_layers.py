@@ -82,7 +82,7 @@ def plain_float32(w: np.ndarray) -> Matrix:
 class Levels(nn.Module):
     """DF-SSM's scaffold, paper eqs. (1) and (2): `levels` evenly spaced values in -s..s with one scale s a row.
 
-        w = s * ((1 - alpha) v + alpha round(v)),   v = clamp(latent, -1, 1),   s = mean|w| of the teacher's row at first
+        w = s * ((1 - alpha) v + alpha round(v)),  v = clamp(latent, -1, 1),  s = mean|w| of the teacher's row at first
 
     17 levels are the published training; 2 are signs. The gradient of clamp and rounding is the identity, or cut off
     beyond |latent| > `ste_clip`. With a rank the frozen scaffold gets (1 / rank) A B, A ~ N(0, 0.01^2), B = 0, as
@@ -166,13 +166,13 @@ class Levels(nn.Module):
         return plain_float32(out.dequantize() + left @ right)
 
 
-def published_sign_export(module: Levels, i: int, layout: MatrixLayout, *, zero_is_plus: bool | None = False) -> Matrix:
-    """The file that DF-SSM writes of its 17-level scaffold: signs, the mean |w| of a row as its scale, A and B as they are.
+def published_sign_export(module: Levels, i: int, layout: MatrixLayout, *, keep_latent_sign: bool = False) -> Matrix:
+    """The file that DF-SSM writes of its 17-level scaffold: signs, the mean |w| of a row as its scale, A and B kept.
 
-    A weight at level 0 is stored as -1 (`zero_is_plus` False, as published), or gets its latent's sign (None).
+    A weight at level 0 is stored as -1, as published, or gets its latent's sign (`keep_latent_sign`).
     """
     values, scale = module.scaffold(i)
-    signs = array(module.latent[i]) if zero_is_plus is None else np.where(values > 0, 1.0, -1.0)
+    signs = array(module.latent[i]) if keep_latent_sign else np.where(values > 0, 1.0, -1.0)
     mean = (np.abs(values).mean(1) * scale.astype(np.float32)).astype(np.float16)
     return module.with_factors(Matrix(layout, {"0.packed": pack_signs(signs), "0.scale": mean}), i)
 
@@ -226,7 +226,8 @@ class Fbi(nn.Module):
     """FBI-Linear (FBI-LLM, Bi-Mamba): w[o, i] = alpha[i] sign(latent[o, i]) + beta[i], one scale and shift a column.
 
     First values: beta = mean over rows of w, alpha = mean over rows of |w - beta|, signs of w (not of w - beta), as
-    published; the gradient of the sign is the identity. `gain` is alpha and `shift` is beta in units of the first alpha.
+    published; the gradient of the sign is the identity. `gain` and `shift` are alpha and beta in units of the first
+    alpha.
     """
 
     base: torch.Tensor
@@ -254,7 +255,10 @@ class Fbi(nn.Module):
 
     def effective(self, phase: Phase) -> torch.Tensor:
         alpha, beta = self.scales(phase.rounding)
-        return (fake_quant.signs(thawed(self.latent, phase), float("inf")) * alpha + beta).to(phase.dtype)
+        with torch.no_grad():
+            value = torch.where(self.latent >= 0, 1.0, -1.0)
+        signs = fake_quant.StraightThrough.apply(thawed(self.latent, phase), value)
+        return (signs * alpha + beta).to(phase.dtype)
 
     def export(self, i: int) -> Matrix:
         alpha, beta = (array(t[i]).astype(np.float16).astype(np.float32) for t in self.scales(False))

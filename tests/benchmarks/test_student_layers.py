@@ -133,7 +133,7 @@ def test_sign_export_is_the_published_one() -> None:
     values = module.nearest(module.latent[0]).detach().numpy()
     assert values[0, 0] == values[0, 1] == 0
     as_published = published_sign_export(module, 0, SIGNS_LORA).dequantize()
-    kinder = published_sign_export(module, 0, SIGNS_LORA, zero_is_plus=None).dequantize()
+    kinder = published_sign_export(module, 0, SIGNS_LORA, keep_latent_sign=True).dequantize()
     assert as_published[0, 0] < 0 and as_published[0, 1] < 0
     assert kinder[0, 0] > 0 and kinder[0, 1] < 0
     scale = np.abs(values * module.row_base[0].numpy()[:, None]).mean(1)
