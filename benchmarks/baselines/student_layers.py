@@ -84,7 +84,7 @@ class Levels(nn.Module):
 
         w = s * ((1 - alpha) v + alpha round(v)),  v = clamp(latent, -1, 1),  s = mean|w| of the teacher's row at first
 
-    17 levels are the published training; 2 are signs. The gradient of clamp and rounding is the identity, or cut off
+    17 levels are the published training; 2 are signs. Without `anneal` alpha is 1 throughout. The gradient of clamp and rounding is the identity, or cut off
     beyond |latent| > `ste_clip`. With a rank the frozen scaffold gets (1 / rank) A B, A ~ N(0, 0.01^2), B = 0, as
     published, with int8 factors once rounding has begun; `parameters_of_lora` are what that second stage trains. The
     thresholds are the paper's even ones, not the random banks of the released code, which cost a layer 21 % more error.
@@ -93,10 +93,18 @@ class Levels(nn.Module):
     row_base: torch.Tensor
 
     def __init__(
-        self, layout: MatrixLayout, n: int, levels: int, *, rank: int = 0, ste_clip: float = float("inf")
+        self,
+        layout: MatrixLayout,
+        n: int,
+        levels: int,
+        *,
+        rank: int = 0,
+        ste_clip: float = float("inf"),
+        anneal: bool = False,
     ) -> None:
         super().__init__()
         self.layout, self.levels, self.rank, self.ste_clip = layout, levels, rank, ste_clip
+        self.anneal = anneal
         rows, cols = layout.rows, layout.cols
         self.latent = nn.Parameter(torch.zeros(n, rows, cols))
         self.row_gain = nn.Parameter(torch.ones(n, rows))
@@ -125,7 +133,10 @@ class Levels(nn.Module):
     def effective(self, phase: Phase) -> torch.Tensor:
         latent = thawed(self.latent, phase)
         with torch.no_grad():
-            value = torch.lerp(self.latent.clamp(-1, 1), self.nearest(self.latent), _weight(phase.alpha, self.latent))
+            value = self.nearest(self.latent)
+            if self.anneal:
+                alpha = torch.as_tensor(phase.alpha, dtype=value.dtype, device=value.device)
+                value = torch.lerp(self.latent.clamp(-1, 1), value, alpha)
         if self.ste_clip < float("inf"):
             latent = Gate.apply(latent, (self.latent.detach().abs() <= self.ste_clip).to(latent.dtype))
         w = fake_quant.StraightThrough.apply(latent, value) * self.row_scale(phase.rounding)[..., None]
@@ -175,10 +186,6 @@ def published_sign_export(module: Levels, i: int, layout: MatrixLayout, *, keep_
     signs = array(module.latent[i]) if keep_latent_sign else np.where(values > 0, 1.0, -1.0)
     mean = (np.abs(values).mean(1) * scale.astype(np.float32)).astype(np.float16)
     return module.with_factors(Matrix(layout, {"0.packed": pack_signs(signs), "0.scale": mean}), i)
-
-
-def _weight(alpha: Any, like: torch.Tensor) -> torch.Tensor:
-    return torch.as_tensor(alpha, dtype=like.dtype, device=like.device)
 
 
 class Ternary(nn.Module):

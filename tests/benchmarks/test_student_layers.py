@@ -29,7 +29,7 @@ class Phase:
 
 DEPLOYED = Phase(rounding=True, frozen=True)
 MAKERS = {
-    "levels17": lambda: Levels(FLOATS, N, 17),
+    "levels17": lambda: Levels(FLOATS, N, 17, anneal=True),
     "levels17-lora": lambda: Levels(FLOATS, N, 17, rank=3),
     "sign": lambda: Levels(SIGNS, N, 2, ste_clip=1.5),
     "sign-lora": lambda: Levels(SIGNS_LORA, N, 2, rank=3),
@@ -84,7 +84,7 @@ def test_flags_may_be_tensors(name: str) -> None:
 
 def test_levels_begin_as_published() -> None:
     """s = mean |w|, w clipped to +-s: 23 % squared error of a Gaussian already before rounding; 17 values after it."""
-    module = Levels(FLOATS, N, 17)
+    module = Levels(FLOATS, N, 17, anneal=True)
     w = weights()
     for i in range(N):
         module.initialise(i, w[i])
@@ -99,7 +99,7 @@ def test_levels_begin_as_published() -> None:
 
 
 def test_gradients_pass_clamp_and_rounding_unchanged_and_stop_beyond_the_clip() -> None:
-    for module, limit in ((Levels(FLOATS, N, 17), None), (Levels(SIGNS, N, 2, ste_clip=1.5), 1.5)):
+    for module, limit in ((Levels(FLOATS, N, 17, anneal=True), None), (Levels(SIGNS, N, 2, ste_clip=1.5), 1.5)):
         for i, w in enumerate(weights()):
             module.initialise(i, w)
         with torch.no_grad():
