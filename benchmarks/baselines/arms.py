@@ -4,14 +4,12 @@ Every arm reads the same windows of the same tokens in the same loop as `dfssm`,
 everything (norms, convolution, A, D, dt, embedding), with an int8 embedding. `lr` is the rate of the latents in units
 of their scale; `RATES` says what the other rates are then.
 
-| arm | what it is |
-|---|---|
-| dfssm | DF-SSM as published: 17 levels with clamp and annealing on 12.3 of 32.3 parts of the tokens, temperature 2, no \
-hidden-state loss; then everything frozen and a LoRA of rank 16 trained on the rest |
-| sign | DF-SSM's scaffold as signs from the start: a scale a row, no correction, all rows of both matrices |
-| sign-lora | the same for 12.3 of 32.3 parts, then frozen and a LoRA of rank 16 on the rest |
-| bimamba | FBI-Linear: signs with a scale and a shift a column |
-| ternary | absmean ternary in groups of 128 columns |
+dfssm      DF-SSM as published: 17 levels with clamp and annealing on 12.3 of 32.3 parts of the tokens, temperature 2,
+           no hidden-state loss; then everything frozen and a LoRA of rank 16 trained on the rest
+sign       DF-SSM's scaffold as signs from the start: a scale a row, no correction, all rows of both matrices
+sign-lora  the same for 12.3 of 32.3 parts, then frozen and a LoRA of rank 16 on the rest
+bimamba    FBI-Linear: signs with a scale and a shift a column
+ternary    absmean ternary in groups of 128 columns
 
 Departures from the published code that help the baseline: KL is a mean per token, thresholds are the paper's even ones,
 annealing follows the optimiser step, no weight decay, the second stage goes on in the text instead of reading its start

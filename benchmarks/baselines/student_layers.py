@@ -84,10 +84,11 @@ class Levels(nn.Module):
 
         w = s * ((1 - alpha) v + alpha round(v)),  v = clamp(latent, -1, 1),  s = mean|w| of the teacher's row at first
 
-    17 levels are the published training; 2 are signs. Without `anneal` alpha is 1 throughout. The gradient of clamp and rounding is the identity, or cut off
-    beyond |latent| > `ste_clip`. With a rank the frozen scaffold gets (1 / rank) A B, A ~ N(0, 0.01^2), B = 0, as
-    published, with int8 factors once rounding has begun; `parameters_of_lora` are what that second stage trains. The
-    thresholds are the paper's even ones, not the random banks of the released code, which cost a layer 21 % more error.
+    17 levels are the published training; 2 are signs. Without `anneal` alpha is 1 throughout. The gradient of clamp and
+    rounding is the identity, or cut off beyond |latent| > `ste_clip`. With a rank the scaffold gets (1 / rank) A B,
+    A ~ N(0, 0.01^2), B = 0, as published, with int8 factors once rounding has begun; `lora` are the parameters that a
+    second stage trains. The thresholds are the paper's even ones, not the random banks of the released code, which
+    cost a layer 21 % more error.
     """
 
     row_base: torch.Tensor
