@@ -5,7 +5,7 @@
 
 in_proj and out_proj are quantised with all their rows; embedding int8 a row; norms, convolution and biases float16.
 GPTQ reads `--windows` windows of 1024 tokens of the training text, spread evenly; each layer's inputs come from the
-layers already quantised before it, out_proj's from the quantised in_proj. Symmetric, act-order off. int8 (a scale a row)
+layers already quantised, out_proj's from the quantised in_proj. Symmetric, act-order off. int8 (a scale a row)
 and int4 have packed formats, so those rows are measured from the packed file; 3 and 2 bits are simulated in float32,
 their bytes counted as codes of b bits and a float16 scale a group, and both grids of `gptq.Grid` are run.
 
