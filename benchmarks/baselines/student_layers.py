@@ -4,7 +4,7 @@ Each module holds the n matrices of one name as a stack [n, rows, cols] and has 
 `methods/dfssm/student.py` asks for:
 
     initialise(i, w, moment) -> None      # matrix i from the teacher's w [rows, cols]; no scale to fold into a norm
-    effective(phase) -> [n, rows, cols]   # phase.rounding, phase.frozen, phase.alpha, phase.dtype
+    effective(phase) -> [n, rows, cols]   # gradients to the masters, in phase.dtype
     export(i) -> Matrix                   # packed where the format exists, else float32 with the numbers simulated
 
 Latents are in units of a scale of their matrix, so that one learning rate fits every matrix. Parameters called `latent`
@@ -30,16 +30,16 @@ GROUP = 128  # columns that share a scale of Ternary
 
 
 class Phase(Protocol):
-    """What the student says about the step; flags are Python's or 0-dim tensors (one captured graph serves all)."""
+    """What the student says about the step; `alpha`, a scalar tensor, goes from 0 to 1."""
 
-    rounding: Any
-    frozen: Any
-    alpha: Any
+    rounding: bool
+    frozen: bool
+    alpha: torch.Tensor
     dtype: torch.dtype
 
 
 class Gate(torch.autograd.Function):
-    """The identity whose gradient is multiplied by `keep` (broadcast)."""
+    """The identity whose gradient is multiplied by `keep`."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -52,17 +52,8 @@ class Gate(torch.autograd.Function):
         return grad * keep, None
 
 
-def choose(flag: Any, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
-    """`yes` where the flag is set; the flag may be a tensor that a captured graph reads anew."""
-    if isinstance(flag, torch.Tensor):
-        return torch.where(flag.bool(), yes, no)
-    return yes if flag else no
-
-
 def thawed(latent: torch.Tensor, phase: Phase) -> torch.Tensor:
-    """The latents, without gradient once signs are frozen."""
-    if isinstance(phase.frozen, torch.Tensor):
-        return Gate.apply(latent, 1 - phase.frozen.to(latent.dtype))
+    """The latents, without gradient once they are frozen."""
     return latent.detach() if phase.frozen else latent
 
 
@@ -127,28 +118,27 @@ class Levels(nn.Module):
         steps = self.levels - 1
         return ((latent.clamp(-1, 1) + 1) * (steps / 2)).round() * (2 / steps) - 1
 
-    def row_scale(self, rounding: Any) -> torch.Tensor:
+    def row_scale(self, rounding: bool) -> torch.Tensor:
         scale = self.row_base * self.row_gain
-        return choose(rounding, fake_quant.float16(scale), scale)
+        return fake_quant.float16(scale) if rounding else scale
 
     def effective(self, phase: Phase) -> torch.Tensor:
         latent = thawed(self.latent, phase)
         with torch.no_grad():
             value = self.nearest(self.latent)
             if self.anneal:
-                alpha = torch.as_tensor(phase.alpha, dtype=value.dtype, device=value.device)
-                value = torch.lerp(self.latent.clamp(-1, 1), value, alpha)
+                value = torch.lerp(self.latent.clamp(-1, 1), value, phase.alpha)
         if self.ste_clip < float("inf"):
             latent = Gate.apply(latent, (self.latent.detach().abs() <= self.ste_clip).to(latent.dtype))
         w = fake_quant.StraightThrough.apply(latent, value) * self.row_scale(phase.rounding)[..., None]
         factors = self.factors(phase.rounding)
         return (w if factors is None else w + factors[0] @ factors[1]).to(phase.dtype)
 
-    def factors(self, rounding: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def factors(self, rounding: bool) -> tuple[torch.Tensor, torch.Tensor] | None:
         if self.a is None or self.b is None:
             return None
         a = self.a / self.rank  # the published factor, folded before A is rounded
-        return choose(rounding, int8_rows(a), a), choose(rounding, int8_rows(self.b), self.b)
+        return (int8_rows(a), int8_rows(self.b)) if rounding else (a, self.b)
 
     def lora(self) -> list[nn.Parameter]:
         return [p for p in (self.a, self.b) if p is not None]
@@ -256,10 +246,10 @@ class Fbi(nn.Module):
         self.base[i], self.shift[i] = alpha, beta / alpha
         self.latent[i] = w / w.abs().mean().clamp_min(1e-12)
 
-    def scales(self, rounding: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def scales(self, rounding: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """alpha and beta [n, 1, cols]."""
         alpha, beta = self.base * self.gain, self.base * self.shift
-        return choose(rounding, fake_quant.float16(alpha), alpha), choose(rounding, fake_quant.float16(beta), beta)
+        return (fake_quant.float16(alpha), fake_quant.float16(beta)) if rounding else (alpha, beta)
 
     def effective(self, phase: Phase) -> torch.Tensor:
         alpha, beta = self.scales(phase.rounding)

@@ -3,7 +3,7 @@
 Run: `pytest tests/benchmarks/test_student_layers.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,9 @@ FLOATS = MatrixLayout.plain(ROWS, COLS, "float32")
 
 @dataclass
 class Phase:
-    rounding: Any = False
-    frozen: Any = False
-    alpha: Any = 1.0
+    rounding: bool = False
+    frozen: bool = False
+    alpha: torch.Tensor = field(default_factory=lambda: torch.tensor(1.0))
     dtype: torch.dtype = torch.float32
 
 
@@ -61,25 +61,14 @@ def test_what_is_exported_is_what_ran(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_flags_may_be_tensors(name: str) -> None:
-    """A captured graph reads the phase from tensors: same values, same gradients, none to frozen latents."""
-    module = filled(name)
-    pairs = []
+def test_gradients_reach_every_master_and_no_frozen_latent(name: str) -> None:
     for frozen in (False, True):
-        for as_tensor in (False, True):
-            flags = dict(rounding=True, frozen=frozen, alpha=0.4)
-            phase = Phase(**({k: torch.tensor(float(v)) for k, v in flags.items()} if as_tensor else flags))
-            module.zero_grad(set_to_none=True)
-            w = module.effective(phase)
-            if w.requires_grad:  # a frozen Ternary has nothing left to train
-                (w * weights(2)).sum().backward()
-            grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in module.named_parameters()}
-            pairs.append((w.detach(), grads))
-        (w, grads), (w2, grads2) = pairs[-2:]
-        assert torch.equal(w, w2)
-        for k in grads:
-            torch.testing.assert_close(grads[k], grads2[k])
-        assert bool(grads["latent"].any()) != frozen
+        module = filled(name)
+        w = module.effective(Phase(rounding=True, frozen=frozen))
+        if w.requires_grad:  # a frozen Ternary has nothing left to train
+            (w * weights(2)).sum().backward()
+        reached = {n: p.grad is not None and bool(p.grad.any()) for n, p in module.named_parameters()}
+        assert reached.pop("latent") != frozen and all(reached.values())
 
 
 def test_levels_begin_as_published() -> None:
@@ -88,13 +77,13 @@ def test_levels_begin_as_published() -> None:
     w = weights()
     for i in range(N):
         module.initialise(i, w[i])
-    soft, hard = (module.effective(Phase(alpha=a)).detach() for a in (0.0, 1.0))
+    soft, hard = (module.effective(Phase(alpha=torch.tensor(a))).detach() for a in (0.0, 1.0))
     torch.testing.assert_close(module.row_base, w.abs().mean(-1))
     for got in (soft, hard):
         assert float((got - w).square().sum() / w.square().sum()) == pytest.approx(0.233, abs=0.03)
     levels = (hard / module.row_base[..., None] * 8).round(decimals=3)
     assert torch.equal(levels, levels.round()) and levels.unique().numel() == 17
-    half = module.effective(Phase(alpha=0.25)).detach()
+    half = module.effective(Phase(alpha=torch.tensor(0.25))).detach()
     torch.testing.assert_close(half, 0.75 * soft + 0.25 * hard)
 
 
@@ -104,7 +93,7 @@ def test_gradients_pass_clamp_and_rounding_unchanged_and_stop_beyond_the_clip() 
             module.initialise(i, w)
         with torch.no_grad():
             module.latent[0, 0, :3] = torch.tensor([3.0, -3.0, 0.2])
-        module.effective(Phase(alpha=0.5)).sum().backward()
+        module.effective(Phase(alpha=torch.tensor(0.5))).sum().backward()
         got = module.latent.grad / module.row_base[..., None]
         assert got[0, 0, 2] == pytest.approx(1)
         assert got[0, 0, 0] == got[0, 0, 1] == (pytest.approx(1) if limit is None else 0)
