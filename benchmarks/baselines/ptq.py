@@ -170,14 +170,14 @@ def main() -> None:
     starts = np.linspace(0, len(ids) - WINDOW, a.windows).astype(int)
     windows = torch.from_numpy(np.stack([ids[s : s + WINDOW] for s in starts]).astype(np.int64)).to(device)
     for name in names:
-        if rows.has(arm=name):
+        if rows.find(arm=name):
             continue
         begin = time.perf_counter()
         made = quantise(teacher, ARMS[name], windows, device)
         seconds = time.perf_counter() - begin
         row = describe(name, made, a.windows) | {"seconds": round(seconds, 1), "device": device_name(device)}
         rows.add(row | measured(made, name, texts, device, a.keep, row["simulated"]))
-        print({k: rows.rows[-1][k] for k in ("arm", "file_bytes", "seconds")}, rows.rows[-1]["test"]["perplexity"])
+        print({k: rows.mine[-1][k] for k in ("arm", "file_bytes", "seconds")}, rows.mine[-1]["test"]["perplexity"])
 
 
 def describe(name: str, made: Checkpoint, windows: int) -> dict[str, Any]:

@@ -79,9 +79,13 @@ def test_rows_survive_a_kill(tmp_path: Path) -> None:
     with open(path, "a") as f:
         f.write('{"arm": "b", "lr"')
     rows = Rows(path)
-    assert rows.has(arm="a", lr=0.1) and not rows.has(arm="b") and not rows.has(arm="a", lr=0.2)
+    assert rows.find(arm="a", lr=0.1) and not rows.find(arm="b") and not rows.find(arm="a", lr=0.2)
     rows.add({"arm": "b"})
     assert [r["arm"] for r in read_rows(path)] == ["a", "b"]
+    other = Rows(tmp_path / "other.jsonl", [path, tmp_path / "other.jsonl"])
+    assert len(other.find(arm="a")) == 1
+    rows.add({"arm": "c"})
+    assert other.find(arm="c"), "what another process wrote since"
     path.write_text("nonsense\n" + path.read_text())
     with pytest.raises(UserError, match="line 1"):
         read_rows(path)
