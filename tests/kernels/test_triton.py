@@ -87,7 +87,8 @@ def test_a_token_does_not_see_later_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"headdim": 8}, {"d_state": 24}, {"norm_before_gate": True}, {"dt_limit": (0.0, 0.1)}, {"gated_norm": False}]
+    "changes",
+    [{"headdim": 8}, {"d_state": 24}, {"norm_before_gate": True}, {"dt_limit": (0.0, 0.1)}, {"gated_norm": False}],
 )
 def test_what_the_kernels_do_not_compute_is_left_to_pytorch(changes: dict) -> None:
     assert not usable(tiny_spec(**changes))
@@ -105,5 +106,3 @@ def test_kl_and_its_gradient(vocabulary: int) -> None:
     kl = kl_and_gradient(logits, teacher, 0.25)
     torch.testing.assert_close(kl, expected.detach(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits, wanted, atol=1e-6, rtol=1e-5)
-
-

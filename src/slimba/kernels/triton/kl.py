@@ -9,6 +9,7 @@ nothing of their size is ever made beside them. Tests: `pytest tests/kernels/tes
 from __future__ import annotations
 
 import torch
+
 import triton
 import triton.language as tl
 
@@ -48,7 +49,7 @@ def _kl_kernel(student, teacher, kl, vocabulary, scale, BLOCK: tl.constexpr):
 
 
 def kl_and_gradient(student: torch.Tensor, teacher: torch.Tensor, scale: float) -> torch.Tensor:
-    """Both [n, V] contiguous. Returns KL per token, float32 [n]; `student` is overwritten by its gradient times scale."""
+    """Both [n, V] contiguous. Returns KL per token, float32 [n]; `student` is overwritten by its gradient * scale."""
     n, vocabulary = student.shape
     kl = torch.empty(n, dtype=torch.float32, device=student.device)
     block = min(2048, triton.next_power_of_2(vocabulary))
