@@ -64,7 +64,7 @@ def test_an_arm_trains_and_its_export_is_the_deployed_student(name: str, tmp_pat
                 np.testing.assert_allclose(stored, w.numpy(), rtol=1e-5, atol=1e-6, err_msg=full)
     for row, v in zip(rows, ARMS[name].variants, strict=True):
         if v.stated is None:  # the figures came from the file that --keep keeps
-            (path,) = tmp_path.glob(f"{v.name}-*")
+            (path,) = tmp_path.glob(f"{v.name}-lr*")
             assert (path / "model.safetensors").stat().st_size == row["file_bytes"]
             engine = ReferenceEngine(read_packed(path))
             nll = engine.nll(IDS[None, :32], IDS[None, 1:33], engine.new_state(1))
