@@ -35,7 +35,7 @@ __all__ = ["Job", "main", "plan"]
 
 SCREEN = 4  # screens see one part in four of the tokens
 ONE_BIT = 2.0  # bits per projection weight up to which a baseline may be the one that gets more seeds
-PATIENCE_S = 3600.0  # how long a shard waits for the others' rows
+PATIENCE_S = 240.0  # how long a shard waits for the next row of the others: a waiting GPU is a wasted one
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +80,13 @@ def best_baseline(rows: Rows, arms: list[str], seed: int, tokens: int) -> tuple[
 
 
 def wait_for(rows: Rows, arms: list[str], seed: int, tokens: int) -> None:
-    """Until every arm has its row at all tokens, from whichever shard."""
-    end = time.monotonic() + PATIENCE_S
+    """Until every arm has its row at all tokens, from whichever shard. UserError when nothing new comes."""
+    known, since = 0, time.monotonic()
     while missing := [a for a in arms if not rows.find(arm=a, seed=seed, budget=tokens)]:
-        if time.monotonic() > end:
-            raise UserError(f"no row of {missing[0]} after {PATIENCE_S:.0f} s; is the other shard running?")
+        if (found := len(rows.find())) > known:
+            known, since = found, time.monotonic()
+        if time.monotonic() - since > PATIENCE_S:
+            raise UserError(f"no row of {missing[0]} and nothing new; run the other shard, then this one again")
         time.sleep(1.0)
 
 

@@ -10,11 +10,15 @@ the sequence too: does it grow?), and that of a state right after it was stored 
 field              published: for each row of N entries with mean m and deviation d, x = (S - m + 3 d) / 6 d cut to
                    0..1, count of 529 = 23 x 23 random thresholds below x; one of 256 banks of thresholds a chunk
 field-sigma-delta  published: x first gets what the last chunk's count left over (first order, rounded to 1/128)
-field-even...      the same two with evenly spaced thresholds instead of random ones
+field-even         the field with evenly spaced thresholds instead of random ones (then the remainder rounded to
+                   1/128 is always 0, so sigma-delta would change nothing)
 int8               round(127 S / max|S|) of each row of N entries
 int8-feedback      int8 of S plus what the last storing left over; the remainder is itself kept in int8
+int8-stochastic    int8 rounded up or down at random
 bfloat16           rounded to nearest
 ...-each-token     after every token instead of every chunk
+
+Rows that --out holds already are kept, so that cases can be added.
 
 Tests: `pytest tests/benchmarks/test_state_field.py`.
 """
@@ -38,7 +42,7 @@ from slimba.errors import UserError
 from slimba.models.lm import SSMForCausalLM, load_weights
 from slimba.runtime.backends.reference import round_bfloat16, round_int8
 
-__all__ = ["CASES", "Feedback", "Field", "run_case"]
+__all__ = ["CASES", "Feedback", "Field", "Stochastic", "run_case"]
 
 CHUNK = 64
 CELLS = 23 * 23
@@ -92,6 +96,17 @@ class Feedback:
         return stored
 
 
+class Stochastic:
+    """int8 rounded up or down at random, so that the mean of what is stored is the state."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.random = torch.Generator().manual_seed(seed)
+
+    def __call__(self, state: torch.Tensor) -> torch.Tensor:
+        step = state.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+        return (state / step + torch.rand(state.shape, generator=self.random)).floor().clamp(-127, 127) * step
+
+
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -108,13 +123,9 @@ CASES: dict[str, tuple[int, Callable[[], Rounding] | None, Callable[[int], float
     "field": (CHUNK, lambda: Field(), lambda n: math.log2(CELLS + 1) + 64 / n),
     "field-sigma-delta": (CHUNK, lambda: Field(sigma_delta=True), lambda n: math.log2(CELLS + 1) + 8 + 64 / n),
     "field-even": (CHUNK, lambda: Field(spread="even"), lambda n: math.log2(CELLS + 1) + 64 / n),
-    "field-even-sigma-delta": (
-        CHUNK,
-        lambda: Field(spread="even", sigma_delta=True),
-        lambda n: math.log2(CELLS + 1) + 8 + 64 / n,
-    ),
     "int8-each-token": (1, each(round_int8), lambda n: 8 + 32 / n),
     "int8-feedback-each-token": (1, Feedback, lambda n: 16 + 32 / n),
+    "int8-stochastic-each-token": (1, lambda: Stochastic(), lambda n: 8 + 32 / n),
     "bfloat16-each-token": (1, each(round_bfloat16), lambda n: 16.0),
 }
 
@@ -160,6 +171,16 @@ def figures_of(
     }
 
 
+def kept_rows(path: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier run of the same study. UserError: another study is in the file."""
+    if not path.is_file():
+        return []
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if any(record.get(k) != v for k, v in about.items()):
+        raise UserError(f"{path} holds another study; give another --out")
+    return list(record["rows"])
+
+
 def main() -> None:
     args = argparse.ArgumentParser(description="The state of a Mamba-2 in fewer bits.")
     args.add_argument("--teacher", required=True)
@@ -180,26 +201,26 @@ def main() -> None:
         raise UserError(f"the text has {len(text.ids)} tokens, fewer than {a.sequences} x {a.length}; ask for less")
     stride = (len(text.ids) - 1) // a.sequences
     ids = torch.stack([torch.from_numpy(text.ids[i * stride :][: a.length + 1]).long() for i in range(a.sequences)])
-    exact, rows = None, []
+    protocol = f"{text.protocol}; {a.sequences} evenly spaced sequences from empty states"
+    about = {"teacher": Path(a.teacher).name, "text": Path(a.text).name, "sequences": a.sequences, "length": a.length}
+    record: dict[str, Any] = about | {"protocol": protocol, "rows": kept_rows(a.out, about)}
+    exact = None
     for name in ["float32", *(c for c in a.cases.split(",") if c != "float32")]:
         if name not in CASES:
             raise UserError(f"unknown case {name!r}, known are {', '.join(CASES)}")
+        done = [r["case"] for r in record["rows"]]
+        if name in done and (name != "float32" or set(a.cases.split(",")) <= set(done)):
+            continue
         piece, make, bits = CASES[name]
         begin = time.perf_counter()
         features, state_error = run_case(network, ids, piece, make)
         exact = features if exact is None else exact
         row = {"case": name, "tokens_between_storings": piece, "bits_per_entry": bits(teacher.spec.d_state)}
         row |= figures_of(network, ids, features, exact) | {"state_error": state_error}
-        rows.append(row | {"seconds": round(time.perf_counter() - begin, 1)})
-        print(rows[-1], flush=True)
-        record = {
-            "teacher": Path(a.teacher).name,
-            "text": Path(a.text).name,
-            "sequences": a.sequences,
-            "length": a.length,
-            "protocol": f"{text.protocol}; {a.sequences} evenly spaced sequences from empty states",
-            "rows": rows,
-        }
+        if name in done:
+            continue
+        record["rows"].append(row | {"seconds": round(time.perf_counter() - begin, 1)})
+        print(record["rows"][-1], flush=True)
         a.out.write_text(json.dumps(record, indent=1) + "\n")
 
 

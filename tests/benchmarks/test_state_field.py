@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from state_field import CASES, CELLS, Feedback, Field, run_case
+from state_field import CASES, CELLS, Feedback, Field, Stochastic, run_case
 
 from helpers.tiny import TEXT, tiny_checkpoint, tiny_directory
 from slimba.models.lm import SSMForCausalLM, load_weights
+from slimba.runtime.backends.reference import round_int8
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "baselines" / "state_field.py"
 
@@ -64,6 +65,20 @@ def test_feedback_loses_nothing_over_time() -> None:
     assert (stored - s).norm() < 0.05 * once
 
 
+def test_small_updates_survive_feedback_and_chance_but_not_rounding_to_nearest() -> None:
+    """A state that grows by a twentieth of a step a token: nearest stands still, the others follow."""
+    ends = {}
+    for name, rounding in (("nearest", round_int8), ("feedback", Feedback()), ("stochastic", Stochastic())):
+        s = torch.zeros(1000, 2)
+        s[:, 0] = 127.0  # holds the step at 1
+        for _ in range(100):
+            s[:, 1] += 0.05
+            s = rounding(s)
+        ends[name] = s[:, 1].mean().item()
+    assert ends["nearest"] == 0
+    assert ends["feedback"] == pytest.approx(5, abs=0.6) and ends["stochastic"] == pytest.approx(5, abs=0.3)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_cases_run_and_the_exact_one_is_the_network(name: str) -> None:
     checkpoint = tiny_checkpoint(preset="float32")
@@ -92,4 +107,10 @@ def test_the_script_writes_every_case(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text())
     assert [r["case"] for r in record["rows"]] == ["float32", "int8", "field"]
+    done = subprocess.run(
+        [*command[:-4], "--cases", "int8,bfloat16", "--out", str(out)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    again = json.loads(out.read_text())["rows"]
+    assert again[:3] == record["rows"] and again[3]["case"] == "bfloat16" and len(again) == 4
     assert record["rows"][1]["feature_error"] < record["rows"][2]["feature_error"]
