@@ -1,7 +1,7 @@
 """All arms in one table, ranked by bytes: baselines, our models, ablations, the state study.
 
     python benchmarks/baselines/quality_table.py --teacher MODEL --rows results/baselines*.jsonl \
-        --models OUT-s0 OUT-s1 OUT-s2 OTHER --results eval-*.json --ablations screens.json --state state-field.json \
+        --models OUT-s0 OUT-s1 OUT-s2 OTHER --results eval-*.json --ablations screens.jsonl --state state-field.json \
         --text test.txt.zst --out results/quality-table.json
 
 Our models count with the figures that `slimba eval --json` measured on `--text` (matched as `slimba report` does);
@@ -18,7 +18,7 @@ import argparse
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +112,9 @@ def ours(models: Sequence[Model], texts: dict[str, str]) -> list[dict[str, Any]]
     groups: dict[str, list[Model]] = {}
     for m in models:
         record = m.checkpoint.provenance
-        settings = [record.get("method"), record.get("recipe"), record.get("tokens"), record.get("data")]
-        groups.setdefault(json.dumps(settings if record.get("recipe") else [m.given]), []).append(m)
+        recipe = record.get("recipe") or {k: v for k, v in record.get("settings", {}).items() if k != "seed"}
+        settings = [record.get("method"), recipe, record.get("tokens"), m.inventory.file_bytes]
+        groups.setdefault(json.dumps(settings if recipe else [m.given], sort_keys=True), []).append(m)
     return [arm_of_ours(g, texts) for g in groups.values()]
 
 
@@ -129,7 +130,8 @@ def arm_of_ours(group: Sequence[Model], texts: dict[str, str]) -> dict[str, Any]
             absent = next(m.given for m, r in zip(group, rows, strict=True) if r is None)
             raise UserError(f"no figure of {absent} on {text}; measure it with slimba eval --json and give the file")
     name = SEED.sub("", first.name) if len(group) > 1 else first.name
-    seconds = [m.checkpoint.provenance.get("seconds") for m in group]
+    records = [m.checkpoint.provenance for m in group]
+    seconds = [r.get("seconds", r.get("train_s")) for r in records]
     return {
         "name": name or first.name,
         "family": "ours",
@@ -149,8 +151,10 @@ def arm_of_ours(group: Sequence[Model], texts: dict[str, str]) -> dict[str, Any]
 
 
 def curve_of(model: Model, points: int = 60) -> list[list[float]]:
-    """KL over the tokens, thinned, from the training log."""
-    log = [r for r in model.log or [] if "kl" in r and "tokens" in r]
+    """KL over the tokens, thinned, from the training log in the directory or beside it."""
+    beside = model.path.with_name(model.path.name + ".jsonl")
+    log: Sequence[Mapping[str, Any]] = model.log or (read_rows(beside) if beside.is_file() else [])
+    log = [r for r in log if "kl" in r and "tokens" in r]
     size = max(1, -(-len(log) // points))
     pieces = [log[i : i + size] for i in range(0, len(log), size)]
     return [[p[-1]["tokens"], round(statistics.mean(r["kl"] for r in p), 4)] for p in pieces]
@@ -176,19 +180,30 @@ def with_frontier(arms: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def ablations_of(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Rows of screens, `[{"arm": "rank=0 seed=1", "valid_ppl": ..., "bits": ...}]`, a row for all seeds of one."""
+    """Rows of screen_dfssm.py: those of equal settings and tokens, whatever the seed, are one.
+
+    `change` are the settings that differ from those of the first row, which is the recipe as it is.
+    """
+    rows = [r for file in files for r in read_rows(file) if r.get("arm") != "teacher"]
     groups: dict[str, list[dict[str, Any]]] = {}
-    for file in files:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        for row in data if isinstance(data, list) else data["rows"]:
-            words = [w for w in str(row["arm"]).split() if not w.startswith("seed=")]
-            tokens = row.get("tokens")
-            groups.setdefault(json.dumps([" ".join(words), tokens]), []).append(row)
-    out = []
-    for key, rows in groups.items():
-        name, tokens = json.loads(key)
-        out.append({"change": name or "as it is", "tokens": tokens, "bits": rows[0].get("bits")})
-        out[-1]["valid"] = spread([float(r["valid_ppl"]) for r in rows])
+    for row in rows:
+        own = {k: v for k, v in row.get("settings", {}).items() if k not in ("seed", "tokens", "keep")}
+        groups.setdefault(json.dumps([own, row.get("tokens")], sort_keys=True), []).append(row)
+    out: list[dict[str, Any]] = []
+    first: dict[str, Any] | None = None
+    for key, members in groups.items():
+        settings, tokens = json.loads(key)
+        first = settings if first is None else first
+        differs = [k for k in {**first, **settings} if first.get(k) != settings.get(k)]
+        change = ", ".join(f"{k} {settings.get(k, 'as by default')}" for k in differs) or "as it is"
+        good = [r for r in members if "valid_ppl" in r]
+        failed = len(members) - len(good)
+        row = {"change": change + (f" ({failed} diverged)" if failed else ""), "tokens": tokens}
+        row |= {"arms": [r["arm"] for r in members], "bits": members[0].get("bits"), "bytes": members[0].get("bytes")}
+        for split in ("valid", "test"):
+            values = [float(r[f"{split}_ppl"]) for r in good if f"{split}_ppl" in r]
+            row |= {split: spread(values)} if values else {}
+        out.append(row)
     return out
 
 
@@ -234,7 +249,7 @@ def main() -> None:
     args.add_argument("--rows", type=Path, nargs="*", default=[], help="rows of run_baselines.py and ptq.py")
     args.add_argument("--models", nargs="*", default=[], help="our packed models")
     args.add_argument("--results", type=Path, nargs="*", default=[], help="files of slimba eval --json")
-    args.add_argument("--ablations", type=Path, nargs="*", default=[], help="rows of screens")
+    args.add_argument("--ablations", type=Path, nargs="*", default=[], help="rows of screen_dfssm.py")
     args.add_argument("--state", type=Path, help="what state_field.py wrote")
     args.add_argument("--text", default="test.txt.zst", help="name of the text that is reported")
     args.add_argument("--valid-text", default="valid.txt.zst")

@@ -98,9 +98,14 @@ def test_the_script_gathers_everything(tmp_path: Path) -> None:
         files.append(measured(tmp_path, models[-1], perplexity))
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps(row("sign", 0.01, 0, 400, 33.0, 30.0)) + "\n")
-    screens, state, out = tmp_path / "screens.json", tmp_path / "state.json", tmp_path / "table.json"
-    ablations = [dict(arm=f"{a}seed={s}", valid_ppl=30 + s, bits=1.9) for a in ("", "rank=0 ") for s in (0, 1)]
-    screens.write_text(json.dumps(ablations))
+    screens, state, out = tmp_path / "screens.jsonl", tmp_path / "state.json", tmp_path / "table.json"
+    ablations: list[dict] = [{"arm": "teacher", "valid_ppl": 27.3}]
+    for name, settings in (("base", {"lr": "1"}), ("flat", {"lr": "1", "rank": "0"})):
+        for s in (0, 1):
+            settings = settings | {"seed": str(s)}
+            ablations.append(dict(arm=f"{name}-{s}", settings=settings, seed=s, tokens=800, valid_ppl=30 + s, bits=1.9))
+    ablations.append({"arm": "wild", "settings": {"lr": "9"}, "tokens": 800, "error": "the loss is not finite"})
+    screens.write_text("".join(json.dumps(r) + "\n" for r in ablations))
     state.write_text('{"rows": []}')
     command = [sys.executable, str(SCRIPT), "--teacher", str(teacher), "--rows", str(rows), "--text", "test.txt"]
     command += ["--models", *map(str, models), "--results", *map(str, files), "--ablations", str(screens)]
@@ -112,8 +117,8 @@ def test_the_script_gathers_everything(tmp_path: Path) -> None:
     best, inventory = by_name["best"], inventory_of(open_checkpoint(models[0]))
     assert best["seeds"] == [0, 1] and best["test"]["perplexity"]["mean"] == 21.0
     assert best["file_bytes"] == inventory.file_bytes and best["curve"] == [[9.0, 2.5]]
-    assert [a["change"] for a in table["ablations"]] == ["as it is", "rank=0"]
-    assert table["ablations"][0]["valid"]["mean"] == 30.5
+    assert [a["change"] for a in table["ablations"]] == ["as it is", "rank 0", "lr 9 (1 diverged)"]
+    assert table["ablations"][1]["valid"]["mean"] == 30.5 and "valid" not in table["ablations"][2]
     assert "**best**" in done.stdout and "21.00 ± 1.41" in done.stdout
     files.pop()
     done = subprocess.run([c for c in command if "eval-best-s1" not in c] + ["--out", str(out)], capture_output=True)
