@@ -14,6 +14,7 @@ Tests: `pytest tests/benchmarks/test_run_baselines.py`.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -103,6 +104,7 @@ def parse() -> argparse.Namespace:
     args.add_argument("--set", action="append", default=[], help="key=value of the recipe, for every stage of all arms")
     args.add_argument("--keep", type=Path, help="keep the packed models here")
     args.add_argument("--device", default="auto")
+    args.add_argument("--seconds", type=float, default=math.inf, help="begin no run after this time")
     args.add_argument("--eval-window", type=int, default=1024)
     args.add_argument("--eval-tokens", type=int, help="measure on the first so many tokens of each text")
     return args.parse_args()
@@ -143,6 +145,9 @@ def main() -> None:
     for job in jobs:
         if rows.find(**job.key(), embedding=a.embedding):
             continue
+        if time.perf_counter() - begin > a.seconds:
+            print(f"time is up before {job}", flush=True)
+            break
         made = bench.run(job.arm, job.lr, job.seed, job.tokens, job.splits)
         rows.add(*(row | {"screen": "test" not in job.splits} for row in made))
         for row in made:

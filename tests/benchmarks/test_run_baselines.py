@@ -168,6 +168,9 @@ def test_the_script_resumes_and_shards_share_the_work(tmp_path: Path) -> None:
     assert files[0].read_text() == before, "nothing is done twice"
     cut = before.splitlines(keepends=True)
     files[0].write_text("".join(cut[:-1]) + cut[-1][:40])
+    late = subprocess.run([*command, "--shard", "0/2", "--seconds", "0"], capture_output=True, text=True, timeout=300)
+    assert late.returncode == 0 and "time is up before" in late.stdout
+    assert len(read_rows(files[0])) == len(cut) - 1
     done = subprocess.run([*command, "--shard", "0/2"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     again = read_rows(files[0])
