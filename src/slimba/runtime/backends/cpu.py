@@ -232,8 +232,13 @@ def _fill(core: Any, checkpoint: Checkpoint) -> None:
         if lr := m.layout.lowrank:
             keys = ("lowrank_a", "lowrank_a_scale", "lowrank_b", "lowrank_b_scale")
             lowrank = (lr.rank, lr.start, lr.stop, *(_bytes(m.arrays[k]) for k in keys))
+        plane = None
+        if p := m.layout.plane:
+            index = np.ascontiguousarray(m.plane_columns(), np.int32) if p.cols < m.layout.cols else None
+            parts = (_bytes(m.arrays["plane_packed"]), _bytes(m.arrays["plane_scale"]))
+            plane = (p.cols, p.start, p.stop, *parts, index)
         col_scale = m.arrays["col_scale"].astype(np.float32) if m.layout.col_scale else None
-        core.set_matrix(short, layer, m.layout.rows, m.layout.cols, segments, lowrank, col_scale, bias)
+        core.set_matrix(short, layer, m.layout.rows, m.layout.cols, segments, lowrank, plane, col_scale, bias)
 
     def vector(name: str, short: str, layer: int) -> None:
         core.set_vector(short, layer, np.ascontiguousarray(checkpoint.vector(name).reshape(-1)))

@@ -25,6 +25,11 @@ void Matrix::row(std::int64_t r, float* out, float* temp) const {
       for (std::int64_t c = 0; c < cols; ++c) out[c] += factors[std::size_t(k)] * temp[c];
     }
   }
+  if (plane_cols && r >= plane_start && r < plane_stop) {
+    kDequantRow[kSign](plane.data, plane.scale, plane_cols, r - plane_start, temp);
+    for (std::int64_t k = 0; k < plane_cols; ++k)
+      out[plane_index.empty() ? k : plane_index[std::size_t(k)]] += temp[k];
+  }
   if (!col_scale.empty())
     for (std::int64_t c = 0; c < cols; ++c) out[c] *= col_scale[std::size_t(c)];
 }
@@ -74,7 +79,10 @@ void Model::prepare(const Matrix& m, const float* x, std::int64_t x_stride, std:
   for (int f = 0; f < kFormats; ++f) {
     if (wanted[f]) out[f] = prepared_[f].at_least(tokens * kernels_.format[f]->prepared_floats(m.cols));
   }
-  for (auto& buffer : scratch_) buffer.at_least(m.cols);
+  const FormatKernels& sign = *kernels_.format[kSign];
+  const std::int64_t plane_stride = m.plane_cols ? sign.prepared_floats(m.plane_cols) : 0;
+  float* plane = plane_prepared_.at_least(tokens * plane_stride);
+  for (auto& buffer : scratch_) buffer.at_least(m.cols + m.plane_cols);
   share(tokens, tokens * m.cols * 4, [&](std::int64_t t, int thread) {
     const float* row = x + t * x_stride;
     if (!m.col_scale.empty()) {
@@ -86,6 +94,13 @@ void Model::prepare(const Matrix& m, const float* x, std::int64_t x_stride, std:
       const FormatKernels& k = *kernels_.format[f];
       if (wanted[f]) k.prepare(row, m.cols, out[f] + t * k.prepared_floats(m.cols));
     }
+    if (!m.plane_cols) return;
+    if (!m.plane_index.empty()) {
+      float* gathered = scratch_[std::size_t(thread)].data() + m.cols;
+      for (std::int64_t k = 0; k < m.plane_cols; ++k) gathered[k] = row[m.plane_index[std::size_t(k)]];
+      row = gathered;
+    }
+    sign.prepare(row, m.plane_cols, plane + t * plane_stride);
   });
 }
 
@@ -104,8 +119,8 @@ void Model::factor_block(const Matrix& m, std::int64_t tokens, std::int64_t bloc
   f.ready.store(true);
 }
 
-// Rows begin .. end of the product: the segments, then the low-rank correction once its factors are there, then the
-// bias.
+// Rows begin .. end of the product: the segments, then the second sign plane, then the low-rank correction once its
+// factors are there, then the bias.
 void Model::panel(const Matrix& m, std::int64_t tokens, std::int64_t begin, std::int64_t end, const Output& out,
                   const Factors& factors, float* scratch) {
   for (const Segment& s : m.segments) {
@@ -114,6 +129,12 @@ void Model::panel(const Matrix& m, std::int64_t tokens, std::int64_t begin, std:
     kernels_.format[s.format]->matmul({s.data, s.scale, s.rows, m.cols, from - s.first_row, to - s.first_row,
                                        prepared_[s.format].data(), tokens, out.y + s.first_row, out.stride, out.add,
                                        scratch});
+  }
+  const std::int64_t first = std::max(begin, m.plane_start), last = std::min(end, m.plane_stop);
+  if (m.plane_cols && first < last) {
+    kernels_.format[kSign]->matmul({m.plane.data, m.plane.scale, m.plane.rows, m.plane_cols, first - m.plane_start,
+                                    last - m.plane_start, plane_prepared_.data(), tokens, out.y + m.plane_start,
+                                    out.stride, true, scratch});
   }
   const std::int64_t from = std::max(begin, m.lowrank_start), to = std::min(end, m.lowrank_stop);
   if (m.rank && from < to) {
@@ -137,6 +158,10 @@ void Model::matmul(const Matrix& m, const float* x, std::int64_t x_stride, std::
   for (const Segment& s : m.segments) {
     scratch = std::max(scratch, kernels_.format[s.format]->scratch_floats(m.cols));
     work += s.rows * m.cols / (s.format == kSign ? 4 : 1) * tokens;
+  }
+  if (m.plane_cols) {
+    scratch = std::max(scratch, kernels_.format[kSign]->scratch_floats(m.plane_cols));
+    work += m.plane.rows * m.plane_cols / 4 * tokens;
   }
   Factors factors;
   std::int64_t blocks = 0;

@@ -24,12 +24,16 @@ struct Segment {
   const std::uint8_t* scale;
 };
 
-// W = (segments stacked; rows start..stop += A B) * col_scale, see docs/file-format.md.
+// W = (segments stacked; rows lowrank_start.. += A B; rows plane_start.., columns plane_index += plane) * col_scale, see
+// docs/file-format.md.
 struct Matrix {
   std::int64_t rows = 0, cols = 0;
   std::vector<Segment> segments;
   std::int64_t rank = 0, lowrank_start = 0, lowrank_stop = 0;
   Segment a = {}, b = {};        // int8 factors with their scales, when rank > 0
+  std::int64_t plane_cols = 0, plane_start = 0, plane_stop = 0;
+  Segment plane = {};                     // signs, when plane_cols > 0
+  std::vector<std::int32_t> plane_index;  // [plane_cols]; empty: all columns
   std::vector<float> col_scale;  // empty: none
   std::vector<float> bias;       // empty: none
 
@@ -171,7 +175,7 @@ class Model {
   ThreadPool pool_;
   std::mutex mutex_;
   std::vector<Buffer> scratch_;  // per thread
-  Buffer prepared_[kFormats], factor_, factor_prepared_;
+  Buffer prepared_[kFormats], plane_prepared_, factor_, factor_prepared_;
   Buffer residual_, normed_, projected_, conv_out_, dt_, decay_, y_, bcdt_;
 };
 
