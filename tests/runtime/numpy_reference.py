@@ -34,7 +34,7 @@ def mamba1_spec(**changes: object) -> ModelSpec:
 
 
 def random_matrix(rng: np.random.Generator, layout: MatrixLayout) -> Matrix:
-    """Round-to-nearest of Gaussian weights into any layout, low-rank factors, second plane and column scale included."""
+    """Round-to-nearest of Gaussian weights into any layout; random low-rank factors, second plane and column scale."""
     rows, cols = layout.rows, layout.cols
     w = rng.standard_normal((rows, cols)).astype(np.float32) / np.float32(np.sqrt(cols))
     out, row = Matrix(layout), 0
@@ -65,7 +65,7 @@ def sign_layout(rows: int, cols: int, rank: int, tail: int = 0) -> MatrixLayout:
 
 
 def plane_layout(rows: int, cols: int, rank: int) -> MatrixLayout:
-    """Everything at once: sign, int8, int4 and float rows, a correction and a plane that overlap on some of the rows."""
+    """Sign, int8, int4 and float rows, and a correction and a plane that overlap on some of them."""
     fifth = max(1, rows // 5)
     segments = (
         Segment(fifth, "int8"), Segment(rows - 3 * fifth, "sign"), Segment(fifth, "int4"), Segment(fifth, "float16"),
@@ -75,8 +75,8 @@ def plane_layout(rows: int, cols: int, rank: int) -> MatrixLayout:
 
 
 def random_checkpoint(spec: ModelSpec, seed: int = 0, format: str = "float32", rank: int = 3) -> Checkpoint:
-    """Random weights; `format` is a plain one for every matrix, or "mixed": signs, int8 rows, int4 embedding; "planes": also
-    float and int4 rows and a second sign plane.
+    """Random weights; `format` is a plain one for every matrix, "mixed" (signs, int8 rows, int4 embedding) or "planes"
+    (also float and int4 rows and a second sign plane).
     """
     rng = np.random.default_rng(seed)
     layouts: dict[str, MatrixLayout] = {}

@@ -235,8 +235,8 @@ def _fill(core: Any, checkpoint: Checkpoint) -> None:
         plane = None
         if p := m.layout.plane:
             index = np.ascontiguousarray(m.plane_columns(), np.int32) if p.cols < m.layout.cols else None
-            parts = (_bytes(m.arrays["plane_packed"]), _bytes(m.arrays["plane_scale"]))
-            plane = (p.cols, p.start, p.stop, *parts, index)
+            signs, scale = _bytes(m.arrays["plane_packed"]), _bytes(m.arrays["plane_scale"])
+            plane = (p.cols, p.start, p.stop, signs, scale, index)
         col_scale = m.arrays["col_scale"].astype(np.float32) if m.layout.col_scale else None
         core.set_matrix(short, layer, m.layout.rows, m.layout.cols, segments, lowrank, plane, col_scale, bias)
 
