@@ -74,7 +74,10 @@ Segment make_segment(const std::string& format, int64_t first_row, int64_t rows,
 
 const Kernels& choose_kernels(const std::string& isa) {
   const Kernels* k = kernels_for(isa.c_str());
-  if (!k) bad("this machine cannot run the instruction set '" + isa + "', known are portable, avx2 and avx512");
+  if (!k) {
+    bad("this machine cannot run the instruction set '" + isa +
+        "', known are portable, avx2, avxvnni, avx512, avx512vnni, amx and neon");
+  }
   return *k;
 }
 
@@ -95,6 +98,7 @@ Config make_config(const Numbers& numbers) {
   Config c;
   c.mamba2 = n.at("mamba2") != 0;
   c.state_type = StateType(integer("state_type"));
+  c.int8_activations = n.at("int8_activations") != 0;
   c.n_layer = integer("n_layer");
   c.d_model = integer("d_model");
   c.d_inner = integer("d_inner");
