@@ -28,21 +28,12 @@ from slimba.errors import UserError
 from slimba.models.spec import ModelSpec
 from slimba.training import distributed
 from slimba.training.interrupt import deferred_interrupt
+from slimba.training.optim import Group, make_optimizers
 from slimba.training.schedule import lr_factor
 
 __all__ = ["Group", "LoopSettings", "Task", "pick_device", "recomputes", "train"]
 
 LARGE = 1 << 15  # d_model * n_layer: between the 130m size (18432) and the 370m size (49152)
-
-
-@dataclass(slots=True)
-class Group:
-    """Parameters that share a learning rate and a weight decay."""
-
-    name: str
-    params: list[nn.Parameter]
-    lr: float
-    weight_decay: float = 0.0
 
 
 class Task(Protocol):
@@ -133,18 +124,8 @@ class _Run:
         self.cuda = self.device.type == "cuda"
         self.group_list = task.groups()
         self.params = [p for g in self.group_list for p in g.params]
-        # learning rates are tensors so that a captured graph reads the value of its step
         self.lrs = [torch.zeros((), device=self.device) for _ in self.group_list]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": g.params, "lr": lr, "weight_decay": g.weight_decay}
-                for g, lr in zip(self.group_list, self.lrs, strict=True)
-            ],
-            betas=settings.betas,
-            eps=1e-10,
-            fused=True,
-            capturable=self.cuda,
-        )
+        self.optimizers = make_optimizers(self.group_list, self.lrs, settings.betas, self.cuda)
         self.progress = Progress()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.eager_left = 0
@@ -166,16 +147,21 @@ class _Run:
                 out[k] = out.get(k, 0) + v.detach() * share
         return out
 
+    def forget_gradients(self) -> None:
+        for p in self.params:
+            p.grad = None
+
     def whole_step(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         out = self.backward(ids)
         distributed.mean_gradients(self.params)
         out["grad_norm"] = nn.utils.clip_grad_norm_(self.params, self.settings.clip, foreach=True)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return out
 
     def step(self, ids: torch.Tensor, changed: bool) -> dict[str, torch.Tensor]:
         if not (self.cuda and self.settings.cuda_graph):
-            self.optimizer.zero_grad(set_to_none=True)
+            self.forget_gradients()
             return self.whole_step(ids)
         assert self.stream is not None
         if changed or (self.graph is None and self.eager_left == 0):
@@ -184,7 +170,7 @@ class _Run:
             self.eager_left -= 1
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                self.optimizer.zero_grad(set_to_none=True)
+                self.forget_gradients()
                 out = self.whole_step(ids)
             torch.cuda.current_stream().wait_stream(self.stream)
             if self.eager_left == 0:
@@ -197,7 +183,7 @@ class _Run:
 
     def capture(self, ids: torch.Tensor) -> None:
         """Capturing runs nothing: the next step replays."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.forget_gradients()
         self.static_ids = ids.clone()
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
@@ -264,7 +250,7 @@ class _Run:
         partial = path.with_suffix(".partial")
         payload = {
             "model": self.task.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
             "step": self.progress.step,
             "seconds": self.progress.seconds,
         }
@@ -299,12 +285,13 @@ class _Run:
     def load(self, path: Path) -> None:
         try:
             payload = torch.load(path, map_location=self.device, weights_only=True)
-            # fused AdamW keeps lr as our tensors; its state_dict would replace them
-            lrs = [g["lr"] for g in self.optimizer.param_groups]
             self.task.model.load_state_dict(payload["model"])
-            self.optimizer.load_state_dict(payload["optimizer"])
-            for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
-                group["lr"] = lr
+            for optimizer, state in zip(self.optimizers, payload["optimizers"], strict=True):
+                # the learning rates are our tensors; the state would replace them
+                lrs = [g["lr"] for g in optimizer.param_groups]
+                optimizer.load_state_dict(state)
+                for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+                    group["lr"] = lr
         except (RuntimeError, KeyError, ValueError, EOFError) as e:
             raise UserError(f"the checkpoint {path} cannot be continued ({e}); start again without --resume") from None
         self.progress = Progress(payload["step"], payload["seconds"])

@@ -10,6 +10,7 @@ K - 1 tokens after its block too. Tests: `pytest tests/kernels/test_triton.py`.
 from __future__ import annotations
 
 import torch
+
 import triton
 import triton.language as tl
 
@@ -40,14 +41,18 @@ def _conv_fwd_kernel(
     ch = (tl.program_id(2) * C + tl.arange(0, C))[None, :]
     pre = _pre(x, weight, bias, seq, t, ch, length, channels, s_xb, s_xl, K)
     value = pre / (1.0 + tl.exp(-pre))
-    tl.store(out + (seq * length + t) * channels + ch, value.to(out.dtype.element_ty), mask=(t < length) & (ch < channels))
+    tl.store(
+        out + (seq * length + t) * channels + ch, value.to(out.dtype.element_ty), mask=(t < length) & (ch < channels)
+    )
 
 
 @triton.jit
 def _d_pre(d_out, x, weight, bias, seq, t, ch, length, channels, s_xb, s_xl, K: tl.constexpr):
     """Gradient of the value before SiLU at tokens t; 0 beyond the sequence."""
     pre = _pre(x, weight, bias, seq, t, ch, length, channels, s_xb, s_xl, K)
-    g = tl.load(d_out + (seq * length + t) * channels + ch, mask=(t < length) & (ch < channels), other=0.0).to(tl.float32)
+    g = tl.load(d_out + (seq * length + t) * channels + ch, mask=(t < length) & (ch < channels), other=0.0).to(
+        tl.float32
+    )
     sig = 1.0 / (1.0 + tl.exp(-pre))
     return g * sig * (1.0 + pre * (1.0 - sig))
 

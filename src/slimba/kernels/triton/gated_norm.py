@@ -10,6 +10,7 @@ Tests: `pytest tests/kernels/test_triton.py`.
 from __future__ import annotations
 
 import torch
+
 import triton
 import triton.language as tl
 

@@ -39,7 +39,7 @@ class Sizes(Protocol):
 
 
 def usable(spec: Sizes) -> bool:
-    """Whether the kernels compute this mixer: powers of two, a state that fits a program's registers, no odd options."""
+    """Whether the kernels compute this mixer: powers of two, a state that fits the registers, no odd options."""
     sizes = (spec.headdim, spec.d_state)
     return (
         all(s >= 16 and s & (s - 1) == 0 for s in sizes)

@@ -3,7 +3,8 @@
     y, starts = ssd_forward(xbc, dt_raw, dt_bias, A_log, D, shape)
     grads     = ssd_backward(dy, xbc, dt_raw, dt_bias, A_log, D, starts, shape)
 
-    dt = softplus(dt_raw + dt_bias);  S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T;  y_t = C_t S_t + D x_t,  A = -exp(A_log)
+    dt = softplus(dt_raw + dt_bias);  A = -exp(A_log)
+    S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T;  y_t = C_t S_t + D x_t
 
 A program walks over the chunks of its sequence with the state [N, P] in registers, so nothing of size Q x Q and no
 state but those at the chunk starts (for the gradient) goes through memory. Inside a chunk of Q tokens, with
@@ -19,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 import triton
 import triton.language as tl
 
