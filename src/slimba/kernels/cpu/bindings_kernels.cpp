@@ -7,13 +7,12 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <chrono>
 #include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "engine/buffer.h"
-#include "engine/threads.h"
+#include "engine/probe.h"
 #include "kernels.h"
 
 namespace nb = nanobind;
@@ -126,29 +125,6 @@ void ssm1(const std::string& isa, const In2& x, const In2& bc, const In2& dt, co
                    channels, a.data(), d.data(), s.type, s.data, s.scales, y.data(), channels, s.work.data()});
 }
 
-// Seconds of each of `repeats` passes over `bytes` of memory with `threads` threads, each of which reads its own share.
-std::vector<double> read_seconds(int64_t bytes, int threads, int repeats) {
-  const Kernels& k = table("");
-  ThreadPool pool(threads);
-  Buffer memory;
-  const int64_t block = 1 << 18, blocks = bytes / 4 / block;
-  memory.at_least(blocks * block);
-  pool.run(blocks, [&](int64_t i, int) { std::memset(memory.data() + i * block, 0, std::size_t(block) * 4); });
-  std::vector<double> seconds;
-  volatile float sink = 0;
-  for (int r = 0; r < repeats; ++r) {
-    const auto start = std::chrono::steady_clock::now();
-    pool.run(blocks, [&](int64_t i, int) {
-      float sum = 0;
-      k.read(memory.data() + i * block, block, &sum);
-      if (sum != 0) sink = sum;
-    });
-    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-  }
-  (void)sink;
-  return seconds;
-}
-
 }  // namespace
 
 void bind_kernels(nb::module_& m) {
@@ -180,5 +156,8 @@ void bind_kernels(nb::module_& m) {
   k.def("decay", [](const std::string& isa, const In1& dt, const In1& a, const Out1& out) {
     table(isa).decay(dt.data(), a.data(), int64_t(dt.size()), out.data());
   });
-  k.def("read_seconds", read_seconds, nb::arg("bytes"), nb::arg("threads"), nb::arg("repeats"));
+  k.def(
+      "read_seconds",
+      [](int64_t bytes, int threads, int repeats) { return read_seconds(table(""), bytes, threads, repeats); },
+      nb::arg("bytes"), nb::arg("threads"), nb::arg("repeats"));
 }

@@ -97,7 +97,9 @@ bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnn
 
 // Linux gives a process the tile registers when it asks for them.
 bool has_amx() {
-#if defined(__linux__) && defined(SYS_arch_prctl)
+#if defined(SLIMBA_EMULATE_AMX)
+  return has_avx512vnni();
+#elif defined(__linux__) && defined(SYS_arch_prctl)
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!has_avx512vnni() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
