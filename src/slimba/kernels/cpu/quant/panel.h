@@ -112,6 +112,11 @@ inline void tile(const uint8_t* panel, int64_t step, int64_t steps, const int8_t
   const int8_t* third[(TK + 2) / 3];  // every third token: the others are one and two strides on
   for (int i = 0; i < (TK + 2) / 3; ++i) third[i] = x + 3 * i * stride;
 #if defined(__AVX512F__) || defined(__AVXVNNI__)
+  vi part[TK][kTileVectors];  // of this function alone: the compiler keeps it in registers
+#pragma GCC unroll 16
+  for (int t = 0; t < TK; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) part[t][v] = sum[t][v];
   for (int64_t k = 0; k < steps; ++k) {
     vi w[kTileVectors];
 #pragma GCC unroll 2
@@ -120,16 +125,23 @@ inline void tile(const uint8_t* panel, int64_t step, int64_t steps, const int8_t
     for (int t = 0; t < TK; ++t) {
       const vi four = ifour(third[t / 3] + t % 3 * stride + 4 * k);
 #pragma GCC unroll 2
-      for (int v = 0; v < kTileVectors; ++v) sum[t][v] = dot4(sum[t][v], w[v], four);
+      for (int v = 0; v < kTileVectors; ++v) part[t][v] = dot4(part[t][v], w[v], four);
     }
   }
+#pragma GCC unroll 16
+  for (int t = 0; t < TK; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) sum[t][v] = part[t][v];
 #else
   for (int64_t first = 0; first < steps; first += kFlush) {
     vi part[TK][kTileVectors];
+#pragma GCC unroll 16
     for (int t = 0; t < TK; ++t)
+#pragma GCC unroll 2
       for (int v = 0; v < kTileVectors; ++v) part[t][v] = izero();
     for (int64_t k = first; k < min64(first + kFlush, steps); ++k) {
       vi w[kTileVectors];
+#pragma GCC unroll 2
       for (int v = 0; v < kTileVectors; ++v) w[v] = iload(panel + v * step + k * 64);
 #pragma GCC unroll 16
       for (int t = 0; t < TK; ++t) {
@@ -139,7 +151,9 @@ inline void tile(const uint8_t* panel, int64_t step, int64_t steps, const int8_t
           part[t][v] = _mm256_add_epi16(part[t][v], _mm256_maddubs_epi16(w[v], four));
       }
     }
+#pragma GCC unroll 16
     for (int t = 0; t < TK; ++t)
+#pragma GCC unroll 2
       for (int v = 0; v < kTileVectors; ++v)
         sum[t][v] = iadd(sum[t][v], _mm256_madd_epi16(part[t][v], _mm256_set1_epi16(1)));
   }
@@ -205,7 +219,6 @@ template <class Use>
 inline void for_tokens(int64_t tokens, const Use& use) {
   int64_t t = 0;
 #if defined(__AVX512F__)
-  for (; t + 12 <= tokens; t += 12) use.template tokens<12>(t);
   for (; t + 8 <= tokens; t += 8) use.template tokens<8>(t);
 #endif
   for (; t + 4 <= tokens; t += 4) use.template tokens<4>(t);

@@ -9,7 +9,7 @@
 namespace slimba {
 namespace {
 
-constexpr int64_t kAhead = 16384;  // bytes between what is read and what is fetched into the cache
+constexpr int64_t kAhead = 8192;  // bytes between what is read and what is fetched into the cache
 
 #if defined(__AVX512F__)
 // sum[t][i] of the rows row .. row + RB
@@ -87,7 +87,8 @@ inline void int8_rows(const QuantArgs& a, int64_t row, int64_t n, int64_t token)
       for (int t = 0; t < TK; ++t) acc[r][t] = izero();
     }
     for (int64_t c = 0; c < a.cols; c += kInt8Step) {
-      _mm_prefetch((const char*)rows[0] + kAhead + c * RB, _MM_HINT_T1);
+#pragma GCC unroll 8
+      for (int r = 0; r < RB; ++r) _mm_prefetch((const char*)rows[r] + RB * a.cols + c, _MM_HINT_T1);
 #pragma GCC unroll 8
       for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 4
