@@ -16,7 +16,7 @@ from slimba.training import checkpointing
 from slimba.training.sharding import Shards
 
 
-def trained(steps: int, width: int = 3) -> tuple[nn.Module, torch.optim.Optimizer, Shards]:
+def trained(steps: int, width: int = 3) -> tuple[nn.Module, list[torch.optim.Optimizer], Shards]:
     torch.manual_seed(0)
     model = nn.Linear(4, width)
     model.register_buffer("seen", torch.zeros(2))
@@ -29,20 +29,20 @@ def trained(steps: int, width: int = 3) -> tuple[nn.Module, torch.optim.Optimize
         optimizer.step()
         shards.gather()
         model.seen.add_(1)  # type: ignore[operator]
-    return model, optimizer, shards
+    return model, [optimizer], shards
 
 
-def save(work: Path, steps: int) -> tuple[nn.Module, torch.optim.Optimizer, Shards]:
+def save(work: Path, steps: int) -> tuple[nn.Module, list[torch.optim.Optimizer], Shards]:
     run = trained(steps)
     checkpointing.save(work, *run, {"step": steps, "seconds": 1.5})
     return run
 
 
 def test_weights_moments_and_progress_return_bit_for_bit(tmp_path: Path) -> None:
-    model, optimizer, _ = save(tmp_path, 3)
-    other, fresh, shards = trained(0)
+    model, (optimizer,), _ = save(tmp_path, 3)
+    other, (fresh,), shards = trained(0)
     rate = fresh.param_groups[0]["lr"]
-    assert checkpointing.load(tmp_path, other, fresh, shards) == {"step": 3, "seconds": 1.5}
+    assert checkpointing.load(tmp_path, other, [fresh], shards) == {"step": 3, "seconds": 1.5}
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert optimizer.state[p].keys() == fresh.state[q].keys()

@@ -1,7 +1,7 @@
 """The checkpoint of a run: weights, optimiser state and step, written by all processes, read by any number of them.
 
-    save(work, model, optimizer, shards, {"step": 120, "seconds": 63.0})
-    progress = load(work, model, optimizer, shards)      # None where there is none
+    save(work, model, optimizers, shards, {"step": 120, "seconds": 63.0})
+    progress = load(work, model, optimizers, shards)     # None where there is none
 
 `work/checkpoint-00000120/` is a directory of torch.distributed.checkpoint: each process writes the parts it updates,
 and one that reads takes what it needs, so a run may be resumed with another number of processes. A directory is written
@@ -15,6 +15,7 @@ import pickle
 import re
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def latest(work: Path) -> Path | None:
 
 
 def save(
-    work: Path, model: nn.Module, optimizer: torch.optim.Optimizer, shards: Shards, progress: dict[str, Any]
+    work: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], shards: Shards, progress: dict[str, Any]
 ) -> None:
     """Write the checkpoint of step `progress["step"]`; every process calls it at the same step."""
     partial = work / "checkpoint.partial"
@@ -54,10 +55,11 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
     distributed.barrier()
     mesh = _mesh()
+    moments = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
     split = {name: _global(shards.parts[p], mesh) for name, p in model.named_parameters() if p in shards.parts}
     state: dict[str, Any] = {"model." + name: split.get(name, t) for name, t in model.state_dict().items()}
     for name, part, is_split in _updated(model, shards):
-        for key, value in optimizer.state.get(part, {}).items():
+        for key, value in moments.get(part, {}).items():
             state[f"optimizer.{name}.{key}"] = _global(value, mesh) if is_split and value.ndim else value
     state |= {"progress." + key: value for key, value in progress.items()}
     target = work / f"checkpoint-{progress['step']:08d}"
@@ -76,8 +78,10 @@ def save(
         raise UserError(f"cannot write the checkpoint {target} ({_reason(e)}); the one before it is kept") from None
 
 
-def load(work: Path, model: nn.Module, optimizer: torch.optim.Optimizer, shards: Shards) -> dict[str, Any] | None:
-    """Fill model and optimiser from the newest checkpoint of `work`; its progress, None where there is none.
+def load(
+    work: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], shards: Shards
+) -> dict[str, Any] | None:
+    """Fill model and optimisers from the newest checkpoint of `work`; its progress, None where there is none.
 
     Every process reads for itself. UserError for a checkpoint that is damaged or of another model.
     """
@@ -85,13 +89,13 @@ def load(work: Path, model: nn.Module, optimizer: torch.optim.Optimizer, shards:
     if path is None:
         return None
     try:
-        return _load(path, model, optimizer, shards)
+        return _load(path, model, optimizers, shards)
     except BROKEN as e:
         why = f"the checkpoint {path} cannot be continued ({_reason(e)})"
         raise UserError(f"{why}; start again without --resume") from None
 
 
-def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, shards: Shards) -> dict[str, Any]:
+def _load(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], shards: Shards) -> dict[str, Any]:
     reader = FileSystemReader(path)
     saved = reader.read_metadata().state_dict_metadata
     mesh = _mesh()
@@ -111,7 +115,8 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, shards
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ALONE)
         load_parts(state, storage_reader=reader, no_dist=True)
-    _take(optimizer, moments)
+    for optimizer in optimizers:
+        _take(optimizer, moments)
     return {key.removeprefix("progress."): state[key] for key in saved if key.startswith("progress.")}
 
 

@@ -277,7 +277,7 @@ class _Run:
     def save(self) -> None:
         begin = time.monotonic()
         progress = {"step": self.progress.step, "seconds": self.progress.seconds}
-        checkpointing.save(self.workdir, self.task.model, self.optimizer, self.shards, progress)
+        checkpointing.save(self.workdir, self.task.model, [self.optimizer], self.shards, progress)
         self.save_seconds = time.monotonic() - begin
 
     def forget_log_rows(self) -> None:
@@ -290,7 +290,7 @@ class _Run:
 
     def restore(self) -> None:
         """Every process reads the checkpoint, so the work directory must be one that all of them see."""
-        found = checkpointing.load(self.workdir, self.task.model, self.optimizer, self.shards)
+        found = checkpointing.load(self.workdir, self.task.model, [self.optimizer], self.shards)
         if found:
             self.progress = Progress(found["step"], found["seconds"])
             if distributed.first():

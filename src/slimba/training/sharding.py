@@ -33,12 +33,14 @@ all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_in
 class Shards:
     """Which part of which parameter this process updates."""
 
-    def __init__(self, params: Iterable[nn.Parameter]) -> None:
-        self.params = list(params)
+    def __init__(self, params: Iterable[nn.Parameter], whole: Iterable[nn.Parameter] = ()) -> None:
+        """`whole`: parameters that are never split, such as single matrices whose optimiser must see all of them."""
+        self.params, never = list(params), set(whole)
         self.parts: dict[nn.Parameter, nn.Parameter] = {}
         n = distributed.world()
         for p in self.params:
-            if n > 1 and p.ndim and p.shape[0] % n == 0 and p.numel() >= SMALL and p.is_contiguous():
+            splits = p.ndim > 0 and p.shape[0] % n == 0 and p.numel() >= SMALL and p.is_contiguous()
+            if n > 1 and splits and p not in never:
                 part = p.detach().chunk(n)[distributed.rank()]
                 self.parts[p] = nn.Parameter(part, requires_grad=p.requires_grad)
         self.whole = [p for p in self.params if p not in self.parts]
