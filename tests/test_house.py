@@ -169,7 +169,7 @@ def test_base_dependencies_hold_no_torch_and_versions_agree() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {re.split(r"[<>=!\[; ]", d)[0] for d in project["dependencies"]}
     assert names == {"numpy", "ml_dtypes", "safetensors", "tokenizers", "typer", "rich", "zstandard"}
-    assert set(project["optional-dependencies"]) == {"train", "gpu", "serve", "eval", "dev"}
+    assert set(project["optional-dependencies"]) == {"train", "gpu", "serve", "eval", "datasets", "dev"}
     import slimba
 
     assert slimba.__version__ == project["version"]
