@@ -78,9 +78,10 @@ DEV void grid_barrier(u32* arrived, u32& target, u32 blocks) {
   if (threadIdx.x == 0) {
     u32 seen;
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
-    do {
+    for (int tries = 0; tries < (1 << 17); ++tries) {  // some 0.1 s: a grid that is not resident must not hang the GPU
       asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrived) : "memory");
-    } while ((int)(seen - target) < 0);
+      if ((int)(seen - target) >= 0) break;
+    }
   }
   __syncthreads();
 }

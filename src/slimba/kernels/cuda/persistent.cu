@@ -10,6 +10,7 @@ struct Persistent {
 // Copies a description to shared memory, where reading it costs nothing.
 template <typename P>
 DEV void fetch(const P* from, P* to) {
+  __syncthreads();  // a slower warp may still be reading the one before
   for (int i = threadIdx.x; i < (int)(sizeof(P) / 8); i += THREADS) ((i64*)to)[i] = ((const i64*)from)[i];
   __syncthreads();
 }

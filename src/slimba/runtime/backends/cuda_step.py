@@ -18,9 +18,9 @@ from slimba.runtime.backends.cuda_bulk import Bulk
 from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, span_of
 from slimba.runtime.backends.cuda_state import STATE_CODES, CudaState, StatePointers
-from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits
+from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits, up_to
 
-__all__ = ["BulkStep", "FusedStep", "Step"]
+__all__ = ["BulkStep", "FusedStep", "PersistentStep", "Step"]
 
 STORE, ADD, IN_PROJ = 0, 1, 2  # enum OutputMode in kernels/cuda/matrix.cuh
 LARGEST_STATE = 256  # entries of a row of the state that a warp holds
@@ -177,3 +177,30 @@ class FusedStep(Step):
             layer.dt_bias.data_ptr(), self._dt.data_ptr(), spec.n_heads, self._z.data_ptr(), spec.d_inner,
             self._y.data_ptr(), spec.d_inner, float_bits(low), float_bits(high),
         )  # fmt: skip
+
+
+class PersistentStep(FusedStep):
+    """One token for one sequence by one kernel with barriers of the whole grid."""
+
+    def __init__(self, model: CudaModel, gpu: Gpu, state_dtype: str, n_valid: int = 0) -> None:
+        super().__init__(model, gpu, 1, state_dtype, n_valid)
+        spec = model.spec
+        device = gpu.device
+        self._arrived = self._zeros(1, dtype=torch.int32)
+        self._all_products = torch.from_numpy(np.stack(self.products)).to(device)
+        self._all_recurrences = torch.from_numpy(np.stack(self.recurrences)).to(device)
+        self._fields = fields_of(
+            self.embed.tolist(), spec.n_layer, self._all_products.data_ptr(), self._all_recurrences.data_ptr(),
+            self._arrived.data_ptr(),
+        )  # fmt: skip
+        groups = max(1, self._norm_groups(spec))
+        matrices = [m for layer in model.layers for m in layer.matrices.values()]
+        work = max(m.shared_bytes(1, groups) for m in [*matrices, model.head])
+        work = max(work, 4 * (span_of(spec.headdim) + 2 * spec.d_state))
+        self._shared = up_to(self.products[0].nbytes + self.recurrences[0].nbytes, 16) + work
+
+    def work(self, *, choose: bool, overlap: bool = False) -> None:
+        """Launches one step. choose: the most likely ids become the next ids."""
+        self._arrived.zero_()
+        self._gpu.launch("slimba_persistent", (self._gpu.blocks,), self._fields, self._shared, module="persistent")
+        self.after(choose)
