@@ -21,16 +21,26 @@ PACKAGE = ROOT / "src" / "slimba"
 # ARCHITECTURE.md draws this: a room may import the rooms listed, besides itself and `errors`.
 MAY_IMPORT = {
     "formats": {"models.spec"},  # presets.py: the layouts of a whole model
-    "models": {"checkpoints.checkpoint", "formats"},
+    "models": {"checkpoints.checkpoint", "formats", "kernels.triton"},
     "kernels": set(),
     "data": set(),
     "checkpoints": {"formats", "models"},
     "runtime": {"checkpoints", "data", "formats", "models", "kernels"},
-    "training": {"checkpoints", "data", "formats", "models", "recipes"},
+    "training": {"checkpoints", "data", "formats", "kernels.triton", "models", "recipes"},
     "recipes": set(),
     "assets": set(),
     "evaluation": {"runtime", "checkpoints", "data", "formats", "models"},
-    "methods": {"training", "checkpoints", "data", "formats", "models", "recipes", "evaluation", "runtime"},
+    "methods": {
+        "kernels.triton",
+        "training",
+        "checkpoints",
+        "data",
+        "formats",
+        "models",
+        "recipes",
+        "evaluation",
+        "runtime",
+    },
 }
 # What a base install runs: nothing here may import torch when it is imported, and only TORCH_INSIDE may at all.
 TORCH_FREE = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,10 @@ if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
 from helpers.tiny import tiny_spec
 from slimba.kernels.triton.kl import kl_and_gradient
 from slimba.kernels.triton.mixer import inner, usable
+from slimba.kernels.triton.signs import signs_backward, signs_forward
+from slimba.methods import signs
 from slimba.models.mamba2 import Mamba2Mixer
+from slimba.training.losses import plain_kl
 
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -95,14 +99,34 @@ def test_what_the_kernels_do_not_compute_is_left_to_pytorch(changes: dict) -> No
 
 
 @pytest.mark.parametrize("vocabulary", [5, 300, 2048, 5000])
-def test_kl_and_its_gradient(vocabulary: int) -> None:
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_kl_and_its_gradient(vocabulary: int, weight: float) -> None:
     torch.manual_seed(1)
-    student = (torch.randn(7, vocabulary, device=DEVICE) * 3).requires_grad_()
-    teacher = torch.randn(7, vocabulary, device=DEVICE) * 3
-    log_p = teacher.log_softmax(-1)
-    expected = (log_p.exp() * (log_p - student.log_softmax(-1))).sum(-1)
-    (wanted,) = torch.autograd.grad(expected.sum() * 0.25, student)
-    logits = student.detach().clone()
-    kl = kl_and_gradient(logits, teacher, 0.25)
-    torch.testing.assert_close(kl, expected.detach(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(logits, wanted, atol=1e-6, rtol=1e-5)
+    student, teacher = (torch.randn(7, vocabulary, device=DEVICE) * 3 for _ in range(2))
+    labels = torch.randint(0, vocabulary, (7,), device=DEVICE)
+    kl, ce, grad = plain_kl(student, teacher, labels if weight else None, weight)
+    logits = student.clone()
+    ours = kl_and_gradient(logits, teacher, 0.25, labels if weight else None, weight)
+    torch.testing.assert_close(ours, (kl, ce), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, grad * 0.25, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("plane", [False, True])
+@pytest.mark.parametrize("cols", [7, 1100])
+def test_sign_weights_and_their_gradients(plane: bool, cols: int) -> None:
+    torch.manual_seed(2)
+    latent, row, d_w = (torch.randn(s, device=DEVICE) for s in ((2, 5, cols), (2, 5), (2, 5, cols)))
+    scale, on = (torch.rand(2, 5, device=DEVICE), (torch.rand(2, 1, cols, device=DEVICE) < 0.5).float())
+    leaves = [t.requires_grad_() for t in ((latent, row, scale) if plane else (latent, row))]
+    estimator = signs.Estimator("tanh", 1.2, torch.tensor(1.0))  # a kind without kernel: the plain forward
+    plain = signs.sign_weights(latent, row, signs.PlaneScale(scale, on) if plane else None, estimator)
+    parts = (scale.detach(), on) if plane else (None, None)
+    ours = signs_forward(latent.detach(), row.detach(), *parts, torch.float32)
+    assert torch.equal(ours, plain)
+    clipped = signs.Estimator("clip", 1.2, torch.tensor(1.0))
+    ctx = SimpleNamespace(saved_tensors=(latent, row, *parts), estimator=clipped, kernel=None, needs_input_grad=[True])
+    wanted = signs.SignWeights.backward(ctx, d_w)[: len(leaves)]
+    d_latent = torch.full_like(latent, float("nan"))
+    d_row, d_plane = signs_backward(d_w, latent.detach(), row.detach(), *parts, 1.2, d_latent)
+    for got, want in zip((d_latent, d_row, d_plane), wanted, strict=False):
+        torch.testing.assert_close(got, want)

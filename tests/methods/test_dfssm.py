@@ -16,10 +16,12 @@ from slimba.checkpoints.packed import read_packed
 from slimba.errors import UserError
 from slimba.formats import MatrixLayout
 from slimba.formats.presets import preset_layouts
+from slimba.methods.dfssm.distil import DistilTask
 from slimba.methods.dfssm.fit import fit_signs
+from slimba.methods.dfssm.layers import SignMatrices
 from slimba.methods.dfssm.recipe import DfssmRecipe, layouts
 from slimba.methods.dfssm.run import run
-from slimba.methods.dfssm.student import DistilTask, Student
+from slimba.methods.dfssm.student import Student
 from slimba.models.lm import SSMForCausalLM, init_weights, load_weights
 from slimba.models.spec import ModelSpec
 from slimba.training.recipes import load_recipe
@@ -77,13 +79,29 @@ def test_fit_lowers_the_error_of_plain_signs_and_low_rank_lowers_it_further():
     assert low < row_col < row_only <= naive + 1e-6
 
 
-def test_fit_reports_the_error_of_what_it_returns():
+@pytest.mark.parametrize("plane", [None, (20, 0, 30), (8, 0, 30), (8, 10, 25)])
+def test_fit_reports_the_error_of_what_it_returns(plane):
     w = torch.randn(30, 20, generator=torch.Generator().manual_seed(1))
-    m = torch.ones(20)
-    fit = fit_signs(w, m, 3, 4, 0.1)
-    built = torch.where(fit.latent >= 0, 1.0, -1.0) * fit.row[:, None] * fit.col + fit.a @ fit.b
-    assert float((w - built).square().sum() / w.square().sum()) == pytest.approx(fit.error, rel=1e-4)
+    m = torch.rand(20, generator=torch.Generator().manual_seed(2)) + 0.1
+    fit = fit_signs(w, m, 3, 4, 0.1, plane=plane)
+    weight = m / m.mean() + 1e-4
+    error = ((w - fit.scaffold() - fit.a @ fit.b).square() * weight).sum() / (w.square() * weight).sum()
+    assert float(error) == pytest.approx(fit.error, rel=1e-4)
     assert float(fit.col.min()) >= 0.1 * float(fit.col.mean()) * 0.99
+
+
+def test_a_second_plane_lowers_the_error_where_it_is_and_more_columns_lower_it_further():
+    w = torch.randn(60, 48, generator=torch.Generator().manual_seed(1))
+    m = torch.rand(48, generator=torch.Generator().manual_seed(2)) + 0.1
+    errors = [fit_signs(w, m, 0, 6, 0.1, plane=(k, 0, 60) if k else None).error for k in (0, 8, 24, 48)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.4 * errors[0], "four levels against two"
+    half = fit_signs(w, m, 0, 6, 0.1, plane=(48, 30, 60))
+    assert not half.plane[:30].any() and (half.plane[30:] > 0).all()
+    assert errors[-1] < half.error < errors[0]
+    some = fit_signs(w, m, 0, 6, 0.1, plane=(8, 0, 60)).columns
+    activity = m * w.square().sum(0)
+    assert set(some.tolist()) == set(activity.topk(8).indices.tolist()), "the most active columns have it"
 
 
 def test_fit_keeps_column_scales_away_from_zero():
@@ -116,17 +134,43 @@ def test_folding_changes_nothing_but_the_signs(name):
     ids = torch.from_numpy(ids_of(spec, 64)).long().view(2, 32)
     student.initialise(network, ids)
     weights = student.effective()
-    for matrix, module in student.matrices.items():
-        full = matrix.replace("/", ".")
-        if not hasattr(module, "latent"):
+    for key, names in student.names.items():
+        module = student.stacks[key]
+        if not isinstance(module, SignMatrices):
             continue
         # latent * row scale in place of sign(latent) * row scale undoes the sign approximation
-        mask = module.sign_mask(torch.device("cpu"))
-        exact = module.latent * module.row_scale(False)[:, None] * (module.col if module.col is not None else 1)
-        weights[full + ".weight"] = weights[full + ".weight"].clone()
-        weights[full + ".weight"][mask] = exact
+        exact = module.latent * module.scales(False)[0][..., None]
+        exact = exact if module.col is None else exact * module.col[:, None]
+        for i, full in enumerate(names):
+            weights[full + ".weight"] = weights[full + ".weight"].clone()
+            weights[full + ".weight"][module.sign_mask()] = exact[i]
     ours = torch.func.functional_call(network, weights, (ids,))
     torch.testing.assert_close(ours, network(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_block_by_block_no_gradient_passes_between_blocks():
+    """The embedding feeds only the first block: the loss on the others must not move it, nor the logits the head."""
+    spec = SPECS["no-last-norm"]
+    network, _ = teacher_of(spec)
+    r = recipe(blockwise_until=0.5)
+    student = Student(spec, layouts(spec, r), r)
+    ids = torch.from_numpy(ids_of(spec, 68)).long().view(4, 17)
+    student.initialise(network, ids[:, :-1])
+    task = DistilTask(student, network, r)
+    task.at_step(0, 10)
+    out = task.loss(ids)
+    gradient = torch.autograd.grad(out["loss"], student.stacks["in_proj"].latent)[0]
+    assert (gradient.abs().sum((1, 2)) > 0).all(), "every block learns"
+    weights = student.effective()
+    first = weights["backbone.layers.0.mixer.in_proj.weight"]
+    hidden = torch.func.functional_call(task.network, {"lm." + k: v for k, v in weights.items()}, (ids[:, :-1],))[1]
+    assert torch.autograd.grad(hidden[1].sum(), first, allow_unused=True)[0] is None
+    assert task.at_step(5, 10), "end to end from here"
+    weights = student.effective()
+    first = weights["backbone.layers.0.mixer.in_proj.weight"]
+    task.network.lm.backbone.isolated = task.blockwise
+    hidden = torch.func.functional_call(task.network, {"lm." + k: v for k, v in weights.items()}, (ids[:, :-1],))[1]
+    assert torch.autograd.grad(hidden[1].sum(), first, allow_unused=True)[0] is not None
 
 
 def test_frozen_signs_get_no_gradient_and_rounding_reaches_every_kind():
@@ -149,6 +193,15 @@ def test_frozen_signs_get_no_gradient_and_rounding_reaches_every_kind():
     }
 
 
+@pytest.mark.parametrize("settings", [dict(estimator="blend"), dict(estimator="tanh"), dict(optimizer_latent="muon")])
+def test_every_way_to_train_ends_in_signs_nearer_to_the_teacher(settings, tmp_path):
+    _, teacher = teacher_of(SPECS["mamba2"])
+    untrained = distil(teacher, tmp_path / "u", tokens=4 * 16, recipe=recipe(plane=0.5))
+    record = distil(teacher, tmp_path / "m", tokens=4 * 16 * 120, recipe=recipe(**settings, plane=0.5))
+    assert record["final"]["kl"] < 0.8 * untrained["final"]["kl"]
+    assert read_packed(tmp_path / "m").layouts["backbone.layers.0.mixer.out_proj"].plane
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_the_default_recipe_has_the_layouts_that_inspect_counts(name):
     spec = SPECS[name]
@@ -159,14 +212,27 @@ def test_the_default_recipe_has_the_layouts_that_inspect_counts(name):
 # ------------------------------------------------------------------ rung 3
 
 
+LAYOUTS = {
+    "int4": dict(embedding="int4", int8_rows=("dt",)),
+    "int8": dict(embedding="int8", int8_rows=("dt",), int4_rows=("B", "C")),
+    "plane": dict(embedding="int8", int8_rows=("dt",), plane=0.5, plane_rows=("x", "out")),
+    "plane-alone": dict(
+        embedding="int8", int8_rows=(), plane=1.0, plane_rows=("z", "x", "B", "C", "dt", "out"), rank=0
+    ),
+    "between": dict(embedding="int8", int8_rows=("x",), plane=0.3, plane_rows=("z", "out")),
+}
+
+
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("embedding", ["int4", "int8"])
-def test_deployed_student_is_the_packed_file(name, embedding, tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_deployed_student_is_the_packed_file(name, layout, tmp_path):
     """Bit for bit in every stored part, 1e-4 in the logits (rung 3)."""
     spec = SPECS[name]
     network, _ = teacher_of(spec)
-    rows = ("dt",) if spec.architecture == "mamba2" else ()
-    r = recipe(embedding=embedding, int8_rows=rows)
+    settings = dict(LAYOUTS[layout])
+    if spec.architecture == "mamba1" and "plane_rows" in settings:
+        settings["plane_rows"] = ("z", "out")
+    r = recipe(**settings)
     student = Student(spec, layouts(spec, r), r)
     ids = torch.from_numpy(ids_of(spec, 66)).long().view(2, 33)
     student.initialise(network, ids)
@@ -187,9 +253,10 @@ def test_deployed_student_is_the_packed_file(name, embedding, tmp_path):
         if factors is None:
             assert np.array_equal(w, stored.dequantize()), full
         else:
-            module = student.matrices[full.replace(".", "/")]
-            assert np.array_equal(student_factor(module.a), factors[0]), full
-            assert np.array_equal(student_factor(module.b), factors[1]), full
+            key, i = next((k, names.index(full)) for k, names in student.names.items() if full in names)
+            module = student.stacks[key]
+            assert np.array_equal(student_factor(module.a[i]), factors[0]), full
+            assert np.array_equal(student_factor(module.b[i]), factors[1]), full
             np.testing.assert_allclose(w, stored.dequantize(), rtol=1e-6, atol=1e-7, err_msg=full)
     for full in spec.vectors():
         assert np.array_equal(weights[full].detach().numpy(), packed.vector(full)), full

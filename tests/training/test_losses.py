@@ -19,39 +19,39 @@ def case(seed=0):
     return student, head, teacher, teacher_head
 
 
-def test_kl_is_a_mean_per_token_with_its_gradients(chunking):
-    student, head, teacher, teacher_head = case()
-    plain = (
-        F.kl_div(
-            F.log_softmax(student @ head.T, -1).flatten(0, 1),
-            F.log_softmax(teacher @ teacher_head.T, -1).flatten(0, 1),
-            log_target=True,
-            reduction="none",
-        )
-        .sum(-1)
-        .mean()
-    )
+def plain_loss(student, head, teacher, teacher_head, temperature, labels, weight):
+    log_q, log_p = (F.log_softmax(f @ h.T / temperature, -1) for f, h in ((student, head), (teacher, teacher_head)))
+    kl = F.kl_div(log_q.flatten(0, 1), log_p.flatten(0, 1), log_target=True, reduction="none").sum(-1).mean()
+    ce = F.cross_entropy((student @ head.T).flatten(0, 1), labels.flatten())
+    return kl, (1 - weight) * temperature**2 * kl + weight * ce
+
+
+@pytest.mark.parametrize(("temperature", "weight"), [(1.0, 0.0), (2.0, 0.0), (1.0, 0.3), (1.0, 1.0)])
+def test_distillation_is_a_mean_per_token_with_its_gradients(chunking, temperature, weight):
+    tensors = case()
+    student, head, *_ = tensors
+    labels = torch.randint(0, 19, (2, 7), generator=torch.Generator().manual_seed(2))
+    kl, plain = plain_loss(*tensors, temperature, labels, weight)
     expected = torch.autograd.grad(plain, (student, head))
-    loss = losses.kl_divergence(student, head, teacher, teacher_head, torch.float32)
-    torch.testing.assert_close(loss, plain)
+    options = dict(temperature=temperature, labels=labels if weight else None, label_weight=weight)
+    out = losses.distillation(*tensors, torch.float32, **options)
+    torch.testing.assert_close(out["kl"], kl)
+    torch.testing.assert_close(out["loss"], plain)
     # three times the loss, so that a backward which ignores its incoming gradient fails
-    for got, want in zip(torch.autograd.grad(3 * loss, (student, head)), expected, strict=True):
+    for got, want in zip(torch.autograd.grad(3 * out["loss"], (student, head)), expected, strict=True):
         torch.testing.assert_close(got, 3 * want, rtol=1e-5, atol=1e-6)
 
 
 def test_kl_of_equal_models_is_zero(chunking):
     student, head, _, _ = case()
-    loss = losses.kl_divergence(student, head, student, head, torch.float32)
-    assert abs(loss.item()) < 1e-6
+    assert abs(losses.distillation(student, head, student, head, torch.float32)["kl"].item()) < 1e-6
 
 
 def test_kl_does_not_grow_with_the_sequence():
     student, head, teacher, teacher_head = case()
-    once = losses.kl_divergence(student, head, teacher, teacher_head, torch.float32)
-    twice = losses.kl_divergence(
-        torch.cat([student, student], 1), head, torch.cat([teacher, teacher], 1), teacher_head, torch.float32
-    )
-    torch.testing.assert_close(once, twice)
+    once = losses.distillation(student, head, teacher, teacher_head, torch.float32)["loss"]
+    long = (torch.cat([student, student], 1), head, torch.cat([teacher, teacher], 1), teacher_head)
+    torch.testing.assert_close(once, losses.distillation(*long, torch.float32)["loss"])
 
 
 def test_cross_entropy_with_its_gradients(chunking):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from helpers.tiny import tiny_checkpoint, tiny_spec
+from slimba.methods.dfssm.distil import DistilTask
 from slimba.methods.dfssm.recipe import DfssmRecipe, layouts
-from slimba.methods.dfssm.student import DistilTask, Student
+from slimba.methods.dfssm.student import Student
 from slimba.models.configs import named_spec
 from slimba.models.lm import SSMForCausalLM, init_weights, load_weights
 from slimba.training.loop import recomputes

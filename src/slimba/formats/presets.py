@@ -3,8 +3,7 @@
     layouts = preset_layouts(spec, "dfssm", rank=16)      # one MatrixLayout per spec.matrices()
     dtypes = preset_dtypes("dfssm")                       # dtype of the small tensors by kind
 
-`dfssm` is the default recipe's: signs with a low-rank correction where the bulk of the weights is, int8 for the few
-rows that steer the recurrence (B, C and dt of a Mamba-2; x_proj and dt_proj of a Mamba-1), int4 embedding.
+`sign_layouts` builds the layouts of any one-bit recipe; the preset `dfssm` is what the default recipe asks of it.
 `dfssm-published` is the published design, which has signs and the correction in every row of both projections and an
 int8 embedding. The other presets store every matrix in the format they are named after.
 
@@ -13,14 +12,22 @@ Run the tests: `pytest tests/checkpoints/test_presets.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import Any
+
 from slimba.errors import UserError
-from slimba.formats.matrix import LowRank, MatrixLayout, Segment
+from slimba.formats.matrix import LowRank, MatrixLayout, Plane, Segment
 from slimba.models.spec import ModelSpec, VectorKind
 
-__all__ = ["PRESETS", "preset_dtypes", "preset_layouts"]
+__all__ = ["PRESETS", "ROWS", "preset_dtypes", "preset_layouts", "sign_layouts"]
 
 FLOATS = ("float32", "float16", "bfloat16")
+# rows of in_proj by name, and those of out_proj; a Mamba-1 has B, C and dt in x_proj and dt_proj, int8 in any recipe
+ROWS = ("z", "x", "B", "C", "dt", "out")
 EMBEDDING = {"dfssm": "int4", "dfssm-published": "int8"}
+# what the default recipe, recipes/dfssm.yaml, asks of `sign_layouts`
+DEFAULT: dict[str, Any] = {"formats": {"B": "int8", "C": "int8", "dt": "int8"}}
 PRESETS = (*EMBEDDING, *FLOATS, "int8", "int4")
 
 
@@ -36,19 +43,52 @@ def preset_layouts(
     if rank < 0:
         raise UserError(f"rank is {rank}, it must be 0 (no low-rank correction) or more")
     table = embedding or EMBEDDING.get(name, name)
+    if name == "dfssm":
+        return sign_layouts(spec, rank=rank, embedding=table, **DEFAULT)
+    if name == "dfssm-published":
+        return sign_layouts(spec, rank=rank, embedding=table, column_scale=False)
+    out: dict[str, MatrixLayout] = {}
+    for matrix, (rows, cols) in spec.matrices().items():
+        is_table = matrix.rsplit(".", 1)[-1] in ("embeddings", "lm_head")
+        out[matrix] = MatrixLayout.plain(rows, cols, table if is_table else name)
+    return out
+
+
+def sign_layouts(
+    spec: ModelSpec,
+    *,
+    rank: int,
+    embedding: str,
+    formats: Mapping[str, str] = {},
+    plane: float = 0.0,
+    plane_rows: tuple[str, ...] = (),
+    column_scale: bool = True,
+) -> dict[str, MatrixLayout]:
+    """The layout of every matrix of a one-bit model: rows are signs unless `formats` names another format for them.
+
+    The correction of rank `rank` covers the sign rows (the span from the first to the last), and the second sign plane
+    those of `plane_rows`, in the share `plane` of their columns. A column scale is stored only where no norm stands
+    before the matrix to hold it (Mamba-1's out_proj, a Mamba-2 without a last norm). UserError for an unknown name of
+    rows, a rank beyond a matrix, plane rows that are not signs or have others between them.
+    """
+    for row in (*formats, *plane_rows):
+        if row not in ROWS:
+            raise UserError(f"unknown rows {row!r}, known are {', '.join(ROWS)}")
     out: dict[str, MatrixLayout] = {}
     for matrix, (rows, cols) in spec.matrices().items():
         short = matrix.rsplit(".", 1)[-1]
-        if short in ("embeddings", "lm_head"):
-            out[matrix] = MatrixLayout.plain(rows, cols, table)
-        elif name not in EMBEDDING:
-            out[matrix] = MatrixLayout.plain(rows, cols, name)
-        elif short in ("in_proj", "out_proj"):
-            signs = _sign_rows(spec, rows) if short == "in_proj" and name == "dfssm" else rows
-            column = name == "dfssm" and spec.norm_before(short) is None  # otherwise folded into the norm
-            out[matrix] = _sign_layout(signs, rows, cols, rank, column)
+        if short in ("in_proj", "out_proj"):
+            names = spec.in_proj_rows if short == "in_proj" else {"out": rows}
+            kinds = {row: formats.get(row, "sign") for row in names}
+            out[matrix] = MatrixLayout(
+                cols,
+                _segments(names, kinds),
+                _lowrank(short, names, kinds, rank, cols),
+                column_scale and spec.norm_before(short) is None,
+                _plane(names, kinds, plane, plane_rows, cols),
+            )
         else:  # x_proj and dt_proj of a Mamba-1: 6 % of its weights, and the most sensitive ones
-            out[matrix] = MatrixLayout.plain(rows, cols, "int8")
+            out[matrix] = MatrixLayout.plain(rows, cols, "int8" if short.endswith("_proj") else embedding)
     return out
 
 
@@ -65,14 +105,44 @@ def _check(name: str) -> None:
         raise UserError(f"unknown format {name!r}, known are {', '.join(PRESETS)}")
 
 
-def _sign_rows(spec: ModelSpec, rows: int) -> int:
-    """Leading rows of in_proj stored as signs: z and x of a Mamba-2, everything of a Mamba-1."""
-    return 2 * spec.d_inner if spec.architecture == "mamba2" else rows
+def _segments(names: Mapping[str, int], kinds: Mapping[str, str]) -> tuple[Segment, ...]:
+    """Neighbours of one format are one segment."""
+    out: list[Segment] = []
+    for row, count in names.items():
+        if out and out[-1].format == kinds[row]:
+            out[-1] = Segment(out[-1].rows + count, kinds[row])
+        else:
+            out.append(Segment(count, kinds[row]))
+    return tuple(out)
 
 
-def _sign_layout(signs: int, rows: int, cols: int, rank: int, column: bool) -> MatrixLayout:
-    """Signs with the correction in rows 0..signs, int8 below."""
-    segments = [Segment(signs, "sign")]
-    if signs < rows:
-        segments.append(Segment(rows - signs, "int8"))
-    return MatrixLayout(cols, tuple(segments), LowRank(rank, 0, signs) if rank else None, column)
+def _spans(names: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """First row and end of every name."""
+    ends = list(accumulate(names.values()))
+    return {row: (end - count, end) for (row, count), end in zip(names.items(), ends, strict=True)}
+
+
+def _lowrank(short: str, names: Mapping[str, int], kinds: Mapping[str, str], rank: int, cols: int) -> LowRank | None:
+    signs = [_spans(names)[row] for row in names if kinds[row] == "sign"]
+    if not rank or not signs:
+        return None
+    if rank > min(sum(names.values()), cols):
+        raise UserError(f"rank {rank} is more than {short} of {sum(names.values())} x {cols} can have")
+    return LowRank(rank, signs[0][0], signs[-1][1])
+
+
+def _plane(
+    names: Mapping[str, int], kinds: Mapping[str, str], share: float, wanted: tuple[str, ...], cols: int
+) -> Plane | None:
+    if not 0 <= share <= 1:
+        raise UserError(f"plane is {share}, it must be a share of the columns from 0 to 1")
+    here = [row for row in names if row in wanted]
+    if not share or not here:
+        return None
+    spans = _spans(names)
+    start, stop = spans[here[0]][0], spans[here[-1]][1]
+    between = [row for row in names if start <= spans[row][0] < stop]
+    if between != here or any(kinds[row] != "sign" for row in here):
+        raise UserError(f"plane_rows {', '.join(here)} must be sign rows next to each other")
+    # whole bytes of signs, at least one
+    return Plane(cols if share == 1 else min(cols, max(8, round(share * cols / 8) * 8)), start, stop)

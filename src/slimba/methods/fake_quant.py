@@ -11,7 +11,7 @@ import torch
 
 from slimba.formats.int4 import GROUP
 
-__all__ = ["float16", "int4_groups", "int8_rows", "signs"]
+__all__ = ["float16", "int4_groups", "int8_rows"]
 
 SMALLEST_SCALE = 2.0**-24
 
@@ -31,26 +31,6 @@ class StraightThrough(torch.autograd.Function):
         return grad, None
 
 
-class ClippedSign(torch.autograd.Function):
-    """sign with sign(0) = +1; the gradient passes where |latent| <= 1 (in units of the row scale) and is 0 beyond."""
-
-    @staticmethod
-    def forward(ctx, latent: torch.Tensor, clip: float) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(latent)
-        ctx.clip = clip
-        return torch.where(latent >= 0, 1.0, -1.0).to(latent.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def]
-        (latent,) = ctx.saved_tensors
-        return torch.where(latent.abs() <= ctx.clip, grad, torch.zeros_like(grad)), None
-
-
-def signs(latent: torch.Tensor, clip: float) -> torch.Tensor:
-    """+-1 in the latent's dtype, straight-through within `clip`."""
-    return ClippedSign.apply(latent, clip)
-
-
 def float16(w: torch.Tensor) -> torch.Tensor:
     """Rounded to float16, kept in float32."""
     return _through(w, w.detach().to(torch.float16).to(torch.float32))
@@ -65,19 +45,19 @@ def rounded_scale(absmax: torch.Tensor, top: float) -> torch.Tensor:
 
 
 def int8_rows(w: torch.Tensor) -> torch.Tensor:
-    """int8 with a float16 scale per row, dequantised: [rows, cols] -> [rows, cols]."""
+    """int8 with a float16 scale per row, dequantised: [..., cols] -> the same shape."""
     with torch.no_grad():
-        scale = rounded_scale(w.abs().amax(dim=1, keepdim=True), 127.0)
+        scale = rounded_scale(w.abs().amax(dim=-1, keepdim=True), 127.0)
         q = torch.clamp(torch.round(w / scale), -127, 127) * scale
     return _through(w, q)
 
 
 def int4_groups(w: torch.Tensor) -> torch.Tensor:
-    """int4 in groups of 128 columns, dequantised: [rows, cols] -> [rows, cols]."""
+    """int4 in groups of 128 columns, dequantised: [..., cols] -> the same shape."""
     with torch.no_grad():
-        rows, cols = w.shape
+        cols = w.shape[-1]
         groups = -(-cols // GROUP)
-        padded = torch.nn.functional.pad(w, (0, groups * GROUP - cols)).view(rows, groups, GROUP)
-        scale = rounded_scale(padded.abs().amax(dim=2, keepdim=True), 7.0)
-        q = (torch.clamp(torch.round(padded / scale), -7, 7) * scale).view(rows, -1)[:, :cols]
+        padded = torch.nn.functional.pad(w, (0, groups * GROUP - cols)).unflatten(-1, (groups, GROUP))
+        scale = rounded_scale(padded.abs().amax(dim=-1, keepdim=True), 7.0)
+        q = (torch.clamp(torch.round(padded / scale), -7, 7) * scale).flatten(-2)[..., :cols]
     return _through(w, q)

@@ -48,6 +48,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.residual_in_fp32 = spec.residual_in_fp32
         self.recompute = False
+        self.isolated = False  # no gradient from block to block: each is trained on its own
         self.embeddings = nn.Embedding(spec.vocab_size, spec.d_model)
         self.layers = nn.ModuleList(Block(spec) for _ in range(spec.n_layer))
         self.norm_f = RMSNorm(spec.d_model, spec.norm_eps)
@@ -66,6 +67,8 @@ class Backbone(nn.Module):
             u = self.forget(block, u) if self.recompute and torch.is_grad_enabled() else block(u, layer_state)
             if hidden is not None:
                 hidden.append(u)
+            if self.isolated:
+                u = u.detach()
         return self.norm_f(u)
 
     def forget(self, block: nn.Module, u: torch.Tensor) -> torch.Tensor:

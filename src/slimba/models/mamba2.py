@@ -9,7 +9,9 @@ Tests: `pytest tests/models`.
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,16 @@ from slimba.models.state import LayerState
 __all__ = ["Mamba2Mixer"]
 
 DEFAULT_CHUNK = 64  # the spec's chunk (256) is the choice of fused GPU kernels; see ssd_chunked
+
+
+@functools.cache
+def triton_mixer() -> Any:
+    """The module of the kernels, or None where Triton is missing."""
+    try:
+        from slimba.kernels.triton import mixer
+    except ImportError:
+        return None
+    return mixer
 
 
 class Mamba2Mixer(nn.Module):
@@ -50,6 +62,8 @@ class Mamba2Mixer(nn.Module):
         """With a state: continue from it, and leave it as it is after the last token of u."""
         if state is not None and u.shape[1] == 1:
             return self.step(u[:, 0], state)[:, None]
+        if state is None and (fused := self.fused(u)) is not None:
+            return self.out_proj(fused)
         z, raw, dt = self.project(u)
         xbc, window = causal_conv1d(raw, self.conv1d.weight, self.conv1d.bias, state.conv if state else None)
         x, B, C = self.split(F.silu(xbc))
@@ -69,6 +83,19 @@ class Mamba2Mixer(nn.Module):
         y, last = ssd_recurrence(x, self.time_step(dt), self.A, B, C, state.ssm)
         state.update(window[:, 1:], last)
         return self.out_proj(self.gate(y, x, z))[:, 0]
+
+    def fused(self, u: torch.Tensor) -> torch.Tensor | None:
+        """What goes into out_proj, by the Triton kernels; None where they do not apply (they are for training)."""
+        kernels = triton_mixer() if u.is_cuda else None
+        narrow = torch.is_autocast_enabled("cuda") or u.dtype != torch.float32
+        if kernels is None or not narrow or not kernels.usable(self.spec):
+            return None
+        assert self.norm is not None and self.conv1d.bias is not None  # `usable` says so
+        taps, bias = self.conv1d.weight, self.conv1d.bias
+        out: torch.Tensor = kernels.inner(
+            self.in_proj(u), taps, bias, self.dt_bias, self.A_log, self.D, self.norm.weight, self.spec
+        )
+        return out
 
     # ------------------------------------------------------------ the parts that both share
 

@@ -11,6 +11,7 @@ On a GPU the whole step is captured in a CUDA graph: small models are bound by l
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -28,22 +29,13 @@ from slimba.errors import UserError
 from slimba.models.spec import ModelSpec
 from slimba.training import checkpointing, distributed
 from slimba.training.interrupt import deferred_interrupt
+from slimba.training.optim import Group, make_optimizers
 from slimba.training.schedule import lr_factor
 from slimba.training.sharding import Shards
 
 __all__ = ["Group", "LoopSettings", "Task", "pick_device", "recomputes", "train"]
 
 LARGE = 1 << 15  # d_model * n_layer: between the 130m size (18432) and the 370m size (49152)
-
-
-@dataclass(slots=True)
-class Group:
-    """Parameters that share a learning rate and a weight decay."""
-
-    name: str
-    params: list[nn.Parameter]
-    lr: float
-    weight_decay: float = 0.0
 
 
 class Task(Protocol):
@@ -133,19 +125,13 @@ class _Run:
         self.device = next(task.model.parameters()).device
         self.cuda = self.device.type == "cuda"
         self.group_list = task.groups()
-        self.shards = Shards(p for g in self.group_list for p in g.params)
-        # learning rates are tensors so that a captured graph reads the value of its step
-        self.lrs = [torch.zeros((), device=self.device) for _ in self.group_list]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": self.shards.of(g.params), "lr": lr, "weight_decay": g.weight_decay}
-                for g, lr in zip(self.group_list, self.lrs, strict=True)
-            ],
-            betas=settings.betas,
-            eps=1e-10,
-            fused=True,
-            capturable=self.cuda,
+        self.shards = Shards(
+            (p for g in self.group_list for p in g.params),
+            whole=(p for g in self.group_list for p in g.params if g.optimizer == "muon" and p.ndim < 3),
         )
+        self.lrs = [torch.zeros((), device=self.device) for _ in self.group_list]
+        mine = [dataclasses.replace(g, params=self.shards.of(g.params)) for g in self.group_list]
+        self.optimizers = make_optimizers(mine, self.lrs, settings.betas, self.cuda)
         self.progress = Progress()
         self.save_seconds = 0.0  # what the last checkpoint took
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -172,7 +158,8 @@ class _Run:
         out = self.backward(ids)
         self.shards.reduce()
         out["grad_norm"] = self.shards.clip(self.settings.clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.shards.gather()
         return out
 
@@ -277,7 +264,7 @@ class _Run:
     def save(self) -> None:
         begin = time.monotonic()
         progress = {"step": self.progress.step, "seconds": self.progress.seconds}
-        checkpointing.save(self.workdir, self.task.model, [self.optimizer], self.shards, progress)
+        checkpointing.save(self.workdir, self.task.model, self.optimizers, self.shards, progress)
         self.save_seconds = time.monotonic() - begin
 
     def forget_log_rows(self) -> None:
@@ -290,7 +277,7 @@ class _Run:
 
     def restore(self) -> None:
         """Every process reads the checkpoint, so the work directory must be one that all of them see."""
-        found = checkpointing.load(self.workdir, self.task.model, [self.optimizer], self.shards)
+        found = checkpointing.load(self.workdir, self.task.model, self.optimizers, self.shards)
         if found:
             self.progress = Progress(found["step"], found["seconds"])
             if distributed.first():

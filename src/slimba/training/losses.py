@@ -1,12 +1,13 @@
 """Losses of distillation and pretraining. Run the tests: `pytest tests/training/test_losses.py`.
 
 KL is averaged per token (the published DF-SSM code divides by the batch only, which multiplies it by the sequence
-length). The [tokens, V] logits exist for one chunk of tokens at a time: `DistillKL` computes the gradients of the
+length). The [tokens, V] logits exist for one chunk of tokens at a time: `Distillation` computes the gradients of the
 features and of the head while it has them, so neither memory nor a recomputation grows with the vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,38 +15,81 @@ import torch.nn.functional as F
 
 from slimba.training import distributed
 
-__all__ = ["cross_entropy", "hidden_loss", "kl_divergence"]
+__all__ = ["cross_entropy", "distillation", "hidden_loss"]
 
 CHUNK_ELEMENTS = 1 << 28  # logits of one chunk; 1 GiB in float32
 
 
-class DistillKL(torch.autograd.Function):
-    """mean over tokens of KL(teacher || student), both given by features [n, D] and head [V, D]."""
+class Distillation(torch.autograd.Function):
+    """mean over tokens of (1 - w) KL(teacher || student) + w CE(label), and of the KL; from features and heads."""
 
     @staticmethod
     def forward(
-        ctx: Any, student: torch.Tensor, head: torch.Tensor, teacher: torch.Tensor, teacher_head: torch.Tensor
-    ) -> torch.Tensor:
+        ctx: Any,
+        student: torch.Tensor,
+        head: torch.Tensor,
+        teacher: torch.Tensor,
+        teacher_head: torch.Tensor,
+        labels: torch.Tensor | None,
+        weight: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         n = student.shape[0]
         chunk = max(1, CHUNK_ELEMENTS // head.shape[0])
-        total = torch.zeros((), dtype=torch.float32, device=student.device)
+        kernel = fused(student)
+        kl, ce = (torch.zeros((), dtype=torch.float32, device=student.device) for _ in range(2))
         d_student, d_head = torch.empty_like(student), torch.zeros_like(head, dtype=torch.float32)
         for at in range(0, n, chunk):
             s, t = student[at : at + chunk], teacher[at : at + chunk]
-            log_p = F.log_softmax((t @ teacher_head.T).float(), dim=-1)
-            log_q = F.log_softmax((s @ head.T).float(), dim=-1)
-            p = log_p.exp()
-            total += (p * (log_p - log_q)).sum()
-            d_logits = ((log_q.exp() - p) / n).to(head.dtype)
+            y = labels[at : at + chunk] if labels is not None else None
+            d_logits = s @ head.T
+            if kernel is not None:
+                parts = kernel.kl_and_gradient(d_logits, t @ teacher_head.T, 1 / n, y, weight)
+            else:
+                *parts, d_logits = plain_kl(d_logits, t @ teacher_head.T, y, weight)
+                d_logits = (d_logits / n).to(head.dtype)
+            kl += parts[0].sum()
+            ce += parts[1].sum()
             d_student[at : at + chunk] = d_logits @ head
             d_head += d_logits.T @ s
         ctx.save_for_backward(d_student, d_head.to(head.dtype))
-        return total / n
+        kl, ce = kl / n, ce / n
+        ctx.mark_non_differentiable(kl)
+        return kl + weight * (ce - kl), kl
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         d_student, d_head = ctx.saved_tensors
-        return d_student * grads[0].to(d_student.dtype), d_head * grads[0].to(d_head.dtype), None, None
+        return d_student * grads[0].to(d_student.dtype), d_head * grads[0].to(d_head.dtype), None, None, None, None
+
+
+def plain_kl(
+    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor | None, weight: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """logits [n, V] -> KL [n], cross-entropy [n] (0 without labels), gradient of each token's loss [n, V]."""
+    log_p, log_q = F.log_softmax(teacher.float(), dim=-1), F.log_softmax(student.float(), dim=-1)
+    p = log_p.exp()
+    kl = (p * (log_p - log_q)).sum(-1)
+    ce, grad = torch.zeros_like(kl), log_q.exp() - p
+    if labels is not None:
+        ce = -log_q.gather(1, labels[:, None])[:, 0]
+        grad = grad + weight * (p - F.one_hot(labels, p.shape[1]))
+    return kl, ce, grad
+
+
+def fused(logits_like: torch.Tensor) -> Any:
+    """The module with the Triton kernel where it can run: 16-bit logits on a GPU."""
+    if logits_like.is_cuda and logits_like.dtype in (torch.bfloat16, torch.float16):
+        return triton_kl()
+    return None
+
+
+@functools.cache
+def triton_kl() -> Any:
+    try:
+        from slimba.kernels.triton import kl
+    except ImportError:  # a torch without Triton
+        return None
+    return kl
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -75,22 +119,33 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return d_features * grads[0].to(d_features.dtype), d_head * grads[0].to(d_head.dtype), None
 
 
-def kl_divergence(
-    student: torch.Tensor, head: torch.Tensor, teacher: torch.Tensor, teacher_head: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """KL(teacher || student) in nats per token at temperature 1.
+def distillation(
+    student: torch.Tensor,
+    head: torch.Tensor,
+    teacher: torch.Tensor,
+    teacher_head: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    temperature: float = 1.0,
+    labels: torch.Tensor | None = None,
+    label_weight: float = 0.0,
+) -> dict[str, torch.Tensor]:
+    """The loss against the teacher, in nats per token: {"kl": to log, "loss": with gradients to `student` and `head`}.
 
-    student, teacher: features [..., D] after the final norm; head, teacher_head [V, D]. The products run in `dtype`,
-    softmax and sums in float32. Gradients reach `student` and `head`.
+    loss = (1 - label_weight) T^2 KL(teacher || student) + label_weight CE(labels), both softmaxes at temperature T
+    (arXiv 1503.02531; T^2 keeps the gradient's size). student, teacher: features [..., D] after the final norm; head,
+    teacher_head [V, D]; labels int64 [...]. The products run in `dtype`, softmax and sums in float32.
     """
-    loss = DistillKL.apply(
-        student.flatten(0, -2).to(dtype),
+    cooler = 1.0 / temperature
+    loss, kl = Distillation.apply(
+        student.flatten(0, -2).to(dtype) * cooler,
         head.to(dtype),
-        teacher.flatten(0, -2).detach().to(dtype),
+        teacher.flatten(0, -2).detach().to(dtype) * cooler,
         teacher_head.detach().to(dtype),
+        labels.flatten() if labels is not None else None,
+        label_weight,
     )
-    assert isinstance(loss, torch.Tensor)
-    return loss
+    return {"kl": kl, "loss": loss * temperature**2}
 
 
 def cross_entropy(

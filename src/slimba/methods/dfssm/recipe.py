@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from slimba.errors import UserError
-from slimba.formats import LowRank, MatrixLayout, Segment
+from slimba.formats import MatrixLayout
+from slimba.formats.presets import ROWS, sign_layouts
 from slimba.models.spec import ModelSpec
 from slimba.training.schedule import DECAYS
 
@@ -19,6 +20,9 @@ class DfssmRecipe:
 
     rank: int
     int8_rows: tuple[str, ...]
+    int4_rows: tuple[str, ...]
+    plane: float
+    plane_rows: tuple[str, ...]
     embedding: Literal["int4", "int8", "float16"]
     window: int
     batch: int
@@ -27,15 +31,21 @@ class DfssmRecipe:
     calibration_windows: int
     init_rounds: int
     col_floor: float
+    optimizer_latent: Literal["adamw", "muon"]
     lr_latent: float
     lr_scale: float
     lr_other: float
     warmup: float
     decay: str
+    estimator: Literal["clip", "tanh", "blend"]
     ste_clip: float
+    beta2: float
     grad_clip: float
     hidden_weight: float
     hidden_until: float
+    blockwise_until: float
+    temperature: float
+    label_weight: float
     round_from: float
     freeze_from: float
 
@@ -55,6 +65,14 @@ class DfssmRecipe:
             (self.hidden_weight >= 0, "hidden_weight must be 0 or more"),
             (0 <= self.hidden_until <= 1, "hidden_until is a fraction of the steps"),
             (
+                0 <= self.blockwise_until < 1 and (self.blockwise_until == 0 or self.hidden_weight > 0),
+                "blockwise_until is a fraction of the steps below 1, and needs a hidden_weight above 0",
+            ),
+            (self.temperature > 0, "temperature must be above 0"),
+            (self.temperature == 1 or self.label_weight == 0, "label_weight needs a temperature of 1"),
+            (0 <= self.label_weight <= 1, "label_weight is a share from 0 to 1"),
+            (0 < self.beta2 < 1, "beta2 must be between 0 and 1"),
+            (
                 0 <= self.round_from <= 1 and 0 <= self.freeze_from <= 1,
                 "round_from and freeze_from are fractions of the steps",
             ),
@@ -64,47 +82,21 @@ class DfssmRecipe:
                 raise UserError(f"recipe: {message}")
 
 
-ROWS = ("z", "x", "B", "C", "dt")  # a Mamba-1 has B, C and dt in x_proj and dt_proj, which are int8 anyway
-
-
 def layouts(spec: ModelSpec, recipe: DfssmRecipe) -> dict[str, MatrixLayout]:
-    """The layout of every matrix of `spec` under `recipe`.
-
-    The low-rank correction covers the sign rows only: int8 rows have nothing for it to correct. A column scale is
-    stored only where no norm stands before the matrix (Mamba-1's out_proj, a Mamba-2 without a last norm).
-    """
-    unknown = [r for r in recipe.int8_rows if r not in ROWS]
-    if unknown:
-        raise UserError(f"recipe: int8_rows names {unknown[0]!r}, known are {', '.join(ROWS)}")
-    out: dict[str, MatrixLayout] = {}
-    for name, (rows, cols) in spec.matrices().items():
-        short = name.rpartition(".")[2]
-        if short in ("x_proj", "dt_proj"):
-            out[name] = MatrixLayout.plain(rows, cols, "int8")
-        elif short in ("in_proj", "out_proj"):
-            out[name] = _projection(spec, recipe, short, rows, cols)
-        else:
-            out[name] = MatrixLayout.plain(rows, cols, recipe.embedding)
-    return out
-
-
-def _projection(spec: ModelSpec, recipe: DfssmRecipe, short: str, rows: int, cols: int) -> MatrixLayout:
-    segments: list[Segment] = []
-    names = spec.in_proj_rows if short == "in_proj" else {"out": rows}
-    for row_name, count in names.items():
-        fmt = "int8" if short == "in_proj" and row_name in recipe.int8_rows else "sign"
-        if segments and segments[-1].format == fmt:
-            segments[-1] = Segment(segments[-1].rows + count, fmt)
-        else:
-            segments.append(Segment(count, fmt))
-    lowrank = None
-    if recipe.rank:
-        if recipe.rank > min(rows, cols):
-            raise UserError(f"recipe: rank {recipe.rank} is more than {short} of {rows} x {cols} can have")
-        ends, at = [], 0
-        for s in segments:
-            if s.format == "sign":
-                ends += [at, at + s.rows]
-            at += s.rows
-        lowrank = LowRank(recipe.rank, min(ends), max(ends)) if ends else None
-    return MatrixLayout(cols, tuple(segments), lowrank, col_scale=spec.norm_before(short) is None)
+    """The layout of every matrix of `spec` under `recipe`: formats/presets.py has the rules."""
+    for key in ("int8_rows", "int4_rows", "plane_rows"):
+        unknown = [r for r in getattr(recipe, key) if r not in ROWS]
+        if unknown:
+            raise UserError(f"recipe: {key} names {unknown[0]!r}, known are {', '.join(ROWS)}")
+    both = set(recipe.int8_rows) & set(recipe.int4_rows)
+    if both:
+        raise UserError(f"recipe: {both.pop()} is in int8_rows and in int4_rows")
+    formats = dict.fromkeys(recipe.int8_rows, "int8") | dict.fromkeys(recipe.int4_rows, "int4")
+    return sign_layouts(
+        spec,
+        rank=recipe.rank,
+        embedding=recipe.embedding,
+        formats=formats,
+        plane=recipe.plane,
+        plane_rows=recipe.plane_rows,
+    )

@@ -21,8 +21,9 @@ from slimba.checkpoints.packed import write_packed
 from slimba.data.batches import WindowBatches
 from slimba.data.tokens import Tokens
 from slimba.errors import UserError
+from slimba.methods.dfssm.distil import DistilTask
 from slimba.methods.dfssm.recipe import DfssmRecipe, layouts
-from slimba.methods.dfssm.student import DistilTask, Student
+from slimba.methods.dfssm.student import Student
 from slimba.models.lm import SSMForCausalLM, load_weights
 from slimba.training import distributed
 from slimba.training.loop import LoopSettings, pick_device, train
@@ -106,6 +107,7 @@ def settings_of(recipe: DfssmRecipe, batches: WindowBatches, tokens: int | None)
         steps=batches.steps_for(tokens),
         warmup=recipe.warmup,
         decay=recipe.decay,
+        betas=(0.9, recipe.beta2),
         clip=recipe.grad_clip,
         micro_batch=recipe.micro_batch,
         label="distilling",

@@ -1,139 +1,146 @@
-"""Student: every master of the model, the canonical state dict they make, and the task that distils them.
+"""Student: every master of the model, and the canonical state dict they make.
 
 student = Student(spec, layouts, recipe)
 student.initialise(teacher_network, windows)       # activation-weighted fit, on the device of the teacher
-task = DistilTask(student, teacher_network, recipe)
-train(task, ...); tensors, layouts = student.export()
+weights = student.effective()                      # for torch.func.functional_call, with gradients to the masters
+tensors = student.export()                         # the packed model's
+
+A method with other weights overrides `make`. Tests: `pytest tests/methods/test_dfssm.py`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
 from slimba.errors import UserError
-from slimba.formats import MatrixLayout
+from slimba.formats import Matrix, MatrixLayout
 from slimba.methods import fake_quant
-from slimba.methods.dfssm.fit import fit_signs
-from slimba.methods.dfssm.layers import PlainMatrix, SignMatrix, array
+from slimba.methods.dfssm.layers import Phase, PlainMatrices, SignMatrices, array
 from slimba.methods.dfssm.recipe import DfssmRecipe
 from slimba.models.lm import SSMForCausalLM
 from slimba.models.spec import ModelSpec
-from slimba.training.loop import Group, recomputes
-from slimba.training.losses import hidden_loss, kl_divergence
-from slimba.training.schedule import fade
 
-__all__ = ["DistilTask", "Student"]
+__all__ = ["Stack", "Student"]
 
 
-class Features(nn.Module):
-    """`SSMForCausalLM.features` as a forward, which is what functional_call can run."""
+class Stack(Protocol):
+    """n matrices of one layout, as the student needs them."""
 
-    def __init__(self, lm: SSMForCausalLM) -> None:
-        super().__init__()
-        self.lm = lm
+    def initialise(self, i: int, w: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor | None: ...
 
-    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        return self.lm.features(ids)
+    def effective(self, phase: Phase) -> torch.Tensor: ...
 
-
-def key(name: str) -> str:
-    """Module and parameter names may not hold dots."""
-    return name.replace(".", "/")
-
-
-def as_matrix(module: nn.Module) -> PlainMatrix | SignMatrix:
-    """For the type checker: a ModuleDict forgets what it holds."""
-    assert isinstance(module, PlainMatrix | SignMatrix)
-    return module
+    def export(self, i: int) -> Matrix: ...
 
 
 class Student(nn.Module):
-    """Masters in float32. `rounding` and `frozen` are the phases, both on in deployed mode."""
+    """Masters in float32; `phase` says what of deployment is simulated.
+
+    `stacks` holds a module for all matrices of one short name and layout (`names`: the matrices' names in its order),
+    `vectors` a parameter [n_layer, ...] for each other tensor of a layer, and those outside the layers.
+    """
 
     def __init__(self, spec: ModelSpec, layouts: dict[str, MatrixLayout], recipe: DfssmRecipe) -> None:
         super().__init__()
         self.spec, self.layouts, self.recipe = spec, layouts, recipe
-        self.rounding = self.frozen = False
-        self.matrices = nn.ModuleDict()
+        self.phase = Phase()
+        grouped: dict[tuple[str, MatrixLayout], list[str]] = {}
         for name, layout in layouts.items():
-            is_sign = any(s.format == "sign" for s in layout.segments)
-            self.matrices[key(name)] = (
-                SignMatrix(layout, recipe.ste_clip)
-                if is_sign
-                else PlainMatrix(torch.zeros(layout.rows, layout.cols), layout)
-            )
-        self.vectors = nn.ParameterDict(
-            {key(name): nn.Parameter(torch.zeros(shape)) for name, (shape, _) in spec.vectors().items()}
-        )
+            grouped.setdefault((name.rpartition(".")[2], layout), []).append(name)
+        self.stacks, self.names = nn.ModuleDict(), {}
+        for (short, layout), names in grouped.items():
+            key = short if short not in self.stacks else f"{short}_{len(self.stacks)}"
+            self.stacks[key], self.names[key] = self.make(short, layout, len(names)), names
+        self.vectors, self.vector_names = nn.ParameterDict(), {}
+        for key, names in vector_groups(spec).items():
+            shape, self.vector_names[key] = spec.vectors()[names[0]][0], names
+            self.vectors[key] = nn.Parameter(torch.zeros(len(names), *shape))
+
+    def make(self, short: str, layout: MatrixLayout, n: int) -> nn.Module:
+        """The module of n matrices, a `Stack`; its parameters' names choose their rate: `DistilTask.groups`."""
+        if any(s.format == "sign" for s in layout.segments):
+            return SignMatrices(n, layout, self.recipe)
+        return PlainMatrices(n, layout)
 
     @torch.no_grad()
-    def initialise(self, teacher: SSMForCausalLM, windows: torch.Tensor) -> dict[str, float]:
-        """Fit every matrix to the teacher's, weighted by the inputs it sees in `windows` int64 [n, L].
-
-        Returns the weighted relative squared error of every sign matrix.
-        """
+    def initialise(self, teacher: SSMForCausalLM, windows: torch.Tensor) -> None:
+        """Fit every matrix to the teacher's, weighted by the inputs it sees in `windows` int64 [n, L]."""
         weights = teacher.state_dict()
-        for name, p in self.vectors.items():
-            p.copy_(weights[name.replace("/", ".")])
+        for key, names in self.vector_names.items():
+            self.vectors[key].copy_(torch.stack([weights[name] for name in names]))
         moments = input_moments(teacher, windows)
-        errors = {}
-        for name, layout in self.layouts.items():
-            module, w = self.matrices[key(name)], weights[name + ".weight"].float()
-            if isinstance(module, PlainMatrix):
-                module.weight.copy_(w)
-                continue
-            assert isinstance(module, SignMatrix)
-            mask = module.sign_mask(w.device)
-            rank = layout.lowrank.rank if layout.lowrank else 0
-            fit = fit_signs(w[mask], moments[name], rank, self.recipe.init_rounds, self.recipe.col_floor)
-            module.initialise(w, fit)
-            errors[name] = fit.error
-            layer, _, short = name.rpartition(".mixer.")
-            norm = self.spec.norm_before(short)
-            if norm:  # the norm's weight takes the column scale
-                self.vectors[key(f"{layer}.{norm}")].mul_(fit.col)
-        return errors
+        place = {name: (key, i) for key, names in self.vector_names.items() for i, name in enumerate(names)}
+        for key, names in self.names.items():
+            for i, name in enumerate(names):
+                w = weights[name + ".weight"].float()
+                col = self.stack(key).initialise(i, w, moments.get(name))
+                layer, _, short = name.rpartition(".mixer.")
+                norm = self.spec.norm_before(short)
+                if norm and col is not None:  # the norm's weight takes the column scale
+                    vector, at = place[f"{layer}.{norm}"]
+                    self.vectors[vector][at].mul_(col)
+
+    def stack(self, key: str) -> Stack:
+        """For the type checker: a ModuleDict forgets what it holds."""
+        module: Stack = self.stacks[key]  # type: ignore[assignment]
+        return module
 
     def effective(self) -> dict[str, torch.Tensor]:
-        """The canonical state dict, float32, with gradients to the masters."""
-        out = {}
-        for name, module in self.matrices.items():
-            out[name.replace("/", ".") + ".weight"] = as_matrix(module).effective(self.rounding, self.frozen)
+        """The canonical state dict with gradients to the masters: matrices in the phase's dtype, vectors float32."""
+        out: dict[str, torch.Tensor] = {}
+        for key, names in self.names.items():
+            for name, w in zip(names, self.stack(key).effective(self.phase).unbind(), strict=True):
+                out[name + ".weight"] = w
         kinds = self.spec.vectors()
-        for name, p in self.vectors.items():
-            full = name.replace("/", ".")
-            out[full] = fake_quant.float16(p) if self.rounding and kinds[full][1] != "ssm" else p
+        for key, names in self.vector_names.items():
+            p: torch.Tensor = self.vectors[key]
+            if self.phase.rounding and kinds[names[0]][1] != "ssm":
+                p = fake_quant.float16(p)
+            out |= zip(names, p.unbind(), strict=True)
         return out
 
     @contextmanager
-    def deployed(self) -> Iterator[Student]:
+    def deployed(self, dtype: torch.dtype = torch.float32) -> Iterator[Student]:
         """Both phases on: the weights that `export` writes."""
-        before = self.rounding, self.frozen
-        self.rounding = self.frozen = True
+        before, self.phase = self.phase, copy.copy(self.phase)
+        self.phase.rounding = self.phase.frozen = True
+        self.phase.dtype = dtype
         try:
             yield self
         finally:
-            self.rounding, self.frozen = before
+            self.phase = before
 
     def export(self) -> dict[str, np.ndarray]:
         """Every tensor of the packed model by its full name."""
         tensors: dict[str, np.ndarray] = {}
-        for name, module in self.matrices.items():
-            full = name.replace("/", ".")
-            tensors |= {f"{full}.{part}": a for part, a in as_matrix(module).export().arrays.items()}
-        for name, p in self.vectors.items():
-            full = name.replace("/", ".")
-            dtype = np.float32 if self.spec.vectors()[full][1] == "ssm" else np.float16
-            tensors[full] = array(p).astype(dtype)
+        for key, names in self.names.items():
+            for i, name in enumerate(names):
+                tensors |= {f"{name}.{part}": a for part, a in self.stack(key).export(i).arrays.items()}
+        for key, names in self.vector_names.items():
+            for name, a in zip(names, array(self.vectors[key]), strict=True):
+                tensors[name] = a.astype(np.float32 if self.spec.vectors()[name][1] == "ssm" else np.float16)
         for full, a in tensors.items():
             if a.dtype.itemsize > 1 and not np.isfinite(a).all():
                 raise UserError(f"training left {full} with values that float16 cannot hold; lower the learning rates")
         return tensors
+
+
+def vector_groups(spec: ModelSpec) -> dict[str, list[str]]:
+    """Names of the vectors that share a parameter, by a key without dots: those of one kind in all layers."""
+    out: dict[str, list[str]] = {}
+    for name in spec.vectors():
+        parts = name.split(".")
+        if parts[1] == "layers":
+            parts[2] = "*"
+        out.setdefault("/".join(parts), []).append(name)
+    return out
 
 
 @torch.no_grad()
@@ -158,62 +165,3 @@ def input_moments(teacher: SSMForCausalLM, windows: torch.Tensor) -> dict[str, t
         for hook in hooks:
             hook.remove()
     return {name: s / count for name, s in sums.items()}
-
-
-class DistilTask:
-    """KL on the logits per token plus a decaying hidden-state loss; phases by the step."""
-
-    def __init__(self, student: Student, teacher: SSMForCausalLM, recipe: DfssmRecipe) -> None:
-        self.model, self.teacher, self.recipe = student, teacher.eval(), recipe
-        for p in self.teacher.parameters():
-            p.requires_grad_(False)
-        self.device = next(student.parameters()).device
-        # a network without storage: functional_call lends it the student's weights
-        with torch.device("meta"):
-            self.network = Features(SSMForCausalLM(student.spec))
-        self.network.lm.set_recompute(recomputes(recipe.activation_checkpointing, student.spec))
-        self.head = "backbone.embeddings.weight" if student.spec.tie_embeddings else "lm_head.weight"
-        self.hidden_weight = torch.zeros((), device=self.device)
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-
-    def groups(self) -> list[Group]:
-        latents: list[nn.Parameter] = []
-        scales: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
-        for name, p in self.model.named_parameters():
-            last = name.rpartition(".")[2]
-            (latents if last == "latent" else scales if last == "row_gain" else others).append(p)
-        r = self.recipe
-        return [
-            Group("latent", latents, r.lr_latent),
-            Group("scale", scales, r.lr_scale),
-            Group("other", others, r.lr_other),
-        ]
-
-    def at_step(self, step: int, total: int) -> bool:
-        r = self.recipe
-        before = self.model.rounding, self.model.frozen, self.with_hidden
-        weight = r.hidden_weight * fade(step, total, r.hidden_until)
-        self.hidden_weight.fill_(weight)
-        self.with_hidden = weight > 0
-        self.model.rounding = step >= r.round_from * total
-        self.model.frozen = step >= r.freeze_from * total
-        return before != (self.model.rounding, self.model.frozen, self.with_hidden)
-
-    with_hidden = True
-
-    def loss(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        inputs = ids[:, :-1]
-        weights = self.model.effective()
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            with torch.no_grad():
-                t_features, t_hidden = self.teacher.features(inputs)
-            state = {"lm." + k: v for k, v in weights.items()}
-            s_features, s_hidden = torch.func.functional_call(self.network, state, (inputs,))
-        teacher_head = self.teacher.state_dict()[self.head]
-        out = {"kl": kl_divergence(s_features, weights[self.head], t_features, teacher_head, self.dtype)}
-        out["loss"] = out["kl"]
-        if self.with_hidden:
-            out["hidden"] = hidden_loss(s_hidden, t_hidden)
-            out["loss"] = out["kl"] + self.hidden_weight * out["hidden"]
-        return out
