@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from slimba.checkpoints.checkpoint import Checkpoint
-from slimba.formats import FORMATS, LowRank, Matrix, MatrixLayout, Segment
+from slimba.formats import FORMATS, LowRank, Matrix, MatrixLayout, Plane, Segment
 from slimba.formats.int8 import quantize_rows
 from slimba.models.spec import ModelSpec
 
@@ -34,7 +34,7 @@ def mamba1_spec(**changes: object) -> ModelSpec:
 
 
 def random_matrix(rng: np.random.Generator, layout: MatrixLayout) -> Matrix:
-    """Round-to-nearest of Gaussian weights into any layout, low-rank factors and column scale included."""
+    """Round-to-nearest of Gaussian weights into any layout; random low-rank factors, second plane and column scale."""
     rows, cols = layout.rows, layout.cols
     w = rng.standard_normal((rows, cols)).astype(np.float32) / np.float32(np.sqrt(cols))
     out, row = Matrix(layout), 0
@@ -47,6 +47,12 @@ def random_matrix(rng: np.random.Generator, layout: MatrixLayout) -> Matrix:
         b = rng.standard_normal((lr.rank, cols)).astype(np.float32) / np.float32(np.sqrt(cols))
         out.arrays["lowrank_a"], out.arrays["lowrank_a_scale"] = quantize_rows(a)
         out.arrays["lowrank_b"], out.arrays["lowrank_b_scale"] = quantize_rows(b)
+    if p := layout.plane:
+        signs = FORMATS["sign"].pack(rng.standard_normal((p.stop - p.start, p.cols)).astype(np.float32))
+        out.arrays["plane_packed"] = signs["packed"]
+        out.arrays["plane_scale"] = (rng.uniform(0.2, 0.6, p.stop - p.start) / np.sqrt(cols)).astype(np.float16)
+        if p.cols < cols:
+            out.arrays["plane_index"] = np.sort(rng.permutation(cols)[: p.cols]).astype(np.int32)
     if layout.col_scale:
         out.arrays["col_scale"] = rng.uniform(0.5, 1.5, cols).astype(np.float16)
     return out
@@ -58,16 +64,30 @@ def sign_layout(rows: int, cols: int, rank: int, tail: int = 0) -> MatrixLayout:
     return MatrixLayout(cols, segments, LowRank(rank, 0, rows - tail), col_scale=True)
 
 
+def plane_layout(rows: int, cols: int, rank: int) -> MatrixLayout:
+    """Sign, int8, int4 and float rows, and a correction and a plane that overlap on some of them."""
+    fifth = max(1, rows // 5)
+    segments = (
+        Segment(fifth, "int8"), Segment(rows - 3 * fifth, "sign"), Segment(fifth, "int4"), Segment(fifth, "float16"),
+    )  # fmt: skip
+    plane = Plane(cols if rows % 2 else max(1, cols // 3), fifth // 2, rows - fifth // 3)
+    return MatrixLayout(cols, segments, LowRank(rank, fifth // 3, rows - fifth), col_scale=True, plane=plane)
+
+
 def random_checkpoint(spec: ModelSpec, seed: int = 0, format: str = "float32", rank: int = 3) -> Checkpoint:
-    """Random weights; `format` is a plain one for every matrix, or "mixed": signs, int8 rows, int4 embedding."""
+    """Random weights; `format` is a plain one for every matrix, "mixed" (signs, int8 rows, int4 embedding) or "planes"
+    (also float and int4 rows and a second sign plane).
+    """
     rng = np.random.default_rng(seed)
     layouts: dict[str, MatrixLayout] = {}
     tensors: dict[str, np.ndarray] = {}
     for name, (rows, cols) in spec.matrices().items():
-        if format != "mixed":
+        if format not in ("mixed", "planes"):
             layouts[name] = MatrixLayout.plain(rows, cols, format)
         elif name in ("backbone.embeddings", "lm_head"):
             layouts[name] = MatrixLayout.plain(rows, cols, "int4")
+        elif format == "planes":
+            layouts[name] = plane_layout(rows, cols, rank)
         else:
             layouts[name] = sign_layout(rows, cols, rank, tail=7 if name.endswith("in_proj") else 0)
         for part, array in random_matrix(rng, layouts[name]).arrays.items():

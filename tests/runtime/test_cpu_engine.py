@@ -30,7 +30,7 @@ def _runs(isa: str) -> bool:
         return False
 
 
-ISAS = [isa for isa in ("portable", "avx2", "avx512") if _runs(isa)]
+ISAS = [isa for isa in ("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "amx", "neon") if _runs(isa)]
 
 SPECS: dict[str, ModelSpec] = {
     "plain": mamba2_spec(),
@@ -47,7 +47,7 @@ SPECS: dict[str, ModelSpec] = {
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("format", ["float32", "mixed"])
+@pytest.mark.parametrize("format", ["float32", "mixed", "planes"])
 def test_logits_are_the_recurrence(isa: str, name: str, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLIMBA_CPU_ISA", isa)
     checkpoint = random_checkpoint(SPECS[name], 1, format)
@@ -85,7 +85,7 @@ def test_low_rank_corrections(isa: str, rank: int, monkeypatch: pytest.MonkeyPat
     np.testing.assert_array_equal(engine.forward(ids, engine.new_state()), got)
 
 
-@pytest.mark.parametrize("format", ["float32", "mixed"])
+@pytest.mark.parametrize("format", ["float32", "mixed", "planes"])
 @pytest.mark.parametrize("name", SPECS)
 def test_the_torch_reference_agrees(format: str, name: str) -> None:
     pytest.importorskip("torch")
@@ -99,11 +99,14 @@ def test_the_torch_reference_agrees(format: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format", ["mixed", "planes"])
 @pytest.mark.parametrize("name", ["plain", "odd", "falcon"])
-def test_chunks_threads_and_neighbours_change_nothing(isa: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_threads_and_neighbours_change_nothing(
+    isa: str, format: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit for bit: token by token, in odd pieces, in one long call, in a batch, with other thread counts."""
     monkeypatch.setenv("SLIMBA_CPU_ISA", isa)
-    checkpoint = random_checkpoint(SPECS[name], 3, "mixed")
+    checkpoint = random_checkpoint(SPECS[name], 3, format)
     ids = np.random.default_rng(2).integers(0, checkpoint.spec.vocab_size, (5, 150)).astype(np.int32)
     engine = CpuEngine(checkpoint, threads=3)
     whole = engine.forward(ids, engine.new_state(5))

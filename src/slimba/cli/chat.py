@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimba.cli.options import Backend, Model, NoVerify, Seed, StateDtype, Threads, TokenizerFile
+from slimba.cli.options import Activations, Backend, Model, NoVerify, Seed, StateDtype, Threads, TokenizerFile
 
 if TYPE_CHECKING:
     from slimba.runtime.api import LoadedModel
@@ -70,6 +70,7 @@ def chat(
     backend: Backend = "auto",
     threads: Threads = None,
     state_dtype: StateDtype = None,
+    activations: Activations = None,
     tokenizer: TokenizerFile = None,
     no_verify: NoVerify = False,
 ) -> None:
@@ -82,6 +83,7 @@ def chat(
         backend=backend,
         threads=threads,
         state_dtype=state_dtype,
+        activations=activations,
         tokenizer=tokenizer,
         verify=not no_verify,
     )

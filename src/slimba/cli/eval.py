@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimba.cli.options import Backend, JsonFile, Model, NoVerify, StateDtype, Threads, TokenizerFile
+from slimba.cli.options import Activations, Backend, JsonFile, Model, NoVerify, StateDtype, Threads, TokenizerFile
 
 if TYPE_CHECKING:
     from slimba.evaluation.compare import Comparison
@@ -34,6 +34,7 @@ def evaluate(
     backend: Backend = "auto",
     threads: Threads = None,
     state_dtype: StateDtype = None,
+    activations: Activations = None,
     tokenizer: TokenizerFile = None,
     no_verify: NoVerify = False,
     json_file: JsonFile = None,
@@ -50,7 +51,7 @@ def evaluate(
     if against and (not text or stride not in (None, window)):
         raise UserError("--against compares on --text in windows without overlap; give --text and no --stride")
     options: dict[str, Any] = {"backend": backend, "threads": threads, "tokenizer": tokenizer, "verify": not no_verify}
-    loaded = load(model, state_dtype=state_dtype, **options)
+    loaded = load(model, state_dtype=state_dtype, activations=activations, **options)
     record: dict[str, Any] = {"model": model}
     if text:
         ids = read_text(
@@ -89,7 +90,8 @@ def _print_result(model: str, r: Perplexity) -> None:
 def _print_protocol(r: Perplexity) -> None:
     typer.echo(f"{r.tokens:,} of {r.text_tokens:,} tokens, {r.bytes:,} bytes; window {r.window}, stride {r.stride}")
     typer.echo(r.protocol)
-    typer.echo(f"backend {r.backend}, state {r.state_dtype}, {r.seconds:.1f} s ({r.tokens / r.seconds:,.0f} tokens/s)")
+    numerics = f"activations {r.activations}, state {r.state_dtype}"
+    typer.echo(f"backend {r.backend}, {numerics}, {r.seconds:.1f} s ({r.tokens / r.seconds:,.0f} tokens/s)")
 
 
 def _print_comparison(teacher: str, model: str, both: Comparison) -> None:

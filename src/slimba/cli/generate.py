@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from slimba.cli.options import Backend, JsonFile, Model, NoVerify, Seed, StateDtype, Threads, TokenizerFile
+from slimba.cli.options import Activations, Backend, JsonFile, Model, NoVerify, Seed, StateDtype, Threads, TokenizerFile
 
 
 def generate(
@@ -25,6 +25,7 @@ def generate(
     backend: Backend = "auto",
     threads: Threads = None,
     state_dtype: StateDtype = None,
+    activations: Activations = None,
     tokenizer: TokenizerFile = None,
     no_verify: NoVerify = False,
     json_file: JsonFile = None,
@@ -39,6 +40,7 @@ def generate(
         backend=backend,
         threads=threads,
         state_dtype=state_dtype,
+        activations=activations,
         tokenizer=tokenizer,
         verify=not no_verify,
     )

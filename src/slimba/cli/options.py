@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 __all__ = [
+    "Activations",
     "Backend",
     "JsonFile",
     "Model",
@@ -27,6 +28,9 @@ Backend = Annotated[str, typer.Option("--backend", help="auto, cpu or reference 
 Threads = Annotated[int | None, typer.Option("--threads", help="Threads to compute with (default: all cores).")]
 StateDtype = Annotated[
     str | None, typer.Option("--state-dtype", help="fp32, bf16 or int8 (default: what the model's config says).")
+]
+Activations = Annotated[
+    str | None, typer.Option("--activations", help="float32 or int8 (default: what the model's config says).")
 ]
 TokenizerFile = Annotated[Path | None, typer.Option("--tokenizer", help="tokenizer.json, where the model has none.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]

@@ -57,6 +57,7 @@ class Perplexity:
     protocol: str
     backend: str
     state_dtype: str
+    activations: str
     seconds: float
 
     @classmethod
@@ -154,6 +155,7 @@ def run_fields(model: LoadedModel, window: int, stride: int | None) -> dict[str,
         "stride": stride or window,
         "backend": model.engine.name,
         "state_dtype": model.state_dtype,
+        "activations": model.activations,
     }
 
 

@@ -39,6 +39,7 @@ class LoadedModel:
     checkpoint: Checkpoint
     tokenizer: Tokenizer | None = None
     state_dtype: str = "float32"
+    activations: str = "float32"
 
     @property
     def spec(self) -> ModelSpec:

@@ -18,27 +18,30 @@ from slimba.errors import UserError
 from slimba.runtime.api import LoadedModel
 from slimba.runtime.engine import Engine
 
-__all__ = ["BACKENDS", "STATE_DTYPES", "load", "resolve_state_dtype"]
+__all__ = ["ACTIVATIONS", "BACKENDS", "STATE_DTYPES", "load", "resolve_activations", "resolve_state_dtype"]
 
 STATE_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
+ACTIVATIONS = ("float32", "int8")
 
 
-def _cpu(checkpoint: Checkpoint, threads: int | None, state_dtype: str) -> Engine:
+def _cpu(checkpoint: Checkpoint, threads: int | None, state_dtype: str, activations: str) -> Engine:
     if not _has_core():
         raise UserError("backend cpu needs the compiled core, which this installation lacks; reinstall slimba")
     from slimba.runtime.backends.cpu import CpuEngine
 
     # a cast, because an engine takes the states that it made and no others
-    return cast("Engine", CpuEngine(checkpoint, threads=threads, state_dtype=state_dtype))
+    return cast("Engine", CpuEngine(checkpoint, threads=threads, state_dtype=state_dtype, activations=activations))
 
 
-def _reference(checkpoint: Checkpoint, threads: int | None, state_dtype: str) -> Engine:
+def _reference(checkpoint: Checkpoint, threads: int | None, state_dtype: str, activations: str) -> Engine:
     from slimba.runtime.backends.reference import ReferenceEngine
 
-    return cast("Engine", ReferenceEngine(checkpoint, threads=threads, state_dtype=state_dtype))
+    engine = ReferenceEngine(checkpoint, threads=threads, state_dtype=state_dtype, activations=activations)
+    return cast("Engine", engine)
 
 
-BACKENDS: dict[str, Callable[[Checkpoint, int | None, str], Engine]] = {"cpu": _cpu, "reference": _reference}
+Maker = Callable[[Checkpoint, int | None, str, str], Engine]
+BACKENDS: dict[str, Maker] = {"cpu": _cpu, "reference": _reference}
 
 
 def load(
@@ -47,6 +50,7 @@ def load(
     backend: str = "auto",
     threads: int | None = None,
     state_dtype: str | None = None,
+    activations: str | None = None,
     tokenizer: str | Path | None = None,
     verify: bool = True,
 ) -> LoadedModel:
@@ -54,8 +58,10 @@ def load(
 
     model: a directory (packed, transformers or mamba_ssm layout), a hub id, a bundled name, or an opened Checkpoint.
     backend: `cpu`, `reference` (torch), or `auto`: cpu where the compiled core is there. threads: None for all cores.
-    state_dtype: fp32, bf16 or int8 where the backend has it; None for what the checkpoint says. tokenizer: a
-    `tokenizer.json` for a checkpoint without one. verify: check the checksums of a packed directory.
+    state_dtype: fp32, bf16 or int8 where the backend has it; None for what the checkpoint says. activations:
+    float32, or int8: the input of every matrix that is not all floats is rounded, one scale a token; None for what the
+    checkpoint says. tokenizer: a `tokenizer.json` for a checkpoint without one. verify: check the checksums of a packed
+    directory.
     Raises UserError for an unknown backend or type, a damaged or unknown model, and too little memory.
     """
     make = _choose(backend)
@@ -68,16 +74,17 @@ def load(
     elif tokenizer is not None:
         model.tokenizer_file = Path(tokenizer)
     state = resolve_state_dtype(state_dtype, model)
+    inputs = resolve_activations(activations, model)
     found = Tokenizer.from_file(model.tokenizer_file) if model.tokenizer_file else None
     _check_memory(model, needs_float32=make is _reference)
     try:
-        engine = make(model, threads, state)
+        engine = make(model, threads, state, inputs)
     except MemoryError:
         raise UserError(f"{model.path or 'the model'} does not fit this machine's memory") from None
-    return LoadedModel(engine, model, found, state)
+    return LoadedModel(engine, model, found, state, inputs)
 
 
-def _choose(backend: str) -> Callable[[Checkpoint, int | None, str], Engine]:
+def _choose(backend: str) -> Maker:
     if backend == "auto":
         if _has_core():
             return _cpu
@@ -107,6 +114,14 @@ def resolve_state_dtype(name: str | None, checkpoint: Checkpoint) -> str:
     if name not in STATE_DTYPES:
         raise UserError(f"unknown state type {name!r}, known are {', '.join(STATE_DTYPES)}")
     return STATE_DTYPES[name]
+
+
+def resolve_activations(name: str | None, checkpoint: Checkpoint) -> str:
+    """float32 or int8: `name`, or what the checkpoint says where it is None."""
+    name = name or checkpoint.numerics.get("activations", "float32")
+    if name not in ACTIVATIONS:
+        raise UserError(f"unknown activation type {name!r}, known are {', '.join(ACTIVATIONS)}")
+    return name
 
 
 def _check_memory(checkpoint: Checkpoint, *, needs_float32: bool) -> None:

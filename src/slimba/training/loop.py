@@ -11,13 +11,12 @@ On a GPU the whole step is captured in a CUDA graph: small models are bound by l
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,8 +129,8 @@ class _Run:
             whole=(p for g in self.group_list for p in g.params if g.optimizer == "muon" and p.ndim < 3),
         )
         self.lrs = [torch.zeros((), device=self.device) for _ in self.group_list]
-        mine = [dataclasses.replace(g, params=self.shards.of(g.params)) for g in self.group_list]
-        self.optimizers = make_optimizers(mine, self.lrs, settings.betas, self.cuda)
+        parts = [replace(g, params=self.shards.of(g.params)) for g in self.group_list]
+        self.optimizers = make_optimizers(parts, self.lrs, settings.betas, self.cuda)
         self.progress = Progress()
         self.save_seconds = 0.0  # what the last checkpoint took
         self.graph: torch.cuda.CUDAGraph | None = None

@@ -42,6 +42,8 @@ using Numbers = std::map<std::string, double>;
 using SegmentTuple = std::tuple<std::string, int64_t, Bytes, std::optional<Bytes>>;  // format, rows, data, scale
 using LowRankTuple =
     std::tuple<int64_t, int64_t, int64_t, Bytes, Bytes, Bytes, Bytes>;  // rank, start, stop, a, its scale, b, its scale
+using PlaneTuple =
+    std::tuple<int64_t, int64_t, int64_t, Bytes, Bytes, std::optional<Integers>>;  // cols, start, stop, signs, scale, index
 
 [[noreturn]] void bad(const std::string& what) { throw std::invalid_argument(what); }
 
@@ -72,7 +74,10 @@ Segment make_segment(const std::string& format, int64_t first_row, int64_t rows,
 
 const Kernels& choose_kernels(const std::string& isa) {
   const Kernels* k = kernels_for(isa.c_str());
-  if (!k) bad("this machine cannot run the instruction set '" + isa + "', known are portable, avx2 and avx512");
+  if (!k) {
+    bad("this machine cannot run the instruction set '" + isa +
+        "', known are portable, avx2, avxvnni, avx512, avx512vnni, amx and neon");
+  }
   return *k;
 }
 
@@ -93,6 +98,7 @@ Config make_config(const Numbers& numbers) {
   Config c;
   c.mamba2 = n.at("mamba2") != 0;
   c.state_type = StateType(integer("state_type"));
+  c.int8_activations = n.at("int8_activations") != 0;
   c.n_layer = integer("n_layer");
   c.d_model = integer("d_model");
   c.d_inner = integer("d_inner");
@@ -122,7 +128,8 @@ class BoundModel {
 
   void set_matrix(const std::string& name, int64_t layer, int64_t rows, int64_t cols,
                   const std::vector<SegmentTuple>& segments, const std::optional<LowRankTuple>& lowrank,
-                  const std::optional<Floats>& col_scale, const std::optional<Floats>& bias) {
+                  const std::optional<PlaneTuple>& plane, const std::optional<Floats>& col_scale,
+                  const std::optional<Floats>& bias) {
     Matrix m;
     m.rows = rows;
     m.cols = cols;
@@ -144,6 +151,7 @@ class BoundModel {
       m.b = make_segment("int8", 0, rank, cols, b, b_scale);
       for (const Bytes& part : {a, a_scale, b, b_scale}) keep_.push_back(nb::cast(part));
     }
+    if (plane) set_plane(m, name, *plane);
     if (col_scale) m.col_scale.assign(col_scale->data(), col_scale->data() + col_scale->size());
     if (bias) m.bias.assign(bias->data(), bias->data() + bias->size());
     if ((col_scale && int64_t(col_scale->size()) != cols) || (bias && int64_t(bias->size()) != rows))
@@ -220,6 +228,21 @@ class BoundModel {
   Model model;
 
  private:
+  void set_plane(Matrix& m, const std::string& name, const PlaneTuple& plane) {
+    const auto& [cols, start, stop, data, scale, index] = plane;
+    if (cols < 1 || cols > m.cols || start < 0 || start >= stop || stop > m.rows)
+      bad(name + ": the second sign plane does not fit");
+    m.plane_cols = cols;
+    m.plane_start = start;
+    m.plane_stop = stop;
+    m.plane = make_segment("sign", 0, stop - start, cols, data, scale);
+    if (int64_t(index ? index->size() : m.cols) != cols) bad(name + ": the second sign plane has the wrong index");
+    if (index) m.plane_index.assign(index->data(), index->data() + index->size());
+    for (const int32_t column : m.plane_index)
+      if (column < 0 || column >= m.cols) bad(name + ": the second sign plane names a column that is not there");
+    for (const Bytes& part : {data, scale}) keep_.push_back(nb::cast(part));
+  }
+
   Matrix& slot(const std::string& name, int64_t layer) {
     if (name == "embeddings") return model.embedding;
     if (name == "lm_head") return model.lm_head;
@@ -295,7 +318,7 @@ NB_MODULE(_core, m) {
   nb::class_<BoundModel>(m, "Model")
       .def(nb::init<const Numbers&, int, const std::string&>(), "config"_a, "threads"_a, "isa"_a = "")
       .def("set_matrix", &BoundModel::set_matrix, "name"_a, "layer"_a, "rows"_a, "cols"_a, "segments"_a,
-           "lowrank"_a.none(), "col_scale"_a.none(), "bias"_a.none())
+           "lowrank"_a.none(), "plane"_a.none(), "col_scale"_a.none(), "bias"_a.none())
       .def("set_vector", &BoundModel::set_vector)
       .def("finish", &BoundModel::finish)
       .def("state_bytes", [](BoundModel& b, int64_t batch) { return State::bytes(b.model.config, batch); })

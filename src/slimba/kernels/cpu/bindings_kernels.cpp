@@ -7,13 +7,12 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <chrono>
 #include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "engine/buffer.h"
-#include "engine/threads.h"
+#include "engine/probe.h"
 #include "kernels.h"
 
 namespace nb = nanobind;
@@ -55,6 +54,39 @@ void matmul(const std::string& isa, int format, const Bytes& data, const std::op
             rows, add, scratch.data()});
 }
 
+// q [n rounded up to 64] and scale of one token; returns the sums of kernels.h's QuantArgs
+std::vector<int> quantize(const std::string& isa, const In1& x, const Array<std::int8_t, 1>& q, const Out1& scale) {
+  std::vector<int> sums((x.size() + 127) / 128 + 1, -1);
+  table(isa).quantize(x.data(), int64_t(x.size()), q.data(), scale.data(), sums.data());
+  return sums;
+}
+
+// The same as matmul with int8 activations, by the kernel for few or for many tokens.
+void quant_matmul(const std::string& isa, int format, const Bytes& data, const Bytes& scale, const In2& x,
+                  const Out2& y, int64_t begin, int64_t end, bool add, bool many) {
+  const Kernels& kernels = table(isa);
+  const QuantFormat& k = *kernels.quant[format];
+  const int64_t tokens = int64_t(x.shape(0)), cols = int64_t(x.shape(1)), rows = int64_t(y.shape(1));
+  const int64_t stride = (cols + 63) / 64 * 64 + 64, sums = (cols + 127) / 128 + 1, ready = k.prepared_bytes(cols);
+  const int64_t room = (tokens + kQuantBlock - 1) / kQuantBlock * kQuantBlock;
+  Buffer q, scales, totals, prepared, scratch;
+  const auto poisoned = [](Buffer& b, int64_t bytes) {  // nothing may be read before it is written
+    b.at_least((bytes + 3) / 4);
+    std::memset(b.data(), 0x7f, std::size_t((bytes + 3) / 4 * 4));
+    return reinterpret_cast<std::uint8_t*>(b.data());
+  };
+  auto* codes = reinterpret_cast<std::int8_t*>(poisoned(q, room * stride));
+  auto* whole = reinterpret_cast<std::int32_t*>(poisoned(totals, tokens * sums * 4));
+  std::uint8_t* made = poisoned(prepared, tokens * ready);
+  scales.at_least(tokens);
+  for (int64_t t = 0; t < tokens; ++t) {
+    kernels.quantize(x.data() + t * cols, cols, codes + t * stride, scales.data() + t, whole + t * sums);
+    if (!many) k.prepare(codes + t * stride, cols, made + t * ready);
+  }
+  (many ? k.many : k.few)({data.data(), scale.data(), rows, cols, begin, end, codes, stride, scales.data(), whole, made,
+                           tokens, y.data(), rows, add, poisoned(scratch, k.scratch_bytes(cols))});
+}
+
 void conv_silu(const std::string& isa, const In2& in, const In2& weight, const std::optional<In1>& bias,
                const Out2& state, const Out2& out) {
   const int64_t channels = int64_t(in.shape(1));
@@ -93,35 +125,14 @@ void ssm1(const std::string& isa, const In2& x, const In2& bc, const In2& dt, co
                    channels, a.data(), d.data(), s.type, s.data, s.scales, y.data(), channels, s.work.data()});
 }
 
-// Seconds of each of `repeats` passes over `bytes` of memory with `threads` threads, each of which reads its own share.
-std::vector<double> read_seconds(int64_t bytes, int threads, int repeats) {
-  const Kernels& k = table("");
-  ThreadPool pool(threads);
-  Buffer memory;
-  const int64_t block = 1 << 18, blocks = bytes / 4 / block;
-  memory.at_least(blocks * block);
-  pool.run(blocks, [&](int64_t i, int) { std::memset(memory.data() + i * block, 0, std::size_t(block) * 4); });
-  std::vector<double> seconds;
-  volatile float sink = 0;
-  for (int r = 0; r < repeats; ++r) {
-    const auto start = std::chrono::steady_clock::now();
-    pool.run(blocks, [&](int64_t i, int) {
-      float sum = 0;
-      k.read(memory.data() + i * block, block, &sum);
-      if (sum != 0) sink = sum;
-    });
-    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-  }
-  (void)sink;
-  return seconds;
-}
-
 }  // namespace
 
 void bind_kernels(nb::module_& m) {
   nb::module_ k = m.def_submodule("kernels", "Single kernels, for tests");
   k.def("matmul", matmul, nb::arg("isa"), nb::arg("format"), nb::arg("data"), nb::arg("scale").none(), nb::arg("x"),
         nb::arg("y"), nb::arg("begin"), nb::arg("end"), nb::arg("add"));
+  k.def("quantize", quantize);
+  k.def("quant_matmul", quant_matmul);
   k.def("conv_silu", conv_silu, nb::arg("isa"), nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),
         nb::arg("state"), nb::arg("out"));
   k.def("ssm2", ssm2);
@@ -145,5 +156,8 @@ void bind_kernels(nb::module_& m) {
   k.def("decay", [](const std::string& isa, const In1& dt, const In1& a, const Out1& out) {
     table(isa).decay(dt.data(), a.data(), int64_t(dt.size()), out.data());
   });
-  k.def("read_seconds", read_seconds, nb::arg("bytes"), nb::arg("threads"), nb::arg("repeats"));
+  k.def(
+      "read_seconds",
+      [](int64_t bytes, int threads, int repeats) { return read_seconds(table(""), bytes, threads, repeats); },
+      nb::arg("bytes"), nb::arg("threads"), nb::arg("repeats"));
 }

@@ -1,7 +1,19 @@
-// Chooses the kernel table at run time by cpuid; the environment variable SLIMBA_CPU_ISA forces one (see bindings.cpp).
+// Chooses the kernel table at run time by what the processor has; the environment variable SLIMBA_CPU_ISA forces one (see
+// bindings.cpp). A table is made of the widest vectors for float32 work and the best kernels for int8 activations.
 #include <cstring>
 
 #include "kernels.h"
+
+#if defined(SLIMBA_X86)
+#include <cpuid.h>
+#endif
+#if defined(SLIMBA_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(SLIMBA_NEON) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace slimba {
 
@@ -18,14 +30,62 @@ Kernels make_portable() {
   std::memcpy(k.format, formats, sizeof formats);
   naive_norm(k);
   naive_ssm(k);
+  naive_quant(k);
   return k;
 }
 
 #if defined(SLIMBA_X86)
+Kernels make_avx2(const char* isa) {
+  Kernels k = {};
+  k.isa = isa;
+  const FormatKernels* formats[kFormats] = {&kAvx2Float32, &kAvx2Float16, &kAvx2Bfloat16,
+                                            &kAvx2Int8,    &kAvx2Int4,    &kAvx2Sign};
+  std::memcpy(k.format, formats, sizeof formats);
+  avx2_norm(k);
+  avx2_ssm(k);
+  avx2_quant(k);
+  return k;
+}
+
+Kernels make_avxvnni() {
+  Kernels k = make_avx2("avxvnni");
+  avxvnni_quant(k);
+  return k;
+}
+
+Kernels make_avx512(const char* isa) {
+  Kernels k = {};
+  k.isa = isa;
+  const FormatKernels* formats[kFormats] = {&kAvx512Float32, &kAvx512Float16, &kAvx512Bfloat16,
+                                            &kAvx512Int8,    &kAvx512Int4,    &kAvx512Sign};
+  std::memcpy(k.format, formats, sizeof formats);
+  avx512_norm(k);
+  avx512_ssm(k);
+  avx2_quant(k);
+  return k;
+}
+
+Kernels make_avx512vnni(const char* isa) {
+  Kernels k = make_avx512(isa);
+  avx512vnni_quant(k);
+  return k;
+}
+
+Kernels make_amx() {
+  Kernels k = make_avx512vnni("amx");
+  amx_quant(k);
+  return k;
+}
+
 // __builtin_cpu_supports also checks that the operating system saves the wider registers.
 bool has_avx2() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+bool has_avxvnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 
 bool has_avx512() {
@@ -33,26 +93,38 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-Kernels make_avx2() {
-  Kernels k = {};
-  k.isa = "avx2";
-  const FormatKernels* formats[kFormats] = {&kAvx2Float32, &kAvx2Float16, &kAvx2Bfloat16,
-                                            &kAvx2Int8,    &kAvx2Int4,    &kAvx2Sign};
-  std::memcpy(k.format, formats, sizeof formats);
-  avx2_norm(k);
-  avx2_ssm(k);
+bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+// Linux gives a process the tile registers when it asks for them.
+bool has_amx() {
+#if defined(SLIMBA_EMULATE_AMX)
+  return has_avx512vnni();
+#elif defined(__linux__) && defined(SYS_arch_prctl)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!has_avx512vnni() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+#if defined(SLIMBA_NEON)
+Kernels make_neon() {
+  Kernels k = make_portable();
+  k.isa = "neon";
+  neon_quant(k);
   return k;
 }
 
-Kernels make_avx512() {
-  Kernels k = {};
-  k.isa = "avx512";
-  const FormatKernels* formats[kFormats] = {&kAvx512Float32, &kAvx512Float16, &kAvx512Bfloat16,
-                                            &kAvx512Int8,    &kAvx512Int4,    &kAvx512Sign};
-  std::memcpy(k.format, formats, sizeof formats);
-  avx512_norm(k);
-  avx512_ssm(k);
-  return k;
+bool has_neon() {
+#if defined(__linux__)
+  constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+  return getauxval(AT_HWCAP) & kDotProduct;
+#else
+  return true;  // every Apple processor of this kind
+#endif
 }
 #endif
 
@@ -60,19 +132,37 @@ Kernels make_avx512() {
 
 const Kernels* kernels_for(const char* isa) {
   static const Kernels portable = make_portable();
-  const bool any = !std::strcmp(isa, "");
-#if defined(SLIMBA_X86)
+  const auto wanted = [&](const char* name) { return !*isa || !std::strcmp(isa, name); };
   // The makers themselves are compiled with wide registers: not even they may run on a machine without them.
-  if ((any || !std::strcmp(isa, "avx512")) && has_avx512()) {
-    static const Kernels avx512 = make_avx512();
-    return &avx512;
+#if defined(SLIMBA_X86)
+  if (wanted("amx") && has_amx()) {
+    static const Kernels table = make_amx();
+    return &table;
   }
-  if ((any || !std::strcmp(isa, "avx2")) && has_avx2()) {
-    static const Kernels avx2 = make_avx2();
-    return &avx2;
+  if (wanted("avx512vnni") && has_avx512vnni()) {
+    static const Kernels table = make_avx512vnni("avx512vnni");
+    return &table;
+  }
+  if (wanted("avx512") && has_avx512()) {
+    static const Kernels table = make_avx512("avx512");
+    return &table;
+  }
+  if (wanted("avxvnni") && has_avxvnni()) {
+    static const Kernels table = make_avxvnni();
+    return &table;
+  }
+  if (wanted("avx2") && has_avx2()) {
+    static const Kernels table = make_avx2("avx2");
+    return &table;
   }
 #endif
-  return any || !std::strcmp(isa, "portable") ? &portable : nullptr;
+#if defined(SLIMBA_NEON)
+  if (wanted("neon") && has_neon()) {
+    static const Kernels table = make_neon();
+    return &table;
+  }
+#endif
+  return wanted("portable") ? &portable : nullptr;
 }
 
 }  // namespace slimba

@@ -11,6 +11,9 @@
 
 namespace slimba {
 
+// Rows that the repacking loops of quant/ take at a time; activations are readable for as many tokens.
+constexpr std::int64_t kQuantBlock = 32;
+
 enum Format : int { kFloat32, kFloat16, kBfloat16, kInt8, kInt4, kSign, kFormats };
 
 // y[t * y_stride + r] = (add ? y : 0) + sum_c w[r, c] * x[t, c] for the rows row_begin <= r < row_end of one segment.
@@ -33,6 +36,35 @@ struct FormatKernels {
   void (*prepare)(const float* x, std::int64_t cols, float* out);
   std::int64_t (*scratch_floats)(std::int64_t cols);
   void (*matmul)(const MatmulArgs& a);
+};
+
+// Products with int8 activations. A token x [cols] becomes q = round(x 127 / max|x|), ties to even, with one float32 scale
+// max|x| / 127 (0 below 1e-30; NaN when x holds NaN or infinity). With n = sum_c w[r, c] q[t, c] in whole numbers,
+//     sign, int8: y = n * (scale[r] * x_scale[t]);   int4: y = (sum over groups g of scale[r, g] * n_g) * x_scale[t],
+// each product and sum rounded to float32 in this order, so every instruction set gives the same bits.
+struct QuantArgs {
+  const std::uint8_t *data, *scale;  // as in MatmulArgs
+  std::int64_t rows, cols;
+  std::int64_t row_begin, row_end;
+  const std::int8_t* x;  // [T, x_stride], zeros from cols to the next multiple of 64; readable for 32 tokens at a time
+  std::int64_t x_stride;
+  const float* x_scale;       // [T]
+  const std::int32_t* x_sums;  // [T, ceil(cols / 128) + 1]: sum of q over each 128 columns, then over all
+  const std::uint8_t* prepared;  // [T, prepared_bytes(cols)] by `prepare`; only `few` reads it
+  std::int64_t tokens;
+  float* y;
+  std::int64_t y_stride;
+  bool add;
+  std::uint8_t* scratch;  // scratch_bytes(cols) bytes of this thread, 64-byte aligned
+};
+
+struct QuantFormat {
+  std::int64_t (*prepared_bytes)(std::int64_t cols);  // a multiple of 64, or 0: nothing to prepare
+  void (*prepare)(const std::int8_t* x, std::int64_t cols, std::uint8_t* out);
+  std::int64_t (*scratch_bytes)(std::int64_t cols);
+  void (*few)(const QuantArgs& a);   // reads rows as they are stored: best for up to few_tokens tokens
+  void (*many)(const QuantArgs& a);  // expands rows to bytes first; same results
+  std::int64_t few_tokens;
 };
 
 // Causal depthwise convolution and SiLU of `channels` channels over T tokens that continue from `state`.
@@ -95,6 +127,10 @@ struct Ssm1Args {
 struct Kernels {
   const char* isa;
   const FormatKernels* format[kFormats];
+  // quant/
+  const QuantFormat* quant[kFormats];  // null for the float formats
+  // q [n] and zeros up to the next multiple of 64; sums as in QuantArgs
+  void (*quantize)(const float* x, std::int64_t n, std::int8_t* q, float* scale, std::int32_t* sums);
   // norm/
   void (*rms_norm)(const float* x, const float* weight, std::int64_t n, float eps,
                    float* y);                                                // weight may be null; y may be x
@@ -122,11 +158,16 @@ void naive_dequant_bfloat16(const std::uint8_t*, const std::uint8_t*, std::int64
 void naive_dequant_int8(const std::uint8_t*, const std::uint8_t*, std::int64_t, std::int64_t, float*);
 void naive_dequant_int4(const std::uint8_t*, const std::uint8_t*, std::int64_t, std::int64_t, float*);
 void naive_dequant_sign(const std::uint8_t*, const std::uint8_t*, std::int64_t, std::int64_t, float*);
+void naive_quant(Kernels& k);
 void naive_norm(Kernels& k);
 void naive_ssm(Kernels& k);
 
 #if defined(SLIMBA_X86)
 extern const FormatKernels kAvx2Float32, kAvx2Float16, kAvx2Bfloat16, kAvx2Int8, kAvx2Int4, kAvx2Sign;
+void avx2_quant(Kernels& k);
+void avxvnni_quant(Kernels& k);
+void avx512vnni_quant(Kernels& k);
+void amx_quant(Kernels& k);  // over the table that avx512vnni_quant filled
 void avx2_norm(Kernels& k);
 void avx2_ssm(Kernels& k);
 extern const FormatKernels kAvx512Float32, kAvx512Float16, kAvx512Bfloat16, kAvx512Int8, kAvx512Int4, kAvx512Sign;
@@ -134,8 +175,8 @@ void avx512_norm(Kernels& k);
 void avx512_ssm(Kernels& k);
 #endif
 
-// The table for `isa` ("" chooses by cpuid; "portable", "avx2", "avx512" force one). Null when this machine cannot run
-// it.
+// The table for `isa`: "" chooses by cpuid; "portable", "avx2", "avxvnni", "avx512", "avx512vnni", "amx" and "neon" force
+// one. Null when this machine cannot run it.
 const Kernels* kernels_for(const char* isa);
 
 }  // namespace slimba

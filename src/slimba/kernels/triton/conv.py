@@ -3,7 +3,8 @@
     out = conv_forward(x, weight, bias)              # x [B, L, channels], weight [channels, K], bias [channels]
     d_weight, d_bias = conv_backward(d_out, x, weight, bias, dx)
 
-A program does a block of tokens and channels; for the gradient it computes the values before SiLU again. Tests: `pytest tests/kernels/test_triton.py`.
+A program does a block of tokens and channels; for the gradient it computes the values before SiLU again.
+Tests: `pytest tests/kernels/test_triton.py`.
 """
 
 from __future__ import annotations

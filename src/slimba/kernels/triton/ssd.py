@@ -6,9 +6,9 @@
     dt = softplus(dt_raw + dt_bias);  A = -exp(A_log)
     S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T;  y_t = C_t S_t + D x_t
 
-Forward, with s = cumsum(dt A) in a chunk of Q tokens and E = exp(s): what every chunk adds to the state; the states at the
-chunk starts, by a scan over chunks; then y = (C B^T * exp(s_i - s_j) dt_j for i >= j) x + E C S_start. Backward the same
-in reverse: what every chunk's outputs ask of the state before it, a scan from the last chunk, then all other gradients.
+Forward, with s = cumsum(dt A) in a chunk of Q tokens and E = exp(s): what every chunk adds to the state; the states at
+the chunk starts, by a scan over chunks; then y = (C B^T * exp(s_i - s_j) dt_j for i >= j) x + E C S_start. Backward the
+same in reverse: what every chunk's outputs ask of the state before it, a scan from the last chunk, then the rest.
 Scans are elementwise over [N, P]; nothing of size Q x Q goes through memory.
 
 Products run in x's dtype with float32 sums; decays and states are float32. N, P and Q are powers of two, at least 16.
@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 import triton
 import triton.language as tl
 

@@ -1,8 +1,8 @@
 """CpuEngine: a checkpoint on the C++ engine (`slimba._core`, sources in `kernels/cpu/`). No torch, no Python per token.
 
 Weights are used where they lie, in the memory-mapped file; small vectors are copied to float32. The kernels are chosen
-at run time (portable, AVX2 or AVX-512); SLIMBA_CPU_ISA=portable|avx2|avx512 forces one. Results do not depend on the
-number of threads, the other sequences of a batch or where a prompt is cut into pieces.
+at run time; SLIMBA_CPU_ISA=portable|avx2|avxvnni|avx512|avx512vnni|amx|neon forces one set of them. Results do not
+depend on the number of threads, the other sequences of a batch or where a prompt is cut into pieces.
 
 Run the tests: `pytest tests/runtime/test_cpu_engine.py tests/kernels`.
 """
@@ -24,6 +24,7 @@ from slimba.runtime.engine import SamplingParams
 
 __all__ = ["STATE_DTYPES", "CpuEngine", "CpuState", "available_bytes", "default_threads"]
 
+ACTIVATIONS = ("float32", "int8")
 STATE_DTYPES = ("float32", "bfloat16", "int8")  # in the order of StateType in kernels.h, where rounding is defined
 
 
@@ -95,8 +96,9 @@ class CpuEngine:
 
     `threads` defaults to the cores at hand; `isa` forces an instruction set, else SLIMBA_CPU_ISA, else the best one is
     taken. `state_dtype` is float32, bfloat16 or int8 (a scale for each head and channel): the recurrent state is
-    rounded to it after every token. All three can be read back as attributes. UserError for settings that are not
-    available and for a checkpoint whose tensors do not fit its spec.
+    rounded to it after every token. `activations` is float32 or int8, by default what the checkpoint says: with int8
+    the input of every matrix that is not all floats is rounded, one scale a token. All can be read back as attributes.
+    UserError for settings that are not available and for a checkpoint whose tensors do not fit its spec.
     """
 
     name = "cpu"
@@ -107,19 +109,21 @@ class CpuEngine:
         *,
         threads: int | None = None,
         state_dtype: str = "float32",
+        activations: str | None = None,
         isa: str | None = None,
     ) -> None:
         if state_dtype not in STATE_DTYPES:
             raise UserError(f"state dtype {state_dtype!r} is unknown, known are {', '.join(STATE_DTYPES)}")
-        activations = checkpoint.numerics.get("activations", "float32")
-        if activations != "float32":
-            raise UserError(f"the CPU engine computes with float32 activations, the model asks for {activations!r}")
+        activations = activations or checkpoint.numerics.get("activations", "float32")
+        if activations not in ACTIVATIONS:
+            raise UserError(f"activations {activations!r} are unknown, known are {', '.join(ACTIVATIONS)}")
         if threads is not None and not 1 <= threads <= 1024:
             raise UserError(f"threads is {threads}, it must be between 1 and 1024")
         self.spec: ModelSpec = checkpoint.spec
         try:
             wanted = isa or os.environ.get("SLIMBA_CPU_ISA", "")
             config = _config(self.spec) | {"state_type": float(STATE_DTYPES.index(state_dtype))}
+            config["int8_activations"] = float(activations == "int8")
             self._core = _core.Model(config, threads or default_threads(), wanted)
             _fill(self._core, checkpoint)
             self._core.finish()
@@ -127,6 +131,7 @@ class CpuEngine:
             raise UserError(str(e)) from None
         self.isa: str = self._core.isa
         self.state_dtype = state_dtype
+        self.activations = activations
         self.threads: int = self._core.threads
 
     def new_state(self, batch: int = 1) -> CpuState:
@@ -232,8 +237,13 @@ def _fill(core: Any, checkpoint: Checkpoint) -> None:
         if lr := m.layout.lowrank:
             keys = ("lowrank_a", "lowrank_a_scale", "lowrank_b", "lowrank_b_scale")
             lowrank = (lr.rank, lr.start, lr.stop, *(_bytes(m.arrays[k]) for k in keys))
+        plane = None
+        if p := m.layout.plane:
+            index = np.ascontiguousarray(m.plane_columns(), np.int32) if p.cols < m.layout.cols else None
+            signs, scale = _bytes(m.arrays["plane_packed"]), _bytes(m.arrays["plane_scale"])
+            plane = (p.cols, p.start, p.stop, signs, scale, index)
         col_scale = m.arrays["col_scale"].astype(np.float32) if m.layout.col_scale else None
-        core.set_matrix(short, layer, m.layout.rows, m.layout.cols, segments, lowrank, col_scale, bias)
+        core.set_matrix(short, layer, m.layout.rows, m.layout.cols, segments, lowrank, plane, col_scale, bias)
 
     def vector(name: str, short: str, layer: int) -> None:
         core.set_vector(short, layer, np.ascontiguousarray(checkpoint.vector(name).reshape(-1)))

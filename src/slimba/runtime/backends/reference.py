@@ -13,6 +13,8 @@ import numpy as np
 
 from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.errors import UserError
+from slimba.formats import FORMATS
+from slimba.formats.floats import FloatFormat
 from slimba.models.spec import ModelSpec
 from slimba.runtime.engine import SamplingParams
 from slimba.runtime.sampling import Sampler
@@ -53,6 +55,23 @@ def round_int8(state: torch.Tensor) -> torch.Tensor:
 ROUND = {"float32": None, "bfloat16": round_bfloat16, "int8": round_int8}
 
 
+class InputRounding:
+    """A forward pre-hook: x [..., cols] to int8 and back, one scale a token, as QuantArgs in kernels.h lays it down.
+
+    With a column scale c, x c is what is rounded; the module's weights hold c already, so it is divided out again.
+    """
+
+    def __init__(self, column: torch.Tensor | None) -> None:
+        self._column = column
+
+    def __call__(self, module: torch.nn.Module | None, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        x = args[0].float()
+        if self._column is not None:
+            x = x * self._column
+        x = round_int8(x)
+        return x if self._column is None else torch.where(self._column == 0, 0.0, x / self._column)
+
+
 class TorchState:
     """Recurrent state of a batch of sequences; float32 numbers, rounded to the engine's state dtype."""
 
@@ -72,8 +91,9 @@ class ReferenceEngine:
     """Implements `runtime.engine.Engine` with torch.
 
     threads sets torch's threads (for the process). device: a torch device name. state_dtype: what the recurrent state
-    is rounded to after every token; with bfloat16 and int8 tokens therefore run one by one. UserError for another state
-    type, activations other than float32, and weights that are not finite.
+    is rounded to after every token; with bfloat16 and int8 tokens therefore run one by one. activations: float32 or
+    int8, by default what the checkpoint says; with int8 the input of every matrix that is not all floats is rounded,
+    one scale a token. UserError for other types and for weights that are not finite.
     """
 
     name = "reference"
@@ -84,11 +104,12 @@ class ReferenceEngine:
         *,
         threads: int | None = None,
         state_dtype: str = "float32",
+        activations: str | None = None,
         device: str = "cpu",
     ) -> None:
-        activations = checkpoint.numerics.get("activations", "float32")
-        if activations != "float32":
-            raise UserError(f"backend reference computes with float32 activations, {activations} is not available")
+        activations = activations or checkpoint.numerics.get("activations", "float32")
+        if activations not in ("float32", "int8"):
+            raise UserError(f"backend reference computes with float32 or int8 activations, not {activations}")
         if state_dtype not in ROUND:
             raise UserError(f"state dtype {state_dtype!r} is unknown, known are {', '.join(ROUND)}")
         self._round = ROUND[state_dtype]
@@ -98,6 +119,7 @@ class ReferenceEngine:
         self.model = SSMForCausalLM(self.spec)
         load_weights(self.model, checkpoint)
         self.model.requires_grad_(False).eval().to(device)
+        self._head_input = self._round_inputs(checkpoint, device) if activations == "int8" else None
         if self.spec.architecture == "mamba2":
             self.model.set_chunk_size(min(SCAN_CHUNK, self.spec.chunk_size))
         self._device = torch.device(device)
@@ -131,7 +153,7 @@ class ReferenceEngine:
         x, y = self._ids(ids, state), self._ids(targets, state)
         out = []
         for piece, target in zip(x.split(CHUNK, dim=1), y.split(CHUNK, dim=1), strict=True):
-            logits = self.model.head(self._features(piece, state))
+            logits = self._logits(self._features(piece, state))
             out.append(
                 F.cross_entropy(logits.double().flatten(0, 1), target.flatten(), reduction="none").view_as(target)
             )
@@ -177,6 +199,24 @@ class ReferenceEngine:
                 layer.ssm = self._round(layer.ssm)
         return torch.cat(pieces, dim=1)
 
+    def _round_inputs(self, checkpoint: Checkpoint, device: str) -> InputRounding | None:
+        """Rounds what enters the projections; returns what rounds the head's input (None where the head is float)."""
+        found: dict[str, InputRounding] = {}
+        for name, layout in checkpoint.layouts.items():
+            if all(isinstance(FORMATS[segment.format], FloatFormat) for segment in layout.segments):
+                continue
+            scale = checkpoint.matrix(name).arrays["col_scale"] if layout.col_scale else None
+            column = None if scale is None else torch.from_numpy(scale.astype(np.float32)).to(device)
+            found[name] = InputRounding(column)
+            if name not in ("backbone.embeddings", "lm_head"):
+                self.model.get_submodule(name).register_forward_pre_hook(found[name])
+        return found.get(checkpoint.head)
+
+    def _logits(self, features: torch.Tensor) -> torch.Tensor:
+        if self._head_input is not None:
+            features = self._head_input(None, (features,))
+        return self.model.head(features)
+
     def _head(self, features: torch.Tensor) -> np.ndarray:
-        out: np.ndarray = self.model.head(features).float().cpu().numpy()
+        out: np.ndarray = self._logits(features).float().cpu().numpy()
         return out

@@ -24,16 +24,26 @@ struct Segment {
   const std::uint8_t* scale;
 };
 
-// W = (segments stacked; rows start..stop += A B) * col_scale, see docs/file-format.md.
+// W = (segments stacked; rows lowrank_start.. += A B; rows plane_start.., columns plane_index += plane) * col_scale, see
+// docs/file-format.md.
 struct Matrix {
   std::int64_t rows = 0, cols = 0;
   std::vector<Segment> segments;
   std::int64_t rank = 0, lowrank_start = 0, lowrank_stop = 0;
   Segment a = {}, b = {};        // int8 factors with their scales, when rank > 0
+  std::int64_t plane_cols = 0, plane_start = 0, plane_stop = 0;
+  Segment plane = {};                     // signs, when plane_cols > 0
+  std::vector<std::int32_t> plane_index;  // [plane_cols]; empty: all columns
   std::vector<float> col_scale;  // empty: none
   std::vector<float> bias;       // empty: none
 
   bool present() const { return rows > 0; }
+  // Whether int8 activations, where the model asks for them, apply: not to a matrix of floats alone.
+  bool takes_int8() const {
+    for (const Segment& s : segments)
+      if (s.format == kInt8 || s.format == kInt4 || s.format == kSign) return true;
+    return false;
+  }
   // Row r dequantised, corrections included (embedding look-up); temp holds `cols` floats.
   void row(std::int64_t r, float* out, float* temp) const;
 };
@@ -52,6 +62,7 @@ struct Layer {
 struct Config {
   bool mamba2 = true;
   StateType state_type = kStateFloat32;
+  bool int8_activations = false;  // the input of every matrix that is not all floats is rounded, see QuantArgs
   std::int64_t n_layer = 0, d_model = 0, d_inner = 0, d_state = 0, vocab = 0, d_conv = 0;
   float norm_eps = 1e-5f;
   // Mamba-2
@@ -144,14 +155,33 @@ class Model {
     std::int64_t stride;
     bool add;
   };
+  // The tokens that a matrix meets, in every form that its parts want; pointers into the buffers below.
+  struct Input {
+    std::int64_t tokens;
+    bool int8;
+    const float* floats[kFormats];
+    const std::int8_t* q;
+    std::int64_t q_stride;
+    const float* q_scale;
+    const std::int32_t* q_sums;
+    const std::uint8_t* q_prepared[kFormats];
+  };
+  struct Inputs {
+    Input whole, plane;  // of the matrix, and of the columns of its second sign plane
+  };
   // How far the factors of a low-rank correction are.
   struct Factors {
     std::atomic<std::int64_t> left{0};  // blocks
     std::atomic<bool> ready{false};
   };
-  void factor_block(const Matrix& m, std::int64_t tokens, std::int64_t block, Factors& f, float* scratch);
-  void panel(const Matrix& m, std::int64_t tokens, std::int64_t begin, std::int64_t end, const Output& out,
+  Inputs prepare(const Matrix& m, const float* x, std::int64_t x_stride, std::int64_t tokens);
+  void prepare_token(const Matrix& m, const Inputs& in, const float* row, std::int64_t t, float* scratch);
+  void rows(const Segment& s, std::int64_t cols, std::int64_t begin, std::int64_t end, const Input& in,
+            const Output& out, float* scratch);
+  void factor_block(const Matrix& m, const Input& in, std::int64_t block, Factors& f, float* scratch);
+  void panel(const Matrix& m, const Inputs& in, std::int64_t begin, std::int64_t end, const Output& out,
              const Factors& factors, float* scratch);
+  std::int64_t scratch_floats(const Matrix& m, const Inputs& in) const;
   void mixer2(const Layer& layer, std::int64_t index, const Chunk& c);
   void mixer1(const Layer& layer, std::int64_t index, const Chunk& c);
   void conv(const Layer& layer, std::int64_t index, const Chunk& c, const float* in, std::int64_t in_stride);
@@ -165,13 +195,17 @@ class Model {
   }
   static constexpr std::int64_t kShareFrom = 16384;  // about two microseconds
 
-  void prepare(const Matrix& m, const float* x, std::int64_t x_stride, std::int64_t tokens);
-
   const Kernels& kernels_;
   ThreadPool pool_;
   std::mutex mutex_;
   std::vector<Buffer> scratch_;  // per thread
-  Buffer prepared_[kFormats], factor_, factor_prepared_;
+  // Of one matrix and the columns of its second plane
+  struct InputBuffers {
+    Buffer floats[kFormats], q, scale, sums, prepared[kFormats];
+  };
+  Input make_input(InputBuffers& b, const bool (&wanted)[kFormats], std::int64_t cols, std::int64_t tokens, bool int8);
+  InputBuffers whole_, plane_;
+  Buffer factor_, factor_prepared_;
   Buffer residual_, normed_, projected_, conv_out_, dt_, decay_, y_, bcdt_;
 };
 

@@ -24,30 +24,42 @@ inline void store_int8_n(uint8_t* p, vf v, int64_t n) {
 #endif
 }
 
-// v rounded to the nearest bfloat16, ties to even; stores n of them at p
-inline vf round_bfloat_n(uint8_t* p, vf v, int64_t n) {
+// v rounded to the nearest bfloat16, ties to even; NaN may become anything
+inline vf round_bfloat(vf v) {
 #if defined(__AVX512F__)
-  const vi bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  vi high = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
-  high = _mm512_mask_mov_epi32(high, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-  const __m256i packed = _mm512_cvtepi32_epi16(high);
-  if (n >= W) _mm256_storeu_si256((__m256i*)p, packed);
-  else _mm256_mask_storeu_epi16(p, lanes(n), packed);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(high, 16));
+  const vi bits = _mm512_castps_si512(v), up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const vi rounded = _mm512_mask_add_epi32(up, odd, up, _mm512_set1_epi32(1));
+  return _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(int(0xffff0000u))));
 #else
   const vi bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  vi high = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
-  const vi is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  high = _mm256_blendv_epi8(high, _mm256_set1_epi32(0x7fc0), is_nan);
+  const vi rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  return _mm256_castsi256_ps(_mm256_and_si256(rounded, _mm256_set1_epi32(int(0xffff0000u))));
+#endif
+}
+
+// The same where there may be NaN, which stays NaN
+inline vf round_bfloat_safely(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_mask_mov_ps(round_bfloat(v), _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), vset(__builtin_nanf("")));
+#else
+  return _mm256_blendv_ps(round_bfloat(v), vset(__builtin_nanf("")), _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+#endif
+}
+
+// Stores the first n of W rounded numbers at p
+inline void store_bfloat_n(uint8_t* p, vf v, int64_t n) {
+#if defined(__AVX512F__)
+  const __m256i packed = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16));
+  if (n >= W) _mm256_storeu_si256((__m256i*)p, packed);
+  else _mm256_mask_storeu_epi16(p, lanes(n), packed);
+#else
+  const vi high = _mm256_srli_epi32(_mm256_castps_si256(v), 16);
   const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
-  if (n >= W) {
-    _mm_storeu_si128((__m128i*)p, packed);
-  } else {
-    alignas(16) uint8_t bytes[16];
-    _mm_store_si128((__m128i*)bytes, packed);
-    for (int64_t i = 0; i < 2 * n; ++i) p[i] = bytes[i];
-  }
-  return _mm256_castsi256_ps(_mm256_slli_epi32(high, 16));
+  if (n >= W) return _mm_storeu_si128((__m128i*)p, packed);
+  alignas(16) uint8_t bytes[16];
+  _mm_store_si128((__m128i*)bytes, packed);
+  for (int64_t i = 0; i < 2 * n; ++i) p[i] = bytes[i];
 #endif
 }
 
@@ -95,7 +107,11 @@ struct StoredRow {
   // it holds NaN or infinity.
   void round(float* s, vf top, bool damaged, bool goes_on) const {
     if (type == kStateBfloat16) {
-      for (int64_t i = 0; i < n; i += W) vstore(s + i, round_bfloat_n(state + 2 * (row * n + i), vload(s + i), n - i));
+      for (int64_t i = 0; i < n; i += W) {
+        const vf v = round_bfloat_safely(vload(s + i));
+        vstore(s + i, v);
+        if (!goes_on) store_bfloat_n(state + 2 * (row * n + i), v, n - i);
+      }
       return;
     }
     const auto [step, inverse] = int8_scale(top, damaged);

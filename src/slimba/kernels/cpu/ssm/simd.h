@@ -114,45 +114,64 @@ inline void ssm2_rounded_row(const Ssm2Args& a, int64_t p, float* sums) {
   }
 }
 
-// The same arithmetic, in registers, for a row of NV whole vectors.
+// The same arithmetic, in registers, for a row of NV whole vectors; only the last token's state is stored.
 template <int NV>
-inline void ssm2_rounded_whole(const Ssm2Args& a, int64_t p, float* sums) {
-  const bool bfloat = a.type == kStateBfloat16;
-  uint8_t* const at = a.state + p * NV * W * (bfloat ? 2 : 1);
-  const vf scale = vset(bfloat ? 0.0f : a.state_scale[p]);
+inline void ssm2_bfloat_whole(const Ssm2Args& a, int64_t p, float* sums) {
+  uint8_t* const at = a.state + p * NV * W * 2;
   vf s[NV];
 #pragma GCC unroll 16
-  for (int v = 0; v < NV; ++v) s[v] = bfloat ? load_bfloat(at + 2 * v * W) : vmul(load_int8(at + v * W), scale);
+  for (int v = 0; v < NV; ++v) s[v] = load_bfloat(at + 2 * v * W);
   for (int64_t t = 0; t < a.tokens; ++t) {
     const float *b = a.b + t * a.xbc_stride, *c = a.c + t * a.xbc_stride;
     const vf decay = vset(a.decay[t * a.dt_stride]), dx = vset(a.dt[t * a.dt_stride] * a.x[t * a.xbc_stride + p]);
-    vf y = vzero(), top = vzero();
+    vf y = vzero();
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) {
       s[v] = vfma(decay, s[v], vmul(dx, vload(b + v * W)));
       y = vfma(s[v], vload(c + v * W), y);
-      top = vmax(top, vabs(s[v]));
     }
     vstore(sums + t * W * W, y);
-    if (bfloat) {
+    const bool damaged = any_nan(vmul(y, vzero()));  // NaN or infinity in s shows in y
 #pragma GCC unroll 16
-      for (int v = 0; v < NV; ++v) s[v] = round_bfloat_n(at + 2 * v * W, s[v], W);
-      continue;
-    }
-    const auto [step, inverse] = int8_scale(top, any_nan(vmul(y, vzero())));
-    a.state_scale[p] = step;
+    for (int v = 0; v < NV; ++v) s[v] = __builtin_expect(damaged, 0) ? round_bfloat_safely(s[v]) : round_bfloat(s[v]);
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < NV; ++v) store_bfloat_n(at + 2 * v * W, s[v], W);
+}
+
+template <int NV>
+inline void ssm2_int8_whole(const Ssm2Args& a, int64_t p, float* sums) {
+  uint8_t* const at = a.state + p * NV * W;
+  float scale = a.state_scale[p];
+  vf code[NV];  // whole numbers; the state is scale times them
+#pragma GCC unroll 16
+  for (int v = 0; v < NV; ++v) code[v] = load_int8(at + v * W);
+  for (int64_t t = 0; t < a.tokens; ++t) {
+    const float *b = a.b + t * a.xbc_stride, *c = a.c + t * a.xbc_stride;
+    const vf decay = vset(a.decay[t * a.dt_stride]), dx = vset(a.dt[t * a.dt_stride] * a.x[t * a.xbc_stride + p]);
+    const vf step = vset(scale);
+    vf y = vzero(), top = vzero();
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) {
-      const vf code = vround(vmul(s[v], vset(inverse)));
-      store_int8_n(at + v * W, code, W);
-      s[v] = vmul(code, vset(step));
+      code[v] = vfma(decay, vmul(code[v], step), vmul(dx, vload(b + v * W)));
+      y = vfma(code[v], vload(c + v * W), y);
+      top = vmax(top, vabs(code[v]));
     }
+    vstore(sums + t * W * W, y);
+    const auto [next, inverse] = int8_scale(top, any_nan(vmul(y, vzero())));
+    scale = next;
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) code[v] = vround(vmul(code[v], vset(inverse)));
   }
+  a.state_scale[p] = scale;
+#pragma GCC unroll 16
+  for (int v = 0; v < NV; ++v) store_int8_n(at + v * W, code[v], W);
 }
 
 inline void ssm2_rounded(const Ssm2Args& a, int64_t p, float* sums) {
-  if (a.d_state == 128) return ssm2_rounded_whole<128 / W>(a, p, sums);
-  if (a.d_state == 64) return ssm2_rounded_whole<64 / W>(a, p, sums);
+  const bool bfloat = a.type == kStateBfloat16;
+  if (a.d_state == 128) return bfloat ? ssm2_bfloat_whole<128 / W>(a, p, sums) : ssm2_int8_whole<128 / W>(a, p, sums);
+  if (a.d_state == 64) return bfloat ? ssm2_bfloat_whole<64 / W>(a, p, sums) : ssm2_int8_whole<64 / W>(a, p, sums);
   ssm2_rounded_row(a, p, sums);
 }
 

@@ -1,0 +1,118 @@
+// Speed of the C++ engine at the shape of Mamba-2 1.3B, random weights, without Python; one JSON record on stdout.
+//
+//     bash scripts/build_cpp.sh cpu_engine benchmarks/cpu_engine.cpp && ./cpu_engine THREADS[,THREADS...] [STATE] [LAYERS]
+//
+// For each number of threads: memory bandwidth, decode at batch 1 and (int8 activations) prefill of 512 tokens, for the
+// layouts `published` (1 bit + rank 16 + int8 head), `dfssm` and `plane`. STATE is fp32, bf16 (default) or int8. Ends
+// early, with what it has, after BUDGET seconds (environment, 200). A decode step must read all weights and read and write the state; the floor is those bytes at the bandwidth
+// measured in the same run. benchmarks/xeon_cpu.sh runs the tests first.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <sstream>
+
+#include "engine/probe.h"
+#include "engine/sequence.h"
+#include "random_model.h"
+
+using namespace slimba;
+using std::int64_t;
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+double median(std::vector<double> v) {
+  std::sort(v.begin(), v.end());
+  return v[v.size() / 2];
+}
+
+// Median seconds of a decode step: nine pieces of `steps` tokens after a warm-up of one.
+double decode_seconds(Model& model, State& state, int steps) {
+  std::vector<float> logits(std::size_t(model.config.vocab));
+  std::vector<double> times;
+  std::int32_t id = 1;
+  for (int piece = 0; piece < 10; ++piece) {
+    const auto start = Clock::now();
+    for (int i = 0; i < steps; ++i) {
+      prefill(model, &id, 1, state, logits.data(), [] {});
+      id = std::int32_t(std::max_element(logits.begin(), logits.end()) - logits.begin());
+    }
+    if (piece) times.push_back(seconds_since(start) / steps);
+  }
+  return median(times);
+}
+
+double prefill_seconds(Model& model, State& state, int64_t length, int repeats) {
+  std::vector<std::int32_t> ids;
+  for (int64_t i = 0; i < length; ++i) ids.push_back(std::int32_t(i * 7919 % model.config.vocab));
+  std::vector<float> logits(std::size_t(model.config.vocab));
+  std::vector<double> times;
+  for (int i = 0; i < repeats; ++i) {
+    state.reset();
+    const auto start = Clock::now();
+    prefill(model, ids.data(), length, state, logits.data(), [] {});
+    times.push_back(seconds_since(start));
+  }
+  return median(times);
+}
+
+bool first_record = true;
+
+void record(const char* layout, bool int8, Config config, const Kernels& k, int threads, double bandwidth) {
+  config.int8_activations = int8;
+  RandomModel random(config, layout, k, threads);
+  State state(config, 1);
+  const double decode = decode_seconds(random.model, state, threads > 1 ? 8 : 4);
+  const double prompt = int8 ? prefill_seconds(random.model, state, 512, 3) : 0;
+  const int64_t bytes = random.weight_bytes + 2 * State::bytes(config, 1);
+  const double floor = double(bytes) / bandwidth;
+  std::printf(
+      "%s\n  {\"layout\": \"%s\", \"activations\": \"%s\", \"threads\": %d, \"bytes\": %lld, \"weight_bytes\": %lld, "
+      "\"bandwidth\": %.4g, \"floor\": %.4g, \"decode_seconds\": %.4g, \"decode_tokens_per_second\": %.2f, "
+      "\"share\": %.3f, \"prefill_512_seconds\": %.4g, \"prefill_512_tokens_per_second\": %.1f}",
+      first_record ? "" : ",", layout, int8 ? "int8" : "float32", threads, (long long)bytes,
+      (long long)random.weight_bytes, bandwidth, floor, decode, 1 / decode, floor / decode, prompt,
+      prompt > 0 ? 512 / prompt : 0);
+  std::fflush(stdout);
+  first_record = false;
+  std::fprintf(stderr, "%-10s %-8s %2d threads: decode %6.1f tok/s (%.0f %% of %.1f GB/s), prefill %.0f tok/s\n", layout,
+               int8 ? "int8" : "float32", threads, 1 / decode, 100 * floor / decode, bandwidth / 1e9,
+               prompt > 0 ? 512 / prompt : 0);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 2) {
+    std::fprintf(stderr, "usage: cpu_engine THREADS[,THREADS...] [fp32|bf16|int8] [LAYERS]\n");
+    return 2;
+  }
+  const std::string state = argc > 2 ? argv[2] : "bf16";
+  Config config = mamba2_shape(argc > 3 ? std::atoi(argv[3]) : 48, 2048, 128, 64, 50288);
+  config.state_type = state == "fp32" ? kStateFloat32 : state == "int8" ? kStateInt8 : kStateBfloat16;
+  const char* forced = std::getenv("SLIMBA_CPU_ISA");
+  const Kernels* k = kernels_for(forced ? forced : "");
+  if (!k) {
+    std::fprintf(stderr, "this machine cannot run the instruction set %s\n", forced);
+    return 2;
+  }
+  std::printf("{\"isa\": \"%s\", \"state\": \"%s\", \"layers\": %lld, \"rows\": [", k->isa, state.c_str(),
+              (long long)config.n_layer);
+  const char* limit = std::getenv("BUDGET");
+  const double budget = limit ? std::atof(limit) : 200;
+  const auto begin = Clock::now();
+  std::stringstream list(argv[1]);
+  for (std::string part; std::getline(list, part, ',');) {
+    const int threads = std::max(1, std::atoi(part.c_str()));
+    const std::vector<double> passes = read_seconds(*k, int64_t(1) << 29, threads, 20);
+    const double bandwidth = double(int64_t(1) << 29) / *std::min_element(passes.begin(), passes.end());
+    for (const char* layout : {"published", "dfssm", "plane"})
+      for (const bool int8 : {true, false})
+        if (seconds_since(begin) < budget) record(layout, int8, config, *k, threads, bandwidth);
+  }
+  std::printf("\n]}\n");
+  return 0;
+}

@@ -1,0 +1,219 @@
+// Matrix products over row segments in their formats, with float32 or int8 activations: what the parts of a matrix want of
+// its input is prepared once, then threads share panels of rows.
+#include <algorithm>
+#include <thread>
+
+#include "model.h"
+
+namespace slimba {
+
+namespace {
+
+constexpr std::int64_t kFactorRows = 16;  // of a low-rank correction's B, per task
+
+std::int64_t padded(std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; }
+std::int64_t sums_of(std::int64_t cols) { return (cols + 127) / 128 + 1; }  // see QuantArgs
+bool quantised(Format f) { return f == kInt8 || f == kInt4 || f == kSign; }
+
+template <class T>
+T* elements(Buffer& b, std::int64_t count) {
+  return reinterpret_cast<T*>(b.at_least((count * std::int64_t(sizeof(T)) + 3) / 4));
+}
+
+}  // namespace
+
+// Room for what `wanted` formats need of `tokens` inputs.
+Model::Input Model::make_input(InputBuffers& b, const bool (&wanted)[kFormats], std::int64_t cols, std::int64_t tokens,
+                               bool int8) {
+  Input in = {};
+  in.tokens = tokens;
+  in.int8 = int8;
+  if (int8) {
+    in.q_stride = padded(cols, 64) + 64;  // not a power of two, or tokens would fight for the same cache sets
+    in.q = elements<std::int8_t>(b.q, padded(tokens, kQuantBlock) * in.q_stride);
+    in.q_scale = b.scale.at_least(tokens);
+    in.q_sums = elements<std::int32_t>(b.sums, tokens * sums_of(cols));
+  }
+  for (int f = 0; f < kFormats; ++f) {
+    if (!wanted[f]) continue;
+    if (int8 && quantised(Format(f))) {
+      const QuantFormat& k = *kernels_.quant[f];
+      const std::int64_t bytes = tokens <= k.few_tokens ? k.prepared_bytes(cols) : 0;
+      if (bytes) in.q_prepared[f] = elements<std::uint8_t>(b.prepared[f], tokens * bytes);
+    } else {
+      in.floats[f] = b.floats[f].at_least(tokens * kernels_.format[f]->prepared_floats(cols));
+    }
+  }
+  return in;
+}
+
+Model::Inputs Model::prepare(const Matrix& m, const float* x, std::int64_t x_stride, std::int64_t tokens) {
+  bool wanted[kFormats] = {}, plane[kFormats] = {};
+  for (const Segment& s : m.segments) wanted[s.format] = true;
+  if (m.rank) wanted[kInt8] = true;  // B is int8
+  const bool int8 = config.int8_activations && m.takes_int8();
+  Inputs in = {make_input(whole_, wanted, m.cols, tokens, int8), {}};
+  if (m.plane_cols) {
+    plane[kSign] = true;
+    in.plane = make_input(plane_, plane, m.plane_cols, tokens, int8);
+    in.plane.q_scale = in.whole.q_scale;
+  }
+  for (auto& buffer : scratch_) buffer.at_least(m.cols + m.plane_cols);
+  share(tokens, tokens * m.cols * 4, [&](std::int64_t t, int thread) {
+    prepare_token(m, in, x + t * x_stride, t, scratch_[std::size_t(thread)].data());
+  });
+  return in;
+}
+
+// One token: column scale, rounding, and every form that was asked for; scratch holds cols + plane_cols floats.
+void Model::prepare_token(const Matrix& m, const Inputs& in, const float* row, std::int64_t t, float* scratch) {
+  const Input &whole = in.whole, &plane = in.plane;
+  if (!m.col_scale.empty()) {
+    for (std::int64_t c = 0; c < m.cols; ++c) scratch[c] = row[c] * m.col_scale[std::size_t(c)];
+    row = scratch;
+  }
+  const auto for_few = [&](const Input& i, int f, const std::int8_t* q, std::int64_t cols) {
+    const QuantFormat& k = *kernels_.quant[f];
+    if (i.q_prepared[f]) k.prepare(q, cols, const_cast<std::uint8_t*>(i.q_prepared[f]) + t * k.prepared_bytes(cols));
+  };
+  std::int8_t* q = const_cast<std::int8_t*>(whole.q) + t * whole.q_stride;
+  if (whole.int8) {
+    float* scale = const_cast<float*>(whole.q_scale) + t;
+    kernels_.quantize(row, m.cols, q, scale, const_cast<std::int32_t*>(whole.q_sums) + t * sums_of(m.cols));
+    for (const int f : {kInt8, kInt4, kSign}) for_few(whole, f, q, m.cols);
+    if (whole.floats[kFloat32] || whole.floats[kFloat16] || whole.floats[kBfloat16]) {  // they see the rounded input
+      for (std::int64_t c = 0; c < m.cols; ++c) scratch[c] = float(q[c]) * *scale;
+      row = scratch;
+    }
+  }
+  for (int f = 0; f < kFormats; ++f) {
+    const FormatKernels& k = *kernels_.format[f];
+    if (whole.floats[f]) k.prepare(row, m.cols, const_cast<float*>(whole.floats[f]) + t * k.prepared_floats(m.cols));
+  }
+  if (!m.plane_cols) return;
+  const auto column = [&](std::int64_t k) { return m.plane_index.empty() ? k : m.plane_index[std::size_t(k)]; };
+  if (plane.int8) {
+    std::int8_t* chosen = const_cast<std::int8_t*>(plane.q) + t * plane.q_stride;
+    std::int32_t* sums = const_cast<std::int32_t*>(plane.q_sums) + t * sums_of(m.plane_cols);
+    std::int32_t total = 0;
+    for (std::int64_t k = 0; k < m.plane_cols; ++k) total += chosen[k] = q[column(k)];
+    std::fill(chosen + m.plane_cols, chosen + padded(m.plane_cols, 64), std::int8_t(0));
+    sums[sums_of(m.plane_cols) - 1] = total;  // all that signs look at
+    for_few(plane, kSign, chosen, m.plane_cols);
+  } else {
+    const FormatKernels& k = *kernels_.format[kSign];
+    float* chosen = scratch + m.cols;
+    for (std::int64_t i = 0; i < m.plane_cols; ++i) chosen[i] = row[column(i)];
+    k.prepare(chosen, m.plane_cols, const_cast<float*>(plane.floats[kSign]) + t * k.prepared_floats(m.plane_cols));
+  }
+}
+
+// Rows begin .. end of a segment, into the columns of out.y that are its own.
+void Model::rows(const Segment& s, std::int64_t cols, std::int64_t begin, std::int64_t end, const Input& in,
+                 const Output& out, float* scratch) {
+  if (!in.int8 || !quantised(s.format)) {
+    return kernels_.format[s.format]->matmul({s.data, s.scale, s.rows, cols, begin, end, in.floats[s.format], in.tokens,
+                                              out.y, out.stride, out.add, scratch});
+  }
+  const QuantFormat& k = *kernels_.quant[s.format];
+  const auto product = in.tokens <= k.few_tokens ? k.few : k.many;
+  product({s.data, s.scale, s.rows, cols, begin, end, in.q, in.q_stride, in.q_scale, in.q_sums,
+           in.q_prepared[s.format], in.tokens, out.y, out.stride, out.add, reinterpret_cast<std::uint8_t*>(scratch)});
+}
+
+// One block of t = B x, the factors of the low-rank rows; whoever does the last block prepares t for A's product.
+void Model::factor_block(const Matrix& m, const Input& in, std::int64_t block, Factors& f, float* scratch) {
+  const FormatKernels& int8 = *kernels_.format[kInt8];
+  const std::int64_t row_blocks = (m.rank + kFactorRows - 1) / kFactorRows;
+  const std::int64_t first = block / row_blocks * kQuantBlock, n = std::min(kQuantBlock, in.tokens - first);
+  const std::int64_t begin = block % row_blocks * kFactorRows, end = std::min(begin + kFactorRows, m.rank);
+  Input some = in;
+  some.tokens = n;
+  some.q += first * in.q_stride;
+  if (in.int8) {
+    const QuantFormat& k = *kernels_.quant[kInt8];
+    some.q_scale += first;
+    some.q_sums += first * sums_of(m.cols);
+    if (in.q_prepared[kInt8]) some.q_prepared[kInt8] += first * k.prepared_bytes(m.cols);
+  } else {
+    some.floats[kInt8] += first * int8.prepared_floats(m.cols);
+  }
+  float* t = factor_.data();
+  rows(m.b, m.cols, begin, end, some, {t + first * m.rank, m.rank, false}, scratch);
+  if (f.left.fetch_sub(1) > 1) return;
+  for (std::int64_t i = 0; i < in.tokens; ++i)
+    int8.prepare(t + i * m.rank, m.rank, factor_prepared_.data() + i * int8.prepared_floats(m.rank));
+  f.ready.store(true);
+}
+
+// Rows begin .. end of the product: the segments, then the second sign plane, then the low-rank correction once its
+// factors are there, then the bias.
+void Model::panel(const Matrix& m, const Inputs& in, std::int64_t begin, std::int64_t end, const Output& out,
+                  const Factors& factors, float* scratch) {
+  for (const Segment& s : m.segments) {
+    const std::int64_t from = std::max(begin, s.first_row), to = std::min(end, s.first_row + s.rows);
+    if (from >= to) continue;
+    rows(s, m.cols, from - s.first_row, to - s.first_row, in.whole, {out.y + s.first_row, out.stride, out.add}, scratch);
+  }
+  const std::int64_t first = std::max(begin, m.plane_start), last = std::min(end, m.plane_stop);
+  if (m.plane_cols && first < last) {
+    rows(m.plane, m.plane_cols, first - m.plane_start, last - m.plane_start, in.plane,
+         {out.y + m.plane_start, out.stride, true}, scratch);
+  }
+  const std::int64_t from = std::max(begin, m.lowrank_start), to = std::min(end, m.lowrank_stop);
+  if (m.rank && from < to) {
+    while (!factors.ready.load()) std::this_thread::yield();
+    kernels_.format[kInt8]->matmul({m.a.data, m.a.scale, m.a.rows, m.rank, from - m.lowrank_start, to - m.lowrank_start,
+                                    factor_prepared_.data(), in.whole.tokens, out.y + m.lowrank_start, out.stride, true,
+                                    scratch});
+  }
+  if (m.bias.empty()) return;
+  for (std::int64_t t = 0; t < in.whole.tokens; ++t)
+    for (std::int64_t r = begin; r < end; ++r) out.y[t * out.stride + r] += m.bias[std::size_t(r)];
+}
+
+std::int64_t Model::scratch_floats(const Matrix& m, const Inputs& in) const {
+  const auto of = [&](Format f, std::int64_t cols) {
+    const bool int8 = in.whole.int8 && quantised(f);
+    return int8 ? (kernels_.quant[f]->scratch_bytes(cols) + 3) / 4 : kernels_.format[f]->scratch_floats(cols);
+  };
+  std::int64_t most = m.rank ? std::max(of(kInt8, m.cols), kernels_.format[kInt8]->scratch_floats(m.rank)) : 0;
+  if (m.plane_cols) most = std::max(most, of(kSign, m.plane_cols));
+  for (const Segment& s : m.segments) most = std::max(most, of(s.format, m.cols));
+  return most;
+}
+
+// One job for everything: first the factor blocks, which wait for nobody, then the panels, which are claimed after
+// them. The last rows go first: in a mixed matrix they are the int8 ones, which take longest.
+void Model::matmul(const Matrix& m, const float* x, std::int64_t x_stride, std::int64_t tokens, float* y,
+                   std::int64_t y_stride, bool add) {
+  const Inputs in = prepare(m, x, x_stride, tokens);
+  const FormatKernels& int8 = *kernels_.format[kInt8];
+  std::int64_t work = 0;
+  for (const Segment& s : m.segments) work += s.rows * m.cols / (s.format == kSign ? 4 : 1) * tokens;
+  if (m.plane_cols) work += m.plane.rows * m.plane_cols / 4 * tokens;
+  if (in.whole.int8) work /= 3;
+  Factors factors;
+  std::int64_t blocks = 0;
+  if (m.rank) {
+    factor_.at_least(tokens * m.rank);
+    factor_prepared_.at_least(tokens * int8.prepared_floats(m.rank));
+    blocks = (tokens + kQuantBlock - 1) / kQuantBlock * ((m.rank + kFactorRows - 1) / kFactorRows);
+    factors.left = blocks;
+  }
+  const std::int64_t scratch = scratch_floats(m, in);
+  for (auto& buffer : scratch_) buffer.at_least(scratch);
+
+  // Panels: enough of them to share the work evenly, large enough to amortise what is set up per panel.
+  const std::int64_t even = (m.rows / (4 * pool_.threads()) + 63) / 64 * 64;
+  const std::int64_t height = work < kShareFrom ? m.rows : std::clamp<std::int64_t>(even, 64, tokens > 4 ? 256 : 1024);
+  const std::int64_t panels = (m.rows + height - 1) / height;
+  share(blocks + panels, work, [&](std::int64_t task, int thread) {
+    float* own = scratch_[std::size_t(thread)].data();
+    if (task < blocks) return factor_block(m, in.whole, task, factors, own);
+    const std::int64_t begin = (blocks + panels - 1 - task) * height;
+    panel(m, in, begin, std::min(begin + height, m.rows), {y, y_stride, add}, factors, own);
+  });
+}
+
+}  // namespace slimba

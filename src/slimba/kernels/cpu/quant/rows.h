@@ -1,0 +1,189 @@
+// Few tokens: rows are read as they are stored, once, for AVX2, AVX-VNNI and AVX-512 VNNI.
+//
+// AVX-512 reads 64 signs into a mask register: they choose the activations that one instruction adds up. AVX2 has no
+// such masks; there, 32 rows are transposed and their nibbles look up sums of four activations (lookup.h).
+#pragma once
+
+#include "panel.h"
+
+namespace slimba {
+namespace {
+
+constexpr int64_t kAhead = 8192;  // bytes between what is read and what is fetched into the cache
+
+#if defined(__AVX512F__)
+// sum[t][i] of the rows row .. row + RB
+template <int RB, int TK>
+inline void sign_dots(const uint8_t* const* rows, const QuantArgs& a, int64_t token, vi (*sum)[W], int first) {
+  const vi one = ibytes(1);
+  const int64_t bytes = SignPanel::row_bytes(a.cols);
+  vi acc[RB][TK];
+#pragma GCC unroll 8
+  for (int r = 0; r < RB; ++r)
+#pragma GCC unroll 4
+    for (int t = 0; t < TK; ++t) acc[r][t] = izero();
+  for (int64_t b = 0; b < bytes; b += 8) {
+    _mm_prefetch((const char*)rows[0] + kAhead + b * RB, _MM_HINT_T1);
+    vi x[TK];
+#pragma GCC unroll 4
+    for (int t = 0; t < TK; ++t) x[t] = iload(a.x + (token + t) * a.x_stride + b * 8);
+#pragma GCC unroll 8
+    for (int r = 0; r < RB; ++r) {
+      const __mmask64 plus = _load_mask64((__mmask64*)(rows[r] + b));
+#pragma GCC unroll 4
+      for (int t = 0; t < TK; ++t) acc[r][t] = dot4(acc[r][t], one, _mm512_maskz_mov_epi8(plus, x[t]));
+    }
+  }
+  for (int r = 0; r < RB; ++r)
+    for (int t = 0; t < TK; ++t) sum[t][first + r] = acc[r][t];
+}
+
+template <int TK>
+inline void sign_rows(const QuantArgs& a, int64_t row, int64_t n, int64_t token) {
+  constexpr int RB = TK == 4 ? 4 : 8;
+  const uint8_t* rows[W];
+  for (int i = 0; i < W; ++i) rows[i] = a.data + (row + min64(i, n - 1)) * SignPanel::row_bytes(a.cols);
+  vi sum[TK][W];
+  for (int r = 0; r < W; r += RB) sign_dots<RB, TK>(rows + r, a, token, sum, r);
+  const Finish finish = {a};
+  const vf scale = finish.scales(row, n);
+  for (int t = 0; t < TK; ++t)
+    finish.scaled(row, n, token + t, SignPanel::correct(reduce_ints(sum[t]), finish.total(token + t)), scale);
+}
+
+struct SignRows {
+  const QuantArgs& a;
+  int64_t row, n;
+  template <int TK>
+  void tokens(int64_t t) const { sign_rows<TK>(a, row, n, t); }
+};
+#endif
+
+// One vector of an int8 row against one of x; the last one may be cut to `left` bytes.
+inline vi int8_step(vi sum, const uint8_t* row, const int8_t* x, int64_t left) {
+#if defined(__AVX512F__)
+  const vi w = left >= 64 ? iload(row) : _mm512_maskz_loadu_epi8((__mmask64(1) << left) - 1, row);
+  return dot4(sum, ixor(w, ibytes(0x80)), iload(x));
+#elif defined(__AVXVNNI__)
+  const vi w = left >= 32 ? iload(row)
+                          : _mm256_inserti128_si256(_mm256_castsi128_si256(load16(row, left)), load16(row + 16, left - 16), 1);
+  return dot4(sum, ixor(w, ibytes(0x80)), iload(x));
+#else
+  const vi w = _mm256_cvtepi8_epi16(load16(row, left)), v = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)x));
+  return iadd(sum, _mm256_madd_epi16(w, v));
+#endif
+}
+constexpr int64_t kInt8Step = kVnni ? 4 * W : 16;
+
+template <int TK>
+inline void int8_rows(const QuantArgs& a, int64_t row, int64_t n, int64_t token) {
+  constexpr int RB = 8 / TK < 2 ? 2 : 8 / TK;
+  vi sum[TK][W];
+  for (int first = 0; first < W; first += RB) {
+    const uint8_t* rows[RB];
+    vi acc[RB][TK];
+    for (int r = 0; r < RB; ++r) {
+      rows[r] = a.data + (row + min64(first + r, n - 1)) * a.cols;
+      for (int t = 0; t < TK; ++t) acc[r][t] = izero();
+    }
+    for (int64_t c = 0; c < a.cols; c += kInt8Step) {
+#pragma GCC unroll 8
+      for (int r = 0; r < RB; ++r) _mm_prefetch((const char*)rows[r] + RB * a.cols + c, _MM_HINT_T1);
+#pragma GCC unroll 8
+      for (int r = 0; r < RB; ++r)
+#pragma GCC unroll 4
+        for (int t = 0; t < TK; ++t)
+          acc[r][t] = int8_step(acc[r][t], rows[r] + c, a.x + (token + t) * a.x_stride + c, a.cols - c);
+    }
+    for (int r = 0; r < RB; ++r)
+      for (int t = 0; t < TK; ++t) sum[t][first + r] = acc[r][t];
+  }
+  const Finish finish = {a};
+  const vf scale = finish.scales(row, n);
+  for (int t = 0; t < TK; ++t) {
+    const vi total = reduce_ints(sum[t]);
+    finish.scaled(row, n, token + t, kVnni ? Int8Panel::correct(total, finish.total(token + t)) : total, scale);
+  }
+}
+
+struct Int8Rows {
+  const QuantArgs& a;
+  int64_t row, n;
+  template <int TK>
+  void tokens(int64_t t) const { int8_rows<TK>(a, row, n, t); }
+};
+
+// A group of an int4 row: its even columns are low nibbles, its odd ones high nibbles; x holds 64 even, then 64 odd ones.
+inline vi int4_group(const uint8_t* row, const int8_t* x, int64_t left) {
+  const vi low = ibytes(15);
+#if defined(__AVX512F__)
+  const vi v = left >= 64 ? iload(row) : _mm512_maskz_loadu_epi8((__mmask64(1) << left) - 1, row);
+  return dot4(dot4(izero(), iand(v, low), iload(x)), iand(ishr16<4>(v), low), iload(x + 64));
+#else
+  vi v[2];
+  for (int i = 0; i < 2; ++i) {
+    v[i] = left >= 32 * (i + 1) ? iload(row + 32 * i)
+                                : _mm256_inserti128_si256(_mm256_castsi128_si256(load16(row + 32 * i, left - 32 * i)),
+                                                          load16(row + 32 * i + 16, left - 32 * i - 16), 1);
+  }
+  vi sum = izero();
+  for (int i = 0; i < 2; ++i) {
+    sum = dot4(sum, iand(v[i], low), iload(x + 32 * i));
+    sum = dot4(sum, iand(ishr16<4>(v[i]), low), iload(x + 64 + 32 * i));
+  }
+  return sum;
+#endif
+}
+
+void int4_few(const QuantArgs& a) {
+  const Finish finish = {a};
+  const int64_t groups = groups_of(a.cols), row_bytes = Int4Panel::row_bytes(a.cols), stride = groups * kGroup;
+  float* scales = (float*)a.scratch;
+  for (int64_t row = a.row_begin; row < a.row_end; row += W) {
+    const int64_t n = min64(W, a.row_end - row);
+    group_scales(a, row, n, scales);
+    const uint8_t* rows[W];
+    for (int i = 0; i < W; ++i) rows[i] = a.data + (row + min64(i, n - 1)) * row_bytes;
+    for (int64_t t = 0; t < a.tokens; ++t) {
+      const int8_t* x = (const int8_t*)a.prepared + t * stride;
+      vf total = vzero();
+      for (int64_t g = 0; g < groups; ++g) {
+        for (int i = 0; i < W && t == 0; ++i) _mm_prefetch((const char*)rows[i] + W * row_bytes + g * 64, _MM_HINT_T1);
+        vi sum[W];
+#pragma GCC unroll 16
+        for (int r = 0; r < W; ++r) sum[r] = int4_group(rows[r] + g * 64, x + g * kGroup, row_bytes - g * 64);
+        const vi whole = Int4Panel::correct(reduce_ints(sum), a.x_sums[t * (groups + 1) + g]);
+        total = vadd(total, vmul(vload(scales + g * W), to_float(whole)));
+      }
+      finish.put(row, n, t, vmul(total, vset(a.x_scale[t])));
+    }
+  }
+}
+
+inline int64_t int4_prepared_bytes(int64_t cols) { return groups_of(cols) * kGroup; }
+void int4_prepare(const int8_t* x, int64_t cols, uint8_t* out) {
+  const int64_t padded = round_up(cols, 64);
+  for (int64_t g = 0; g < groups_of(cols); ++g) {
+    for (int64_t i = 0; i < kGroup; ++i) {
+      const int64_t c = g * kGroup + i;
+      out[g * kGroup + i / 2 + (i % 2) * 64] = c < padded ? uint8_t(x[c]) : 0;
+    }
+  }
+}
+
+template <class Rows>
+void few_rows(const QuantArgs& a) {
+  for (int64_t row = a.row_begin; row < a.row_end; row += W) {
+    const Rows rows = {a, row, min64(W, a.row_end - row)};
+    int64_t t = 0;
+    for (; t + 4 <= a.tokens; t += 4) rows.template tokens<4>(t);
+    for (; t + 2 <= a.tokens; t += 2) rows.template tokens<2>(t);
+    for (; t < a.tokens; ++t) rows.template tokens<1>(t);
+  }
+}
+
+inline int64_t no_bytes(int64_t) { return 0; }
+inline void no_prepare(const int8_t*, int64_t, uint8_t*) {}
+
+}  // namespace
+}  // namespace slimba
