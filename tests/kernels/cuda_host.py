@@ -69,4 +69,10 @@ def host_gpu(blocks: int = 3, shared: int = 227 * 1024) -> Any:
     torch = pytest.importorskip("torch")
     from slimba.runtime.backends.cuda_device import Gpu
 
-    return Gpu(torch.device("cpu"), {"main": host_module(), "persistent": host_module("persistent")}, blocks, shared, overlap=False)
+    return Gpu(
+        torch.device("cpu"),
+        {"main": host_module(), "persistent": host_module("persistent")},
+        blocks,
+        shared,
+        overlap=False,
+    )
