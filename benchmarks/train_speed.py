@@ -1,19 +1,26 @@
 """Speed and memory of `dfssm` training steps at a named shape, with random weights: what a budget of tokens will take.
 
     python benchmarks/train_speed.py --shape mamba2-1.3b --window 2048 --batch 4 --micro-batch 1 --json h200.json
-    torchrun --nproc_per_node 2 benchmarks/train_speed.py --shape mamba2-1.3b --window 2048 --batch 8 --micro-batch 1
+    torchrun --nproc_per_node 2 benchmarks/train_speed.py --alone-first --batch 8 --json two.json
+
+With --alone-first the first process measures by itself before the others join, with as many windows a step as each
+will have then; "alone" holds its figures and "speed_up" the ratio, both from one run on one machine.
 
 Real steps of the real loop: the teacher's forward, KL over the whole vocabulary, the hidden-state loss and rounding all
 on (the dearest phase), AdamW. On a GPU the first steps are eager and then captured; those are the warm-up. Prints
-JSON; tokens/s are the mean of the steps after it. `--shape tiny` is for the test, tests/methods/test_train_speed.py.
+JSON; tokens/s are the mean of the steps after it. `--smoke` tries the path on a CPU with a tiny shape; the test is
+tests/methods/test_train_speed.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import math
+import os
+import re
 import resource
 import tempfile
 from datetime import UTC, datetime
@@ -44,11 +51,13 @@ ALL_ON = {"round_from": 0.0, "freeze_from": 1.0, "hidden_until": 1.0, "calibrati
 
 
 def random_teacher(spec: ModelSpec) -> Checkpoint:
-    """A float32 teacher with the first weights of training."""
-    network = SSMForCausalLM(spec)
-    init_weights(network, 0)
+    """A float32 teacher with the first weights of training, the same in every layer: speed does not ask for more."""
+    one = SSMForCausalLM(dataclasses.replace(spec, n_layer=1))
+    init_weights(one, 0)
+    drawn = {name: p.detach().numpy() for name, p in one.state_dict().items()}
     plain = {name: MatrixLayout.plain(rows, cols, "float32") for name, (rows, cols) in spec.matrices().items()}
-    return Checkpoint(spec, plain, {name: p.detach().numpy() for name, p in network.state_dict().items()})
+    names = [name + ".weight" for name in plain] + list(spec.vectors())
+    return Checkpoint(spec, plain, {name: drawn[re.sub(r"layers\.\d+", "layers.0", name)] for name in names})
 
 
 def measure(
@@ -91,6 +100,18 @@ def peak_memory(where: torch.device) -> dict[str, int]:
     return {"process_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
+def measure_alone(spec: ModelSpec, recipe: DfssmRecipe, args: argparse.Namespace) -> dict[str, Any] | None:
+    """Figures of the first process before it joins the others, with its share of the batch; None in the others."""
+    if os.environ.get("RANK") != "0":
+        return None
+    share = dataclasses.replace(recipe, batch=recipe.batch // int(os.environ["WORLD_SIZE"]))
+    figures = measure(spec, share, args.steps, args.warmup, pick_device(args.device), not args.no_cuda_graph)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return {"batch": share.batch, **figures}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="mamba2-1.3b", help="a published size such as mamba2-130m, or tiny")
@@ -102,8 +123,14 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=5, help="steps before; 5 hold the eager ones and the capture")
     parser.add_argument("--no-cuda-graph", action="store_true", help="launch every kernel; for comparison")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--alone-first", action="store_true", help="under torchrun: also one process by itself")
+    parser.add_argument("--smoke", action="store_true", help="a tiny shape on the CPU; its figures mean nothing")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     args = parser.parse_args()
+    if args.smoke:
+        args.shape, args.device, args.window, args.steps, args.warmup = "tiny", "cpu", 16, 3, 2
+    if args.alone_first and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        parser.error("--alone-first needs several processes; start the script with torchrun")
     if min(args.steps, args.warmup) < 1:
         parser.error("--steps and --warmup must be at least 1")
 
@@ -116,6 +143,7 @@ def main() -> None:
         "int8_rows": ["B", "C", "dt"] if spec.architecture == "mamba2" else [],
     }
     recipe = load_recipe(DfssmRecipe, "dfssm.yaml", None, ALL_ON | settings)
+    alone = measure_alone(spec, recipe, args) if args.alone_first else None
     with distributed.group(pick_device(args.device)) as where:
         figures = measure(spec, recipe, args.steps, args.warmup, where, not args.no_cuda_graph)
         record = {
@@ -130,6 +158,8 @@ def main() -> None:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             **figures,
         }
+        if alone:
+            record |= {"alone": alone, "speed_up": figures["tokens_per_second"] / alone["tokens_per_second"]}
         if distributed.first():
             text = json.dumps(record, indent=2)
             print(text)

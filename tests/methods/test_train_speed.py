@@ -66,5 +66,24 @@ def test_the_benchmark_of_training_runs(tmp_path: Path) -> None:
     assert (figures["shape"], figures["processes"], figures["activation_checkpointing"]) == ("tiny", 1, True)
     assert figures["measured_steps"] == 3
     assert figures["tokens_per_second"] == pytest.approx(32 / figures["step_seconds"])
+    assert figures["hours_for_32M_tokens"] == pytest.approx(32e6 / figures["tokens_per_second"] / 3600)
     assert figures["memory"]["process_resident"] > 1e7
     assert np.isfinite(figures["loss"]["last"])
+
+
+def test_two_processes_are_measured_beside_one(tmp_path: Path) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(ROOT / "benchmarks" / "train_speed.py"), "--smoke", "--alone-first"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, *script, "--json", str(tmp_path / "two.json")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "two.json").read_text())
+    assert (figures["processes"], figures["batch"], figures["alone"]["batch"]) == (2, 4, 2)
+    assert figures["trained_numbers"] == figures["alone"]["trained_numbers"] > 0
+    ratio = figures["tokens_per_second"] / figures["alone"]["tokens_per_second"]
+    assert figures["speed_up"] == pytest.approx(ratio)

@@ -86,7 +86,7 @@ def two(here: Path) -> None:
         torch.save(run(here / "one", resume=True), here / f"one-then-two-{distributed.rank()}.pt")
         held = _Run(Task(), WindowBatches(np.zeros(40, np.int32), 8, 4), LoopSettings(steps=1), here / "held")
         held.whole_step(torch.ones(2, 9, dtype=torch.long))
-        moments = {str(list(p.shape)): s["exp_avg"].numel() for p, s in held.optimizer.state.items()}
+        moments = {str(list(p.shape)): s["exp_avg"].numel() for o in held.optimizers for p, s in o.state.items()}
         (here / f"moments-{distributed.rank()}.json").write_text(json.dumps(moments))
 
 

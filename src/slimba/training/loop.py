@@ -124,7 +124,10 @@ class _Run:
         self.device = next(task.model.parameters()).device
         self.cuda = self.device.type == "cuda"
         self.group_list = task.groups()
-        self.shards = Shards(p for g in self.group_list for p in g.params)
+        self.shards = Shards(
+            (p for g in self.group_list for p in g.params),
+            whole=(p for g in self.group_list for p in g.params if g.optimizer == "muon" and p.ndim < 3),
+        )
         self.lrs = [torch.zeros((), device=self.device) for _ in self.group_list]
         parts = [replace(g, params=self.shards.of(g.params)) for g in self.group_list]
         self.optimizers = make_optimizers(parts, self.lrs, settings.betas, self.cuda)
