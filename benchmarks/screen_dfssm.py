@@ -1,20 +1,27 @@
 """Screen settings of `dfssm` on one GPU: each arm distils, and the deployed student is measured on held-out text.
 
-    python benchmarks/screen_dfssm.py TEACHER --data train.txt.zst --valid valid.txt.zst \
-        --tokens 8000000 --arm "lr_latent=1e-3" --arm "lr_latent=1e-2 rank=32" --out results.json
+    python benchmarks/screen_dfssm.py TEACHER --ids train.npy --valid valid.npy --test test.npy \
+        --arms arms.txt --shard 0/2 --out rows.jsonl --keep models
 
-For choosing settings quickly; figures that are reported come from `slimba eval` on the packed file. `--keep DIR`
-also writes the packed model of every arm. The teacher's own figure is the first row.
+An arm is a line `name: key=value key=value ...` of recipe settings; `tokens=`, `seed=`, `recipe=FILE` and `keep=1` are
+its own. Token files are NumPy arrays, or text files, tokenised as `slimba compress` does. A row is appended as an arm
+ends and arms already in the file are skipped, so a run that was cut continues. Two processes with --shard 0/2 and 1/2
+use two GPUs.
+
+Rows are for choosing settings: the deployed weights run in bfloat16. Figures that are reported come from `slimba eval`
+on the packed file, which `keep=1` writes to --keep. The teacher's own figures, measured alike, are the first row.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,107 +31,173 @@ from slimba.checkpoints.inventory import inventory_of
 from slimba.checkpoints.packed import write_packed
 from slimba.checkpoints.reader import open_checkpoint
 from slimba.data.batches import WindowBatches
-from slimba.data.text import documents, encode_documents
-from slimba.data.tokenizer import Tokenizer
+from slimba.errors import UserError
+from slimba.methods.dfssm.distil import DistilTask
 from slimba.methods.dfssm.recipe import DfssmRecipe
 from slimba.methods.dfssm.run import build, settings_of
+from slimba.methods.dfssm.student import Student
 from slimba.models.lm import SSMForCausalLM, load_weights
 from slimba.training.loop import pick_device, train
 from slimba.training.losses import cross_entropy
 from slimba.training.recipes import load_recipe, parse_overrides
 
+OWN = ("tokens", "seed", "recipe", "keep")
+# what the first fit depends on: arms that share these share the fit
+FIT = ("rank", "int8_rows", "int4_rows", "plane", "plane_rows", "embedding", "window", "calibration_windows")
+FIT += ("init_rounds", "col_floor")
+
+
+def token_ids(path: Path, teacher: Checkpoint) -> np.ndarray:
+    """int32 [n] of a .npy file, or of a text with the teacher's tokenizer."""
+    if path.suffix == ".npy":
+        return np.load(path).astype(np.int32)
+    from slimba.data.text import documents, encode_documents
+    from slimba.data.tokenizer import Tokenizer
+
+    if teacher.tokenizer_file is None:
+        raise UserError(f"the teacher has no tokenizer to read {path} with; give token ids as .npy")
+    return encode_documents(Tokenizer.from_file(teacher.tokenizer_file), documents([path]), teacher.spec.bos_token_id)
+
 
 @torch.no_grad()
-def perplexity(features, head: torch.Tensor, ids: np.ndarray, window: int, device: torch.device) -> float:
-    """Windows without overlap, as `slimba eval` does, in bfloat16 on a GPU."""
+def perplexity(network: SSMForCausalLM, weights: dict[str, torch.Tensor], ids: np.ndarray, window: int = 1024) -> float:
+    """Windows without overlap from an empty state, as `slimba eval` does, in bfloat16 on a GPU."""
+    device = next(iter(weights.values())).device
     n = (len(ids) - 1) // window
     x = torch.from_numpy(ids[: n * window].astype(np.int64)).view(n, window).to(device)
     y = torch.from_numpy(ids[1 : n * window + 1].astype(np.int64)).view(n, window).to(device)
+    head = weights.get("lm_head.weight", weights["backbone.embeddings.weight"]).float()
+    inside = {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
     total = 0.0
     for at in range(0, n, 32):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            f = features(x[at : at + 32])
-        total += float(cross_entropy(f.float(), head.float(), y[at : at + 32], torch.float32)) * f.shape[0]
+            features = torch.func.functional_call(network.backbone, inside, (x[at : at + 32],))
+        total += float(cross_entropy(features.float(), head, y[at : at + 32], torch.float32)) * features.shape[0]
     return math.exp(total / n)
 
 
-def teacher_row(teacher: Checkpoint, valid: np.ndarray, device: torch.device) -> dict:
-    network = SSMForCausalLM(teacher.spec).to(device)
-    load_weights(network, teacher)
-    ppl = perplexity(lambda x: network.features(x)[0], network.head_weight, valid, 1024, device)
-    return {"arm": "teacher", "valid_ppl": round(ppl, 3)}
+class Screen:
+    """The teacher, the texts, and the first fits that arms share."""
+
+    def __init__(
+        self, teacher: Checkpoint, ids: np.ndarray, held_out: dict[str, np.ndarray], keep: Path | None
+    ) -> None:
+        self.teacher, self.ids, self.held_out, self.keep = teacher, ids, held_out, keep
+        self.device = pick_device("auto")
+        self.fits: dict[str, dict[str, torch.Tensor]] = {}
+
+    def teacher_row(self) -> dict[str, Any]:
+        network = SSMForCausalLM(self.teacher.spec).to(self.device)
+        load_weights(network, self.teacher)
+        weights = dict(network.named_parameters())
+        return {"arm": "teacher"} | {
+            f"{k}_ppl": round(perplexity(network, weights, v), 3) for k, v in self.held_out.items()
+        }
+
+    def student(self, recipe: DfssmRecipe, batches: WindowBatches) -> tuple[Student, DistilTask, float]:
+        """Fitted, and the seconds that took; arms whose fit is the same share it."""
+        started = time.time()
+        key = repr([getattr(recipe, name) for name in FIT])
+        student, task = build(self.teacher, recipe, batches, self.device, key not in self.fits)
+        if key in self.fits:
+            student.load_state_dict(self.fits[key])
+        else:
+            self.fits[key] = {k: v.clone() for k, v in student.state_dict().items()}
+        return student, task, time.time() - started
+
+    def run(self, name: str, settings: dict[str, str]) -> dict[str, Any]:
+        """Distil an arm, measure the deployed student, write it if it is to be kept."""
+        own = {k: settings.pop(k) for k in OWN if k in settings}
+        file = Path(own["recipe"]) if "recipe" in own else None
+        recipe = load_recipe(
+            DfssmRecipe, "dfssm.yaml", file, parse_overrides([f"{k}={v}" for k, v in settings.items()])
+        )
+        tokens, seed = (int(float(own[k])) if k in own else None for k in ("tokens", "seed"))
+        batches = WindowBatches(self.ids, recipe.window, recipe.batch, seed or 0)
+        student, task, fit_seconds = self.student(recipe, batches)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with tempfile.TemporaryDirectory() as work:
+            progress = train(task, batches, settings_of(recipe, batches, tokens), Path(work))
+            log = [json.loads(line) for line in (Path(work) / "log.jsonl").read_text().splitlines()]
+        with student.deployed(task.dtype), torch.no_grad():
+            weights = student.effective()
+        row: dict[str, Any] = {"arm": name, "settings": settings, "seed": seed or 0}
+        row |= {f"{k}_ppl": round(perplexity(task.network.lm, weights, v), 3) for k, v in self.held_out.items()}
+        packed = Checkpoint(
+            spec=self.teacher.spec,
+            layouts=student.layouts,
+            tensors=student.export(),
+            tokenizer_file=self.teacher.tokenizer_file,
+            provenance={"method": "dfssm", "arm": name, "settings": settings, "seed": seed or 0},
+        )
+        inventory = inventory_of(packed)
+        row |= {"bits": round(inventory.bits_per_projection_weight, 4), "bytes": inventory.file_bytes}
+        row |= {
+            "kl": round(log[-1]["kl"], 4),
+            "steps": progress.step,
+            "tokens": progress.step * batches.tokens_per_step,
+        }
+        row |= {"fit_s": round(fit_seconds, 1), "train_s": round(progress.seconds, 1)}
+        if self.device.type == "cuda":
+            row |= {
+                "device": torch.cuda.get_device_name(),
+                "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
+            }
+        if own.get("keep") and self.keep:
+            packed.provenance |= {k: row[k] for k in ("tokens", "steps", "train_s")}
+            write_packed(packed, self.keep / name, overwrite=True)
+            (self.keep / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
+        return row
 
 
-def run_arm(
-    teacher: Checkpoint,
-    arm: str,
-    ids: np.ndarray,
-    valid: np.ndarray,
-    tokens: int | None,
-    device: torch.device,
-    keep: Path | None,
-) -> dict:
-    """Distil with the settings of `arm`, measure the deployed student, optionally write it."""
-    recipe = load_recipe(DfssmRecipe, "dfssm.yaml", None, parse_overrides(arm.split()))
-    batches = WindowBatches(ids, recipe.window, recipe.batch, 0)
-    started = time.time()
-    student, task = build(teacher, recipe, batches, device, True)
-    fitted = time.time() - started
-    with tempfile.TemporaryDirectory() as work:
-        progress = train(task, batches, settings_of(recipe, batches, tokens), Path(work))
-    with student.deployed(), torch.no_grad():
-        weights = {"lm." + k: v for k, v in student.effective().items()}
-        head = weights["lm." + task.head]
-        run = torch.func.functional_call
-        ppl = perplexity(lambda x: run(task.network, weights, (x,))[0], head, valid, 1024, device)
-    packed = Checkpoint(
-        spec=teacher.spec,
-        layouts=student.layouts,
-        tensors=student.export(),
-        tokenizer_file=teacher.tokenizer_file,
-        provenance={"method": "dfssm", "arm": arm, "tokens": progress.step * batches.tokens_per_step},
-    )
-    if keep:
-        write_packed(packed, keep, overwrite=True)
-    row = {"arm": arm, "valid_ppl": round(ppl, 3), "kl": round(progress.last["kl"], 4)}
-    row |= {"bits": round(inventory_of(packed).bits_per_projection_weight, 3), "steps": progress.step}
-    row |= {"fit_s": round(fitted, 1), "train_s": round(progress.seconds, 1)}
-    row |= {"tok_s": round(progress.step * batches.tokens_per_step / progress.seconds)}
-    if device.type == "cuda":
-        row["peak_GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
-    return row
+def read_arms(path: Path) -> dict[str, dict[str, str]]:
+    """Lines `name: key=value ...`; # begins a comment."""
+    arms: dict[str, dict[str, str]] = {}
+    for line in path.read_text().splitlines():
+        line = line.partition("#")[0].strip()
+        if line:
+            name, _, rest = line.partition(":")
+            arms[name.strip()] = dict(item.split("=", 1) for item in rest.split())
+    return arms
 
 
 def main() -> None:
-    args = argparse.ArgumentParser()
+    args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     args.add_argument("teacher")
-    args.add_argument("--data", nargs="+", required=True)
-    args.add_argument("--valid", required=True)
-    args.add_argument("--tokens", type=int)
-    args.add_argument("--arm", action="append", default=[], help="space-separated key=value settings")
-    args.add_argument("--keep", type=Path)
-    args.add_argument("--out", type=Path)
+    args.add_argument("--ids", type=Path, required=True, help="training text or tokens")
+    args.add_argument("--valid", type=Path, required=True)
+    args.add_argument("--test", type=Path)
+    args.add_argument("--arms", type=Path, required=True)
+    args.add_argument("--shard", default="0/1", help="i/n: every n-th arm from the i-th")
+    args.add_argument("--seconds", type=float, default=math.inf, help="begin no arm after this time")
+    args.add_argument("--keep", type=Path, help="folder for the packed models of arms with keep=1")
+    args.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
     a = args.parse_args()
 
-    device = pick_device("auto")
-    teacher = open_checkpoint(a.teacher)
-    words = Tokenizer.from_file(teacher.tokenizer_file)
-    bos = teacher.spec.bos_token_id
     started = time.time()
-    ids = encode_documents(words, documents(a.data), bos)
-    valid = encode_documents(words, documents([a.valid]), bos)
-    print(f"tokenised {len(ids):,} + {len(valid):,} tokens in {time.time() - started:.0f} s", flush=True)
+    teacher = open_checkpoint(a.teacher)
+    held_out = {k: token_ids(p, teacher) for k, p in (("valid", a.valid), ("test", a.test)) if p}
+    screen = Screen(teacher, token_ids(a.ids, teacher), held_out, a.keep)
+    done = {json.loads(line)["arm"] for line in a.out.read_text().splitlines()} if a.out.is_file() else set()
+    i, n = map(int, a.shard.split("/"))
+    with open(a.out, "a") as out:
 
-    rows: list[dict] = []
-    for arm in a.arm or [""]:
-        if not rows:
-            rows.append(teacher_row(teacher, valid, device))
-            print(rows[-1], flush=True)
-        keep = a.keep / f"arm{len(rows)}" if a.keep else None
-        rows.append(run_arm(teacher, arm, ids, valid, a.tokens, device, keep))
-        print(rows[-1], flush=True)
-    if a.out:
-        a.out.write_text(json.dumps(rows, indent=1))
+        def write(row: dict[str, Any]) -> None:
+            print(json.dumps(row), flush=True)
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+
+        if i == 0 and "teacher" not in done:
+            write(screen.teacher_row())
+        for name, settings in list(read_arms(a.arms).items())[i::n]:
+            if name in done or time.time() - started > a.seconds:
+                continue
+            with contextlib.suppress(KeyboardInterrupt):
+                try:
+                    write(screen.run(name, settings))
+                except UserError as e:  # a diverged arm is a result too
+                    write({"arm": name, "settings": settings, "error": str(e)})
 
 
 if __name__ == "__main__":

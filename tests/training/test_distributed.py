@@ -30,7 +30,8 @@ from slimba.training import pretrain as pretrain_run
 COMMANDS = """
 import functools, json, sys, torch
 torch.set_num_threads(1)
-import slimba.methods.dfssm.run as dfssm, slimba.training.pretrain as pretrain
+import slimba.methods.dfssm.run as dfssm, slimba.training.pretrain as pretrain, slimba.training.sharding as sharding
+sharding.SMALL = 0  # the tests' parameters are split too
 for module in (dfssm, pretrain):
     module.LoopSettings = functools.partial(module.LoopSettings, save_every_s=0.0, log_every=1)
 from slimba.cli.main import main
@@ -161,7 +162,7 @@ def test_two_processes_of_which_one_is_killed_resume_to_the_same_file(here: Path
     assert "SIGKILL" in err, "torchrun has seen it and ended the other"
     assert "defect" not in err
     assert not (here / "killed").exists()
-    assert (here / "killed.work" / "checkpoint.pt").exists()
+    assert list((here / "killed.work").glob("checkpoint-*/.metadata")), "a complete checkpoint"
     before = (here / "killed.work" / "log.jsonl").read_text().splitlines()
     assert 20 <= len(before) < STEPS
 

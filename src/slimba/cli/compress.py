@@ -13,7 +13,8 @@ def compress(
     teacher: Annotated[str, typer.Argument(help="Float model: a directory, a hub id or a bundled name.")],
     out: Annotated[Path, typer.Argument(help="Directory to write the packed model to.")],
     data: Annotated[
-        list[Path], typer.Option("--data", help="Training text (.txt, .zst, .jsonl, .parquet); may be repeated.")
+        list[str],
+        typer.Option("--data", help="Text (.txt, .jsonl, .parquet, .zst, .gz, datasets:NAME) or ids (.npy, .bin)."),
     ],
     method: Annotated[str, typer.Option(help="How the numbers are chosen.")] = "dfssm",
     recipe: Annotated[Path | None, typer.Option(help="YAML settings that override the default's.")] = None,

@@ -12,7 +12,8 @@ import typer
 def pretrain(
     out: Annotated[Path, typer.Argument(help="Directory to write the model to.")],
     data: Annotated[
-        list[Path], typer.Option("--data", help="Training text (.txt, .zst, .jsonl, .parquet); may be repeated.")
+        list[str],
+        typer.Option("--data", help="Text (.txt, .jsonl, .parquet, .zst, .gz, datasets:NAME) or ids (.npy, .bin)."),
     ],
     tokenizer: Annotated[Path, typer.Option(help="tokenizer.json of the model to be.")],
     recipe: Annotated[Path | None, typer.Option(help="YAML settings that override the default's.")] = None,

@@ -27,6 +27,10 @@ def report(
     results: Annotated[
         list[Path] | None, typer.Option("--results", help="A file that `slimba eval --json` wrote; may be repeated.")
     ] = None,
+    quality_table: Annotated[
+        Path | None,
+        typer.Option("--table", help="A quality table of benchmarks/baselines: every arm, ablations, baselines."),
+    ] = None,
 ) -> None:
     """Write what a model weighs, how it was trained and how good it is as one HTML page."""
     from slimba.evaluation.report import check_page, write_report
@@ -38,6 +42,7 @@ def report(
         [m for m in models if m not in files],
         against=against,
         results=[*(results or []), *map(Path, files)],
+        quality_table=quality_table,
         show_progress=True,
     )
     write_report(html, page)

@@ -17,6 +17,7 @@ Run the tests: `pytest tests/data/test_tokenizer.py`.
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -58,7 +59,9 @@ class Tokenizer:
         added = inner.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        self.byte_level, self.strips_first_space = _family(json.loads(inner.to_str()), path)
+        content = inner.to_str()
+        self.sha256 = hashlib.sha256(content.encode()).hexdigest()  # of what it does, not of how its file is written
+        self.byte_level, self.strips_first_space = _family(json.loads(content), path)
         self._alphabet = _byte_alphabet()
         self._bytes: dict[int, bytes] = {}
 

@@ -38,6 +38,7 @@ from slimba.evaluation.report_page import (
     two_sizes,
 )
 from slimba.evaluation.report_svg import Point, scatter
+from slimba.evaluation.report_table import read_table, table_section
 
 __all__ = ["check_page", "report", "write_report"]
 
@@ -46,13 +47,20 @@ NEAR = 1.5  # arms up to this multiple of the lowest perplexity are drawn once m
 
 
 def report(
-    models: Sequence[str], *, against: str | None = None, results: Sequence[Path] = (), show_progress: bool = False
+    models: Sequence[str],
+    *,
+    against: str | None = None,
+    results: Sequence[Path] = (),
+    quality_table: Path | None = None,
+    show_progress: bool = False,
 ) -> str:
     """The page's text. `models` and `against` are MODEL arguments, `results` files of `slimba eval --json`.
 
-    Raises UserError: no model, a model named twice, one that cannot be opened, a results file or training log that is
-    not one, a teacher that has the shapes of none of the models.
+    `quality_table` is a file of benchmarks/baselines/quality_table.py, shown first. Raises UserError: no model, a model
+    named twice, one that cannot be opened, a results file, table or training log that is not one, a teacher that has
+    the shapes of none of the models.
     """
+    every_arm = table_section(read_table(quality_table)) if quality_table else None
     arms = _open(models, against)
     unmatched = match_results(arms, results)
     if against is not None:
@@ -64,6 +72,7 @@ def report(
     body = h(
         "body",
         h("header", h("h1", f"Slimba: {title}"), h("p", _subtitle(arms, against), class_="what")),
+        every_arm,
         *([comparison] if len(models) > 1 or _plotted(arms) else []),
         *(model_section(m, a) for m, a in shown),
         h("footer", *_footer(unmatched)),

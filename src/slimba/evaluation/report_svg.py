@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from xml.etree.ElementTree import Element
 
-__all__ = ["HUGE", "Point", "bar", "clean", "frontier", "line_chart", "scatter"]
+__all__ = ["HUGE", "SERIES", "Point", "bar", "clean", "frontier", "line_chart", "scatter"]
 
 FONT = 11.0
 SERIES = 6
@@ -256,13 +256,18 @@ def _legend_rows(labels: Sequence[str], width: float) -> list[tuple[str, int, fl
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One arm: x bytes, y perplexity (less is better in both), its name and its number in the table."""
+    """One arm: x bytes, y perplexity (less is better in both), its name and its number in the table.
+
+    `mark` is a further class, `ours` a square instead of a circle; `span` the least and largest y of several seeds.
+    """
 
     x: float
     y: float
     label: str
     number: int
     hollow: bool = False
+    mark: str = ""
+    span: tuple[float, float] | None = None
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
@@ -289,8 +294,15 @@ def scatter(
     boxes = [(across(p.x) - 5, y(p.y) - 5, across(p.x) + 5, y(p.y) + 5) for p in points]
     on_frontier = {p.number for p in best}
     for p in points:
-        dot = node("circle", cx=across(p.x), cy=y(p.y), r=4.5)
-        dot.set("class", "arm hollow" if p.hollow else "arm best" if p.number in on_frontier else "arm")
+        if p.span:
+            low, high = (min(max(y(v), y.end), y.start) for v in p.span)
+            svg.append(node("line", x1=across(p.x), x2=across(p.x), y1=low, y2=high, class_="span"))
+        if p.mark == "ours":
+            dot = node("rect", x=across(p.x) - 4.5, y=y(p.y) - 4.5, width=9, height=9)
+        else:
+            dot = node("circle", cx=across(p.x), cy=y(p.y), r=4.5)
+        kind = "arm hollow" if p.hollow else "arm best" if p.number in on_frontier else "arm"
+        dot.set("class", f"{kind} {p.mark}".strip())
         dot.append(node("title", f"{p.label}: {short_number(p.x)} bytes, perplexity {p.y:.2f}"))
         svg.append(dot)
     steps = [(across(a.x), y(a.y), across(b.x), y(b.y)) for a, b in pairwise(best)]

@@ -33,8 +33,8 @@ def compress(
 ) -> dict[str, Any]:
     """Compress `teacher` (directory, hub id or bundled name) into the packed directory `out`; returns the run's record.
 
-    data: text files. tokens: how many training tokens to use (None: one pass). settings, or keyword arguments:
-    single keys of the recipe.
+    data: text files, `datasets:NAME`, or files of token ids (docs/data.md). tokens: how many training tokens to use
+    (None: one pass). settings, or keyword arguments: single keys of the recipe.
     Raises UserError for an unknown method or setting, a damaged teacher, too little text, an existing `out`.
     """
     if method not in METHODS:
@@ -48,30 +48,32 @@ def compress(
     except ImportError:
         raise UserError('compressing needs torch; pip install "slimba[train]"') from None
     from slimba.checkpoints.reader import open_checkpoint
-    from slimba.data.text import documents, encode_documents
     from slimba.data.tokenizer import Tokenizer
+    from slimba.data.tokens import are_ids, open_tokens
     from slimba.methods.dfssm.recipe import DfssmRecipe
     from slimba.methods.dfssm.run import run
     from slimba.training.recipes import load_recipe
 
     chosen = load_recipe(DfssmRecipe, "dfssm.yaml", recipe, {**(settings or {}), **more})
     checkpoint = open_checkpoint(teacher, tokenizer=tokenizer)
-    if checkpoint.tokenizer_file is None:
-        raise UserError(f"{teacher} has no tokenizer and the text must be tokenised; name one with --tokenizer")
-    words = Tokenizer.from_file(checkpoint.tokenizer_file)
-    starts = (checkpoint.spec.bos_token_id, checkpoint.spec.eos_token_id, words.eot_id)
+    words = None
+    if not are_ids(data):
+        if checkpoint.tokenizer_file is None:
+            raise UserError(f"{teacher} has no tokenizer and the text must be tokenised; name one with --tokenizer")
+        words = Tokenizer.from_file(checkpoint.tokenizer_file)
+    spec = checkpoint.spec
+    starts = (spec.bos_token_id, spec.eos_token_id, words.eot_id if words else None)
     bos = next((i for i in starts if i is not None), None)  # as LoadedModel.document_start has it
-    ids = encode_documents(words, documents(list(data), split_documents), bos)  # type: ignore[arg-type]
-    description = {"sources": [Path(d).name for d in data], "split_documents": split_documents}
-    return run(
-        checkpoint,
-        out,
-        ids,
-        chosen,
-        data=description,
-        tokens=tokens,
-        seed=seed,
-        device=device,
-        resume=resume,
-        overwrite=overwrite,
-    )
+    with open_tokens(data, words, bos_id=bos, n_vocab=spec.vocab_size, split=split_documents) as ids:
+        return run(
+            checkpoint,
+            out,
+            ids,
+            chosen,
+            data={"sources": [Path(d).name for d in data], "split_documents": split_documents},
+            tokens=tokens,
+            seed=seed,
+            device=device,
+            resume=resume,
+            overwrite=overwrite,
+        )

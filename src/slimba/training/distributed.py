@@ -3,11 +3,13 @@
     torchrun --nproc_per_node 2 -m slimba compress TEACHER OUT --method dfssm --data corpus.txt.zst
 
 Every process holds the whole model and takes every world-th window of each batch. Gradients are averaged before they
-are clipped, so that all take the same step; the first process alone logs, saves and exports. Without torchrun every
-function here does nothing. Two processes with `micro_batch` m compute what one does with 2 m, up to the order of sums.
+are clipped, so that all take the same step (`sharding.py`); the first process alone logs and exports, all save
+(`checkpointing.py`). Without torchrun every function here does nothing. Two processes with `micro_batch` m compute what
+one does with 2 m, up to the order of sums.
 
-DistributedDataParallel is not used: it watches the parameters of the module that it wraps and runs, and a student's
-network runs with weights that are not its own. Tests: tests/training/test_distributed.py.
+Neither DistributedDataParallel nor FSDP2 is used: they hook into the forward pass of the module that owns the
+parameters, and a student's network runs with weights made from masters it does not own (docs/decisions.md).
+Tests: tests/training/test_distributed.py.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from torch import nn
 from slimba.errors import UserError
 
 __all__ = [
+    "any_of",
+    "barrier",
     "first",
     "from_first",
     "group",
@@ -126,6 +130,21 @@ def require_equal(value: int, otherwise: str) -> None:
         dist.all_reduce(ends, dist.ReduceOp.MAX)
         if int(ends[0]) != -int(ends[1]):
             raise UserError(otherwise)
+
+
+def barrier() -> None:
+    """Everyone waits for everyone."""
+    if world() > 1:
+        dist.barrier()
+
+
+def any_of(*flags: bool) -> list[bool]:
+    """Of every flag whether it is set in any process; the same answer in all."""
+    if world() == 1:
+        return list(flags)
+    found = torch.tensor(flags, dtype=torch.int32, device=device_of_group())
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [bool(f) for f in found.tolist()]
 
 
 def device_of_group() -> torch.device:

@@ -16,7 +16,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,10 +26,11 @@ from torch import nn
 from slimba.data.batches import WindowBatches
 from slimba.errors import UserError
 from slimba.models.spec import ModelSpec
-from slimba.training import distributed
+from slimba.training import checkpointing, distributed
 from slimba.training.interrupt import deferred_interrupt
 from slimba.training.optim import Group, make_optimizers
 from slimba.training.schedule import lr_factor
+from slimba.training.sharding import Shards
 
 __all__ = ["Group", "LoopSettings", "Task", "pick_device", "recomputes", "train"]
 
@@ -104,7 +105,7 @@ def train(
 ) -> Progress:
     """Run `settings.steps` optimiser steps; afterwards the task's model is trained in place.
 
-    Writes `workdir/log.jsonl` and `workdir/checkpoint.pt`. With `resume` a checkpoint found there is continued.
+    Writes `workdir/log.jsonl` and `workdir/checkpoint-STEP/`. With `resume` a checkpoint found there is continued.
     Raises UserError when the loss stops being finite (the last good checkpoint stays).
     """
     distributed.share(batches.batch)  # an error now, not after the first step
@@ -123,10 +124,12 @@ class _Run:
         self.device = next(task.model.parameters()).device
         self.cuda = self.device.type == "cuda"
         self.group_list = task.groups()
-        self.params = [p for g in self.group_list for p in g.params]
+        self.shards = Shards(p for g in self.group_list for p in g.params)
         self.lrs = [torch.zeros((), device=self.device) for _ in self.group_list]
-        self.optimizers = make_optimizers(self.group_list, self.lrs, settings.betas, self.cuda)
+        parts = [replace(g, params=self.shards.of(g.params)) for g in self.group_list]
+        self.optimizers = make_optimizers(parts, self.lrs, settings.betas, self.cuda)
         self.progress = Progress()
+        self.save_seconds = 0.0  # what the last checkpoint took
         self.graph: torch.cuda.CUDAGraph | None = None
         self.eager_left = 0
         self.stream = torch.cuda.Stream() if self.cuda else None
@@ -147,21 +150,18 @@ class _Run:
                 out[k] = out.get(k, 0) + v.detach() * share
         return out
 
-    def forget_gradients(self) -> None:
-        for p in self.params:
-            p.grad = None
-
     def whole_step(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         out = self.backward(ids)
-        distributed.mean_gradients(self.params)
-        out["grad_norm"] = nn.utils.clip_grad_norm_(self.params, self.settings.clip, foreach=True)
+        self.shards.reduce()
+        out["grad_norm"] = self.shards.clip(self.settings.clip)
         for optimizer in self.optimizers:
             optimizer.step()
+        self.shards.gather()
         return out
 
     def step(self, ids: torch.Tensor, changed: bool) -> dict[str, torch.Tensor]:
         if not (self.cuda and self.settings.cuda_graph):
-            self.forget_gradients()
+            self.shards.zero_grad()
             return self.whole_step(ids)
         assert self.stream is not None
         if changed or (self.graph is None and self.eager_left == 0):
@@ -170,7 +170,7 @@ class _Run:
             self.eager_left -= 1
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                self.forget_gradients()
+                self.shards.zero_grad()
                 out = self.whole_step(ids)
             torch.cuda.current_stream().wait_stream(self.stream)
             if self.eager_left == 0:
@@ -183,7 +183,7 @@ class _Run:
 
     def capture(self, ids: torch.Tensor) -> None:
         """Capturing runs nothing: the next step replays."""
-        self.forget_gradients()
+        self.shards.zero_grad()
         self.static_ids = ids.clone()
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
@@ -216,13 +216,27 @@ class _Run:
                 self.progress.seconds = time.monotonic() - started
                 if self.progress.step % s.log_every == 0 or self.progress.step == total:
                     self.log(out, log)
-                due = time.monotonic() - last_save > s.save_every_s and self.progress.step < total
-                if (due or interrupted()) and healthy(out):  # never replace a good checkpoint by a broken one
+                pause = max(s.save_every_s, 20 * self.save_seconds)  # saving takes 5 % of the time at most
+                due = time.monotonic() - last_save > pause and self.progress.step < total
+                save, stop = self.agreed(due, interrupted(), out)
+                if save:
                     self.save()
                     last_save = time.monotonic()
-                if interrupted():
+                if stop:
                     raise KeyboardInterrupt
                 advance(self.progress)
+
+    def agreed(self, due: bool, stop: bool, out: dict[str, torch.Tensor]) -> tuple[bool, bool]:
+        """(save now?, stop now?), the same in every process; several ask each other only where they log anyway.
+
+        A broken step is never saved: a good checkpoint is not replaced by it.
+        """
+        if distributed.world() > 1:
+            if self.progress.step % self.settings.log_every:
+                return False, False
+            due, stop, ill = distributed.any_of(due and distributed.first(), stop, not healthy(out))
+            return (due or stop) and not ill, stop
+        return (due or stop) and healthy(out), stop
 
     def log(self, out: dict[str, torch.Tensor], log: Any) -> None:
         means = distributed.mean(torch.stack([v.float() for v in out.values()])).tolist()
@@ -244,25 +258,10 @@ class _Run:
     # ---------------------------------------------------------------- checkpoints
 
     def save(self) -> None:
-        if not distributed.first():
-            return
-        path = self.workdir / "checkpoint.pt"
-        partial = path.with_suffix(".partial")
-        payload = {
-            "model": self.task.model.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            "step": self.progress.step,
-            "seconds": self.progress.seconds,
-        }
-        try:
-            with open(partial, "wb") as f:
-                torch.save(payload, f)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(partial, path)
-        except OSError as e:
-            partial.unlink(missing_ok=True)
-            raise UserError(f"cannot write the checkpoint {path}: {e.strerror}") from None
+        begin = time.monotonic()
+        progress = {"step": self.progress.step, "seconds": self.progress.seconds}
+        checkpointing.save(self.workdir, self.task.model, self.optimizers, self.shards, progress)
+        self.save_seconds = time.monotonic() - begin
 
     def forget_log_rows(self) -> None:
         """Drop the rows of steps after the checkpoint, which are about to be written again."""
@@ -274,27 +273,13 @@ class _Run:
 
     def restore(self) -> None:
         """Every process reads the checkpoint, so the work directory must be one that all of them see."""
-        path = self.workdir / "checkpoint.pt"
-        if path.is_file():
-            self.load(path)
+        found = checkpointing.load(self.workdir, self.task.model, self.optimizers, self.shards)
+        if found:
+            self.progress = Progress(found["step"], found["seconds"])
             if distributed.first():
                 self.forget_log_rows()
-        unseen = f"not every process finds the same {path}; put OUT on a file system that all machines share"
-        distributed.require_equal(self.progress.step, unseen)
-
-    def load(self, path: Path) -> None:
-        try:
-            payload = torch.load(path, map_location=self.device, weights_only=True)
-            self.task.model.load_state_dict(payload["model"])
-            for optimizer, state in zip(self.optimizers, payload["optimizers"], strict=True):
-                # the learning rates are our tensors; the state would replace them
-                lrs = [g["lr"] for g in optimizer.param_groups]
-                optimizer.load_state_dict(state)
-                for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-                    group["lr"] = lr
-        except (RuntimeError, KeyError, ValueError, EOFError) as e:
-            raise UserError(f"the checkpoint {path} cannot be continued ({e}); start again without --resume") from None
-        self.progress = Progress(payload["step"], payload["seconds"])
+        unseen = f"not every process finds the same checkpoint in {self.workdir}; put OUT on a file system that all"
+        distributed.require_equal(self.progress.step, f"{unseen} machines share")
 
     # ---------------------------------------------------------------- progress bar
 

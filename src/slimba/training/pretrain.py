@@ -18,8 +18,8 @@ from slimba.checkpoints.atomic import check_target
 from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.checkpoints.packed import write_packed
 from slimba.data.batches import WindowBatches
-from slimba.data.text import documents, encode_documents
 from slimba.data.tokenizer import Tokenizer
+from slimba.data.tokens import open_tokens
 from slimba.formats import MatrixLayout
 from slimba.formats.floats import DTYPES
 from slimba.models.lm import SSMForCausalLM, init_weights
@@ -121,15 +121,16 @@ def pretrain(
 ) -> dict[str, Any]:
     """Train a model from scratch into the packed directory `out` (float weights); returns the run's record.
 
-    Started by torchrun, the processes share every batch.
+    data: text files, `datasets:NAME`, or files of token ids (docs/data.md). tokens: None takes the recipe's passes over
+    the text. Started by torchrun, the processes share every batch.
     """
     out = Path(out)
     check_target(out, overwrite=overwrite)
     chosen = load_recipe(PretrainRecipe, "pretrain.yaml", recipe, {**(settings or {}), **more})
     words = Tokenizer.from_file(tokenizer)
     spec = chosen.spec(words)
-    ids = encode_documents(words, documents(list(data), split_documents), spec.bos_token_id)  # type: ignore[arg-type]
-    with distributed.group(pick_device(device)) as where:
+    reading = open_tokens(data, words, bos_id=spec.bos_token_id, n_vocab=spec.vocab_size, split=split_documents)
+    with reading as ids, distributed.group(pick_device(device)) as where:
         distributed.share(chosen.batch)
         batches = WindowBatches(ids, chosen.window, chosen.batch, seed)
         if tokens is None:
@@ -148,7 +149,7 @@ def pretrain(
             "slimba": slimba.__version__,
             "recipe": dataclasses.asdict(chosen),
             "seed": seed,
-            "data": {"sources": [Path(d).name for d in data], "tokens_in_text": len(ids)},
+            "data": {"sources": [Path(d).name for d in data]} | batches.tokens.origin,
             "steps": loop.steps,
             "tokens": loop.steps * batches.tokens_per_step,
         }

@@ -33,7 +33,7 @@ def prepare_work(work: Path, record: dict[str, Any], resume: bool) -> bool:
             if before.get(k) != now[k]:
                 was = f"{k} differs from the interrupted run's in {settings_file}"
                 raise UserError(f"--resume: {was}; use its settings or start anew")
-        if (work / "checkpoint.pt").is_file():
+        if any(work.glob("checkpoint-*/.metadata")):
             return False
     if work.exists():
         shutil.rmtree(work)

@@ -70,18 +70,16 @@ class Inner(torch.autograd.Function):
         z, raw, dt_raw = zxbcdt.split([i, channels, shape.heads], dim=-1)
         taps = conv_weight.reshape(channels, -1)
         xbc = conv_forward(raw, taps, conv_bias)
-        needs = any(ctx.needs_input_grad)
-        y, starts = ssd_forward(xbc, dt_raw, dt_bias, A_log, D, shape, needs)
-        if needs:
-            assert starts is not None
-            ctx.save_for_backward(zxbcdt, taps, conv_bias, dt_bias, A_log, D, norm_weight, xbc, y, starts)
+        y, states = ssd_forward(xbc, dt_raw, dt_bias, A_log, D, shape)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(zxbcdt, taps, conv_bias, dt_bias, A_log, D, norm_weight, xbc, y, *states)
             ctx.shape, ctx.group, ctx.eps = shape, spec.norm_group_size, spec.norm_eps
             ctx.conv_shape = conv_weight.shape
         return gated_norm_forward(y, z, norm_weight, spec.norm_group_size, spec.norm_eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        zxbcdt, taps, conv_bias, dt_bias, A_log, D, norm_weight, xbc, y, starts = ctx.saved_tensors
+        zxbcdt, taps, conv_bias, dt_bias, A_log, D, norm_weight, xbc, y, *states = ctx.saved_tensors
         shape: Shape = ctx.shape
         sizes = [shape.d_inner, shape.channels, shape.heads]
         z, raw, dt_raw = zxbcdt.split(sizes, dim=-1)
@@ -90,7 +88,7 @@ class Inner(torch.autograd.Function):
         d_y, d_xbc = torch.empty_like(y), torch.empty_like(xbc)
         d_out = grads[0].to(y.dtype).contiguous()
         d_norm = gated_norm_backward(d_out, y, z, norm_weight, ctx.group, ctx.eps, d_y, d_z)
-        d_bias, d_a, d_d = ssd_backward(d_y, xbc, dt_raw, dt_bias, A_log, D, starts, shape, d_xbc, d_dt)
+        d_bias, d_a, d_d = ssd_backward(d_y, xbc, dt_raw, dt_bias, A_log, D, (states[0], states[1]), shape, d_xbc, d_dt)
         d_taps, d_conv_bias = conv_backward(d_xbc, raw, taps, conv_bias, d_raw)
         return d_all, d_taps.view(ctx.conv_shape), d_conv_bias, d_bias, d_a, d_d, d_norm, None
 

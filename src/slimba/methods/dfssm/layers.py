@@ -2,7 +2,8 @@
 
 The network code of `models/` never learns that its weights are one-bit: `effective()` makes the weights from the
 masters (signs straight-through; int8, int4 and float16 rounding where that phase has begun) and
-`torch.func.functional_call` runs them. What is exported is what `effective()` returned, part for part. Stacked, a layer more costs no launch more.
+`torch.func.functional_call` runs them. What is exported is what `effective()` returned, part for part. Stacked, a layer
+more costs no launch more.
 
 The column scale c is folded from the first step: the norm before the matrix holds g * c, and the integer rows and the
 low-rank input factor are kept divided by c, in the coordinates in which the file stores them.
@@ -74,9 +75,9 @@ class PlainMatrices(nn.Module):
 class SignMatrices(nn.Module):
     """n matrices of sign and integer rows; a second sign plane, a low-rank correction, a column scale if asked.
 
-    latent [n, S, cols] holds all sign rows in order, `rest` [n, I, cols] the int8 and int4 rows. `row_base` is the first
-    row scale; the trained `row_gain` is relative to it, so that one learning rate fits every matrix; likewise for the
-    plane. `columns` [n, 1, cols] is 1 in the columns of the second plane.
+    latent [n, S, cols] holds all sign rows in order, `rest` [n, I, cols] the int8 and int4 rows. `row_base` is the
+    first row scale; the trained `row_gain` is relative to it, so that one learning rate fits every matrix; likewise for
+    the plane. `columns` [n, 1, cols] is 1 in the columns of the second plane.
     """
 
     row_base: torch.Tensor

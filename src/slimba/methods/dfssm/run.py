@@ -8,7 +8,6 @@ Work in progress lives in `<out>.work/` (log, checkpoint, settings); it goes whe
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import slimba
 from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.checkpoints.packed import write_packed
 from slimba.data.batches import WindowBatches
+from slimba.data.tokens import Tokens
 from slimba.errors import UserError
 from slimba.methods.dfssm.distil import DistilTask
 from slimba.methods.dfssm.recipe import DfssmRecipe, layouts
@@ -35,7 +35,7 @@ __all__ = ["run"]
 def run(
     teacher: Checkpoint,
     out: Path,
-    ids: np.ndarray,
+    ids: np.ndarray | Tokens,
     recipe: DfssmRecipe,
     *,
     data: dict[str, Any],
@@ -45,10 +45,11 @@ def run(
     resume: bool,
     overwrite: bool,
 ) -> dict[str, Any]:
-    """Distil `teacher` on `ids` int32 [n] and write the packed model to `out`. Returns the run's record.
+    """Distil `teacher` on `ids` and write the packed model to `out`. Returns the run's record.
 
-    `data` describes where the ids came from. Started by torchrun, the processes share every batch. Raises UserError for
-    a teacher that is not float or holds NaN, for `resume` with other settings, and where memory runs out.
+    `ids` are int32 [n], or a text on its way; `data` describes where they came from. Started by torchrun, the processes
+    share every batch. Raises UserError for a teacher that is not float or holds NaN, for `resume` with other settings,
+    and where memory runs out.
     """
     teacher.require_float("the teacher")
     layouts(teacher.spec, recipe)  # refuses a recipe that does not fit the model before anything is written
@@ -62,7 +63,7 @@ def run(
             "slimba": slimba.__version__,
             "recipe": dataclasses.asdict(recipe),
             "seed": seed,
-            "data": data | {"token_sha256": hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()},
+            "data": data | batches.tokens.origin,
             "teacher_sha256": teacher.sha256(),
             "steps": settings.steps,
             "tokens": settings.steps * batches.tokens_per_step,
@@ -134,9 +135,7 @@ def build(
     network.to(where).eval()
     student = Student(teacher.spec, layouts(teacher.spec, recipe), recipe).to(where)
     if fresh and distributed.first():
-        n = min(recipe.calibration_windows, batches.n_windows)
-        rows = [batches[i][:, :-1] for i in range(-(-n // batches.batch))]
-        windows = torch.from_numpy(np.concatenate(rows)[:n]).to(where).long()
+        windows = torch.from_numpy(batches.first(recipe.calibration_windows)[:, :-1]).to(where).long()
         student.initialise(network, windows)
     if where.type == "cuda":
         narrow_projections(network)

@@ -1,0 +1,254 @@
+"""Everything about the CUDA engine that needs a GPU, in one run: correctness first, then speed. Needs no installation.
+
+    python benchmarks/cuda_check.py --json cuda-check.json [--seconds 210] [--only decode]
+
+Compiles the kernels for the GPU at hand, compares every kernel with its NumPy twin at odd sizes on poisoned outputs,
+the engine with the NumPy recurrence and the torch reference, the packed 25M model with the reference on text, and then
+measures the 1.3B shape with random weights. A failed check is printed and counted and the run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+try:
+    import slimba._core  # noqa: F401
+except ImportError:  # the GPU engine does not need the C++ core, only `measure` imports it
+    sys.modules["slimba._core"] = types.ModuleType("slimba._core")
+
+import torch  # noqa: E402
+from cuda_measure import (  # noqa: E402
+    bandwidth,
+    batched,
+    check,
+    decode_parts,
+    decode_variants,
+    elapsed,
+    figure,
+    prefill,
+    profile,
+    results,
+)  # fmt: skip
+
+from kernels.cuda_cases import LAYOUTS, expanded, product, random_matrix  # noqa: E402
+from runtime.numpy_reference import NumpyModel, mamba2_spec, random_checkpoint  # noqa: E402
+from slimba.checkpoints.checkpoint import Checkpoint  # noqa: E402
+from slimba.models.configs import named_spec  # noqa: E402
+from slimba.runtime import measure  # noqa: E402
+from slimba.runtime.backends.cuda import CudaEngine  # noqa: E402
+from slimba.runtime.backends.cuda_device import open_gpu  # noqa: E402
+
+SPECS = {
+    "plain": mamba2_spec(),
+    "two-groups": mamba2_spec(n_groups=2, headdim=32, d_state=64, proj_bias=True),
+    "four-groups": mamba2_spec(n_groups=4, headdim=16, d_state=128, norm_group_size=32, conv_bias=False),
+    "headdim-64": mamba2_spec(headdim=64, d_state=128, d_inner=256, tie_embeddings=False),
+    "odd": mamba2_spec(d_model=37, d_inner=72, headdim=12, d_state=7, n_groups=3, d_conv=3, vocab_size=41),
+    "norm-first": mamba2_spec(norm_before_gate=True, norm_group_size=64, dt_limit=(0.02, 0.1), d_has_hdim=True),
+    "no-norm": mamba2_spec(gated_norm=False),
+    "wide-state": mamba2_spec(d_state=200),
+}
+
+
+def close(got: np.ndarray, want: np.ndarray, atol: float) -> float:
+    """Largest difference; an error that names the first bad place when it exceeds atol or is not finite."""
+    difference = np.abs(got.astype(np.float64) - want)
+    worst = float(difference.max())
+    if not worst <= atol:
+        bad = np.argwhere(~(difference <= atol))
+        at = tuple(int(i) for i in bad[0])
+        raise AssertionError(
+            f"off by {worst:.3g} (allowed {atol:.3g}) at {len(bad)} of {got.size}; first at {at}: "
+            f"{got[at]:.6g} for {want[at]:.6g}; rows {sorted({int(i) for i in bad[:, 0]})[:12]}"
+        )
+    return worst
+
+
+# ------------------------------------------------------------ correctness
+
+
+def products() -> str:
+    gpu, worst = open_gpu(), 0.0
+    for name, layout in LAYOUTS.items():
+        for batch in (1, 3, 8):
+            rng = np.random.default_rng(len(name) + batch)
+            matrix = random_matrix(rng, layout)
+            x = rng.standard_normal((batch, layout.cols)).astype(np.float32)
+            try:
+                worst = max(worst, close(product(gpu, matrix, x), matrix.matmul(x), 5e-5))
+            except AssertionError as e:
+                raise AssertionError(f"{name}, batch {batch}: {e}") from None
+    return f"largest difference {worst:.2g}"
+
+
+def expansions() -> str:
+    gpu, worst = open_gpu(), 0.0
+    for name, layout in LAYOUTS.items():
+        matrix = random_matrix(np.random.default_rng(5), layout)
+        for exact in (True, False):
+            try:
+                worst = max(worst, close(expanded(gpu, matrix, exact), matrix.dequantize(), 1e-6 if exact else 1e-3))
+            except AssertionError as e:
+                raise AssertionError(f"{name}, exact {exact}: {e}") from None
+    return f"largest difference {worst:.2g}"
+
+
+def small_engine(name: str, format: str, batch: int, exact: bool) -> str:
+    """Bulk in pieces, then fused steps, the second and later ones from a graph; also with ordinary launches."""
+    checkpoint = random_checkpoint(SPECS[name], 1, format)
+    ids = np.random.default_rng(0).integers(0, checkpoint.spec.vocab_size, (batch, 44)).astype(np.int32)
+    engine = CudaEngine(checkpoint, exact=exact)
+    state = engine.new_state(batch)
+    pieces = [engine.forward(ids[:, a:b], state) for a, b in ((0, 1), (1, 3), (3, 25), (25, 38))]
+    pieces += [engine.step(ids[:, t], state).cpu().numpy()[:, None] for t in range(38, 44)]
+    got = np.concatenate(pieces, axis=1)
+    want = np.stack([NumpyModel(checkpoint).logits(row) for row in ids])
+    bulk = close(got[:, :38], want[:, :38], 5e-5 if exact else 3e-2)
+    return f"bulk {bulk:.2g}, steps {close(got[:, 38:], want[:, 38:], 5e-5 if exact else 3e-2):.2g}"
+
+
+def rounded_states(state_dtype: str) -> str:
+    from slimba.runtime.backends.reference import ReferenceEngine
+
+    worst = 0.0
+    for name in ("headdim-64", "odd"):
+        checkpoint = random_checkpoint(SPECS[name], 3, "mixed")
+        ids = np.random.default_rng(2).integers(0, checkpoint.spec.vocab_size, (2, 21)).astype(np.int32)
+        reference = ReferenceEngine(checkpoint, state_dtype=state_dtype)
+        want = reference.forward(ids, reference.new_state(2))
+        engine = CudaEngine(checkpoint, state_dtype=state_dtype, exact=True)
+        state = engine.new_state(2)
+        got = [engine.forward(ids[:, :17], state)]
+        got += [engine.step(ids[:, t], state).cpu().numpy()[:, None] for t in range(17, 21)]
+        worst = max(worst, close(np.concatenate(got, axis=1), want, 5e-3))
+    return f"largest difference {worst:.2g}"
+
+
+def real_text(model: Path, count: int) -> np.ndarray:
+    from slimba.data.tokenizer import Tokenizer
+
+    text = (ROOT / "src/slimba/assets/demo-text/heldout.txt").read_text(encoding="utf-8")[: count * 8]
+    return np.array(Tokenizer.from_file(model / "tokenizer.json").encode(text)[:count], np.int32)
+
+
+def packed_model() -> str:
+    """The packed 25M model on text against the reference on the same GPU, in float32: bulk and step by step."""
+    from slimba.checkpoints.reader import open_checkpoint
+    from slimba.runtime.backends.reference import ReferenceEngine
+
+    path = ROOT / "benchmarks/models/mamba2-25m-1bit"
+    checkpoint = open_checkpoint(path)
+    ids = real_text(path, 1025)[None]
+    reference = ReferenceEngine(checkpoint, device="cuda")
+    want = reference.forward(ids[:, :-1], reference.new_state())[0]
+    engine = CudaEngine(checkpoint)
+    parts = []
+    state = engine.new_state()
+    stepped = np.stack([engine.step(ids[:, t], state)[0].cpu().numpy() for t in range(256)])
+    for name, got in (("bulk", engine.forward(ids[:, :-1], engine.new_state())[0]), ("steps", stepped)):
+        n = len(got)
+        tolerance = 0.15 if name == "bulk" else 2e-3
+        top = np.sort(want[:n], axis=1)
+        same = got.argmax(1) == want[:n].argmax(1)
+        clear = top[:, -1] - top[:, -2] > tolerance
+        difference = close(got, want[:n], tolerance)
+        ours, theirs = (perplexity(x, ids[0, 1 : n + 1]) for x in (got, want[:n]))
+        assert same.mean() >= 0.99, f"{name}: argmax agrees at {same.mean():.4f}"
+        assert same[clear].all(), f"{name}: argmax differs where the margin exceeds the tolerance"
+        assert abs(ours / theirs - 1) < 0.005, f"{name}: perplexity {ours} for {theirs}"
+        parts.append(f"{name}: logits {difference:.2g}, argmax {same.mean():.4f}, ppl {ours:.4f} for {theirs:.4f}")
+    return "; ".join(parts)
+
+
+def perplexity(logits: np.ndarray, targets: np.ndarray) -> float:
+    x = logits.astype(np.float64)
+    top = x.max(1, keepdims=True)
+    logp = x - top - np.log(np.exp(x - top).sum(1, keepdims=True))
+    return float(np.exp(-logp[np.arange(len(targets)), targets].mean()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seconds", type=float, default=210, help="start no further measurement after this")
+    parser.add_argument("--only", default="", help="a comma-separated choice of: correct, decode, prefill, batches")
+    parser.add_argument("--shape", default="mamba2-1.3b")
+    args = parser.parse_args()
+    chosen = set(args.only.split(",")) if args.only else {"correct", "decode", "prefill", "batches"}
+    print(
+        torch.__version__, torch.version.cuda, torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    )
+    gpu = check("compile and load", lambda: f"{open_gpu().blocks} multiprocessors, {open_gpu().shared} bytes shared")
+    if gpu is None:
+        sys.exit(1)
+    if "correct" in chosen:
+        check("products", products)
+        check("expansions", expansions)
+        for name in SPECS:
+            for format in ("mixed", "float32"):
+                for batch in (1, 3):
+                    check(
+                        f"engine {name} {format} {batch}", lambda n=name, f=format, b=batch: small_engine(n, f, b, True)
+                    )
+        check("engine half", lambda: small_engine("headdim-64", "mixed", 2, False))
+        check("state bfloat16", lambda: rounded_states("bfloat16"))
+        check("state int8", lambda: rounded_states("int8"))
+        check("packed 25M model", packed_model)
+    check("bandwidth", bandwidth)
+    spec = named_spec(args.shape)
+    todo: list[tuple[str, str, str, Callable[[CudaEngine, Checkpoint], Any]]] = []
+    if "decode" in chosen:
+        for label, state in (("dfssm", "float32"), ("dfssm-published", "bfloat16"), ("dfssm", "int8")):
+            name = f"decode {label} {state}"
+            todo.append((name, label, state, lambda e, c, p=label, s=state: decode_variants(e, c, p, s)))
+            if label == "dfssm":
+                todo.append((f"parts {state}", label, state, lambda e, c, s=state: decode_parts(e, s)))
+    if "prefill" in chosen:
+        for b, n in ((1, 512), (1, 2048), (8, 2048)):
+            todo.append((f"prefill {b}x{n}", "dfssm", "float32", lambda e, c, b=b, n=n: prefill(e, b, n)))
+        todo.append(("profile 1x2048", "dfssm", "float32", lambda e, c: profile(e, 1, 2048)))
+    if "batches" in chosen:
+        for b in (8, 32, 128, 512):
+            run = lambda e, c, b=b: batched(e, c, "dfssm", "int8", b)  # noqa: E731
+            todo.append((f"decode batch {b}", "dfssm", "int8", run))
+    todo.sort(key=lambda t: (t[1], t[2]))
+    if "decode" in chosen:
+        published = "dfssm-published", "bfloat16"
+        todo.append(("persistent kernel", *published, lambda e, c: decode_variants(e, c, *published, persistent=True)))
+    engine, key, checkpoint = None, None, None
+    for name, label, state, work in todo:
+        if elapsed() > args.seconds:
+            print(f"skip {name}: {elapsed():.0f} s are over")
+            continue
+        if key != (label, state):
+            if checkpoint is None or key is None or key[0] != label:
+                checkpoint = measure.random_model(spec, label)
+            engine = None
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            begun = time.perf_counter()
+            engine, key = CudaEngine(checkpoint, state_dtype=state), (label, state)
+            figure(f"load {label} {state}", f"{time.perf_counter() - begun:.1f} s, {engine.model.nbytes / 1e6:.0f} MB")
+        check(name, functools.partial(work, engine, checkpoint))
+        figure(f"{name} memory", f"{torch.cuda.max_memory_allocated() / 1e6:.0f} MB peak allocated by torch")
+        torch.cuda.reset_peak_memory_stats()
+    failed = [n for n, c in results["checks"].items() if not c["ok"]]
+    print(f"{len(results['checks'])} checks, {len(failed)} failed: {failed}; {elapsed():.0f} s")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+// What every kernel stands on: types, float16 and bfloat16 in registers, warp reductions, the tensor-core product.
+//
+// Compiled by NVRTC without any header. tests/kernels/host_cuda.h replaces the part marked DEVICE, so that the very same
+// kernels run on a processor under test, one fibre a thread.
+//
+// Legend: B sequences of a batch, T tokens, D d_model, I d_inner, H heads, P headdim, N d_state, G groups, K columns of a
+// matrix (taps where the text speaks of the convolution), R rank, V vocabulary rows.
+#ifdef SLIMBA_HOST
+#include "host_cuda.h"
+#else  // DEVICE
+typedef unsigned char u8;
+typedef signed char i8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef int i32;
+typedef unsigned long long u64;
+typedef long long i64;
+#define DEV static __device__ __forceinline__
+#define DEV_MEMBER __device__ __forceinline__
+// A kernel takes one struct of 64-bit fields, which lies in constant memory and is called p.
+#define KERNEL(name, Params, threads) \
+  extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
+#define SHARED(name) extern __shared__ __align__(16) u8 name[]
+
+DEV float half_bits_to_float(u16 h) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+  return f;
+}
+DEV u16 float_to_half_bits(float f) {
+  u16 h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+}
+DEV int dot4(u32 a, u32 b, int c) { return __dp4a((int)a, (int)b, c); }
+DEV int warp_sum(int v) { return __reduce_add_sync(0xffffffffu, v); }
+DEV u32 warp_max_bits(u32 v) { return __reduce_max_sync(0xffffffffu, v); }
+DEV float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+// d += a b with a: unsigned bytes [16, 32] by rows, b: signed bytes [32, 8] by columns; fragments as in the PTX manual
+DEV void mma_u8s8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+DEV void mma_s8s8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// Weights are read once a step: not kept in L1. Activations come from other blocks: read from L2.
+DEV uint4 load_weights(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+DEV float load_fresh(const float* p) { return __ldcg(p); }
+DEV void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// Programmatic dependent launch: wait until everything the kernel before has written can be seen, then let the kernel
+// after begin with what does not depend on this one. Both do nothing in an ordinary launch.
+DEV void await_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEV void release_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// One barrier of all blocks of a grid that is resident as a whole; `arrived` counts arrivals over all barriers.
+DEV void grid_barrier(u32* arrived, u32& target, u32 blocks) {
+  __syncthreads();
+  target += blocks;
+  if (threadIdx.x == 0) {
+    u32 seen;
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
+    for (int tries = 0; tries < (1 << 17); ++tries) {  // some 0.1 s: a grid that is not resident must not hang the GPU
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrived) : "memory");
+      if ((int)(seen - target) >= 0) break;
+    }
+  }
+  __syncthreads();
+}
+#endif
+
+#define WARP 32
+#define INF_BITS 0x7f800000u
+
+DEV float bits_to_float(u32 u) { return __uint_as_float(u); }
+DEV u32 float_to_bits(float f) { return __float_as_uint(f); }
+DEV float bfloat_to_float(u16 b) { return bits_to_float((u32)b << 16); }
+// To the nearest, ties to even; NaN stays NaN.
+DEV u16 float_to_bfloat(float f) {
+  const u32 bits = float_to_bits(f);
+  if ((bits & 0x7fffffffu) > INF_BITS) return 0x7fc0;
+  return (u16)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+DEV float warp_sum(float v) {
+  for (int m = 16; m; m >>= 1) v += shuffle_xor(v, m);
+  return v;
+}
+DEV float silu(float v) { return v / (1.0f + expf(-v)); }
+// log(1 + exp(v)) without overflow, clamped
+DEV float softplus(float v, float low, float high) {
+  const float s = fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v)));
+  return fminf(fmaxf(s, low), high);
+}
+DEV float param_float(i64 bits) { return bits_to_float((u32)bits); }
+DEV i64 least(i64 a, i64 b) { return a < b ? a : b; }
+
+// Formats of a matrix segment, in the order of FORMAT_CODES in runtime/backends/cuda_weights.py.
+enum Format { F32, F16, BF16, INT8, INT4, SIGN };
+// Types of a stored state, in the order of STATE_CODES in runtime/backends/cuda_state.py.
+enum StateType { STATE_F32, STATE_BF16, STATE_INT8 };

@@ -1,0 +1,120 @@
+// Mamba-2's recurrence over many tokens, token by token: exact for every state type, the rounding of a stored state after
+// every token included. Naive twin: tests/runtime/numpy_reference.py (mixer2).
+//
+// A block owns `span` channels of one head of one sequence and walks over the tokens in pieces of SCAN_TOKENS, whose
+// inputs lie in shared memory; a warp owns rows of N state entries, which stay in registers.
+#define SCAN_TOKENS 16
+
+struct Scan {
+  StateRef state;
+  i64 batch, length, heads, headdim, d_state, groups, inner, span, state_type, d_per_channel;
+  i64 a, d, dt_bias;                          // float32
+  i64 xbc, xbc_stride, dt, dt_stride, y, y_stride;  // x | B | C after the convolution; dt float32, before its bias
+  i64 dt_low, dt_high;
+};
+
+// A value as it is after being stored and opened again.
+DEV float rounded(i64 type, float v, const Int8Scale& code) {
+  if (type == STATE_BF16) return bfloat_to_float(float_to_bfloat(v));
+  if (type == STATE_INT8) return code.step * (float)__float2int_rn(v * code.to_code);
+  return v;
+}
+
+template <typename T, int VEC>
+DEV void scan(const Scan& p, u8* smem) {
+  constexpr int ROWS = 4, EACH = 4 * VEC;
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n = (int)p.d_state, span = (int)p.span;
+  const int width = span + 2 * n;
+  float *in = (float*)smem, *dts = in + SCAN_TOKENS * width, *decays = dts + SCAN_TOKENS;  // in [tokens][x | B | C]
+  const i64 per_sequence = p.inner / p.span, ssm = state_array(p.state, 0), type = p.state_type;
+  const int b = (int)(blockIdx.x / per_sequence);
+  const i64 first = blockIdx.x % per_sequence * p.span, head = first / p.headdim, group = head / (p.heads / p.groups);
+  const i64 row0 = (p.state.layer * state_array(p.state, 4) + slot_of(p.state, b)) * p.inner + first;
+  float* scales = (float*)state_array(p.state, 1);
+  const float a = ((const float*)p.a)[head], bias = ((const float*)p.dt_bias)[head];
+  float s[ROWS][EACH];
+  Int8Scale code[ROWS];
+#pragma unroll
+  for (int j = 0; j < ROWS; ++j) {
+    const int r = j * WARPS + warp;
+    const float scale = type == STATE_INT8 && r < span ? scales[row0 + r] : 0.0f;
+    code[j] = {scale, 0.0f};
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+      const int i = k * WARP + lane;
+      s[j][k] = r < span && i < n ? open_entry(type, ssm, (row0 + r) * n + i, scale) : 0.0f;
+    }
+  }
+  for (i64 t0 = 0; t0 < p.length; t0 += SCAN_TOKENS) {
+    const int tokens = (int)least(SCAN_TOKENS, p.length - t0);
+    __syncthreads();
+    for (int i = threadIdx.x; i < tokens * width; i += THREADS) {
+      const int c = i % width;
+      const i64 of_b = p.inner + group * n + c - span, of_c = of_b + (p.groups - 1) * n;
+      const i64 channel = c < span ? first + c : c < span + n ? of_b : of_c;
+      in[i] = load((const T*)p.xbc, ((i64)b * p.length + t0 + i / width) * p.xbc_stride + channel);
+    }
+    if (threadIdx.x < tokens) {
+      const float raw = ((const float*)p.dt)[((i64)b * p.length + t0 + threadIdx.x) * p.dt_stride + head] + bias;
+      const float dt = softplus(raw, param_float(p.dt_low), param_float(p.dt_high));
+      dts[threadIdx.x] = dt;
+      decays[threadIdx.x] = expf(dt * a);
+    }
+    __syncthreads();
+    for (int t = 0; t < tokens; ++t) {
+      const float *x = in + t * width, *bs = x + span, *cs = bs + n;
+      const float dt = dts[t], decay = decays[t];
+      float sum[ROWS];
+#pragma unroll
+      for (int j = 0; j < ROWS; ++j) {
+        const int r = j * WARPS + warp;
+        const float dx = r < span ? dt * x[r] : 0.0f;
+        u32 top = 0;
+        sum[j] = 0;
+#pragma unroll
+        for (int k = 0; k < EACH; ++k) {
+          const int i = k * WARP + lane;
+          if (i >= n) continue;
+          s[j][k] = fmaf(decay, s[j][k], dx * bs[i]);
+          sum[j] = fmaf(s[j][k], cs[i], sum[j]);
+          const u32 bits = float_to_bits(s[j][k]) & 0x7fffffffu;
+          top = bits > top ? bits : top;
+        }
+        if (type == STATE_INT8) code[j] = int8_scale(warp_max_bits(top));
+        if (type == STATE_F32 || t0 + t + 1 == p.length) continue;  // the last rounding is the storing
+#pragma unroll
+        for (int k = 0; k < EACH; ++k) s[j][k] = rounded(type, s[j][k], code[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < ROWS; ++j) sum[j] = warp_sum(sum[j]);
+      const int r = lane * WARPS + warp;  // lane j stores row j
+      if (lane < ROWS && r < span) {
+        const i64 channel = first + r;
+        const float d = ((const float*)p.d)[p.d_per_channel ? channel : head];
+        const float own = lane == 0 ? sum[0] : lane == 1 ? sum[1] : lane == 2 ? sum[2] : sum[3];
+        store((T*)p.y, ((i64)b * p.length + t0 + t) * p.y_stride + channel, fmaf(d, x[r], own));
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < ROWS; ++j) {
+    const int r = j * WARPS + warp;
+    if (r >= span) break;
+    if (type == STATE_INT8 && lane == 0) scales[row0 + r] = code[j].step;
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+      const int i = k * WARP + lane;
+      if (i < n) close_entry(type, ssm, (row0 + r) * n + i, s[j][k], code[j].to_code);
+    }
+  }
+}
+
+#define SCAN_INSTANCE(name, T, VEC) \
+  KERNEL(name, Scan, THREADS) { \
+    SHARED(smem); \
+    scan<T, VEC>(p, smem); \
+  }
+SCAN_INSTANCE(slimba_scan_half_1, Half, 1)
+SCAN_INSTANCE(slimba_scan_half_2, Half, 2)
+SCAN_INSTANCE(slimba_scan_float_1, float, 1)
+SCAN_INSTANCE(slimba_scan_float_2, float, 2)

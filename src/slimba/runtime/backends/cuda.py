@@ -1,0 +1,184 @@
+"""CudaEngine: a checkpoint on an NVIDIA GPU, weights packed as they are on disk. Needs torch (memory, graphs, cuBLAS).
+
+Small batches decode by fused kernels in one CUDA graph (cuda_step.py), prompts and large batches run in bulk
+(cuda_bulk.py). Run the tests: `pytest tests/runtime/test_cuda_engine.py` (the kernels on a processor), `pytest -m gpu`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from slimba.checkpoints.checkpoint import Checkpoint
+from slimba.errors import UserError
+from slimba.models.spec import ModelSpec
+from slimba.runtime.engine import SamplingParams
+from slimba.runtime.sampling import Sampler
+from slimba.runtime.scoring import check_ids
+
+try:
+    import torch
+
+    from slimba.kernels.cuda.compiler import CudaUnavailable
+    from slimba.runtime.backends.cuda_bulk import CHUNK, Bulk
+    from slimba.runtime.backends.cuda_device import Gpu, open_gpu
+    from slimba.runtime.backends.cuda_model import CudaModel
+    from slimba.runtime.backends.cuda_state import STATE_CODES, CudaState
+    from slimba.runtime.backends.cuda_step import BulkStep, FusedStep, Step
+except ModuleNotFoundError as e:
+    if e.name != "torch":
+        raise
+    raise UserError('backend cuda needs torch with CUDA; pip install "slimba[gpu]", or use --backend cpu') from None
+
+__all__ = ["CudaEngine", "CudaState", "CudaUnavailable"]
+
+LOGIT_FLOATS = 1 << 27  # most logits made at once by `nll`
+
+
+class CudaEngine:
+    """Implements `runtime.engine.Engine`.
+
+    state_dtype: float32, bfloat16 or int8, the recurrent state between tokens. gpu: a device other than the first one.
+    exact: products of bulk passes in float32, for checks. UserError for what the engine cannot run, CudaUnavailable
+    (a UserError) where there is no GPU that can.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, state_dtype: str = "float32", gpu: Gpu | None = None, exact: bool = False
+    ) -> None:
+        activations = checkpoint.numerics.get("activations", "float32")
+        if activations != "float32":
+            raise UserError(f"backend cuda computes with float32 activations, {activations} is not available")
+        if state_dtype not in STATE_CODES:
+            raise UserError(f"state dtype {state_dtype!r} is unknown, known are {', '.join(STATE_CODES)}")
+        if checkpoint.spec.architecture != "mamba2" or checkpoint.spec.d_state > 256 or checkpoint.spec.d_conv > 8:
+            raise CudaUnavailable(
+                "backend cuda runs Mamba-2 with a state of at most 256 and at most 8 convolution taps"
+            )
+        self.gpu = gpu or open_gpu()
+        self.spec: ModelSpec = checkpoint.spec
+        self.state_dtype = state_dtype
+        free = self.gpu.free_bytes()
+        if free is not None and checkpoint.nbytes() * 1.3 + (1 << 28) > free:
+            need, have = (checkpoint.nbytes() * 1.3 + (1 << 28)) / 1e9, free / 1e9
+            raise CudaUnavailable(f"the model needs about {need:.1f} GB of GPU memory and {have:.1f} GB are free")
+        self.model = CudaModel(checkpoint, self.gpu)
+        self._bulk = Bulk(self.model, self.gpu, state_dtype, exact=exact)
+        self._steps: dict[int, Step] = {}
+        self._graphs: dict[tuple[int, bool], Callable[[], None]] = {}
+
+    def new_state(self, batch: int = 1) -> CudaState:
+        if batch < 1:
+            raise UserError(f"batch is {batch}, it must be at least 1")
+        need, free = CudaState.nbytes(self.spec, batch, self.state_dtype), self.gpu.free_bytes()
+        if free is not None and need > free:
+            raise UserError(
+                f"the state of {batch} sequences needs {need / 1e9:.1f} GB but {free / 1e9:.1f} GB are free"
+            )
+        return CudaState(self.spec, batch, self.state_dtype, self.gpu.device)
+
+    @torch.inference_mode()
+    def forward(self, ids: np.ndarray, state: CudaState) -> np.ndarray:
+        """int32 [B, L] -> float32 logits [B, L, V]."""
+        x = self._ids(ids, state)
+        out = np.empty((*x.shape, self.spec.vocab_size), np.float32)
+        for at, piece, u in self._pieces(x, state, LOGIT_FLOATS // self.spec.vocab_size):
+            logits = self._bulk.logits(u).view(*piece.shape, -1)
+            out[:, at : at + piece.shape[1]] = logits.cpu().numpy()
+        return out
+
+    @torch.inference_mode()
+    def prefill(self, ids: np.ndarray, state: CudaState) -> np.ndarray:
+        """int32 [B, L] -> float32 logits of the last position [B, V], in bounded memory for any L."""
+        return np.asarray(self._prefill(self._ids(ids, state), state).cpu().numpy())
+
+    @torch.inference_mode()
+    def nll(self, ids: np.ndarray, targets: np.ndarray, state: CudaState) -> np.ndarray:
+        """int32 [B, L] twice -> float64 negative log-likelihoods [B, L] in nats."""
+        if np.shape(ids) != np.shape(targets):
+            raise UserError(f"ids are {list(np.shape(ids))} but targets are {list(np.shape(targets))}")
+        x, y = self._ids(ids, state), self._ids(targets, state).long()
+        out = np.empty(x.shape, np.float64)
+        for at, piece, u in self._pieces(x, state, LOGIT_FLOATS // self.spec.vocab_size // 4):
+            logits = self._bulk.logits(u).double()
+            if not bool(torch.isfinite(logits).all()):
+                raise UserError("the logits hold NaN or infinity: the weights are damaged or the state has overflowed")
+            target = y[:, at : at + piece.shape[1]].reshape(-1)
+            loss = torch.logsumexp(logits, 1) - logits.gather(1, target[:, None])[:, 0]
+            out[:, at : at + piece.shape[1]] = loss.view(piece.shape).cpu().numpy()
+        return out
+
+    @torch.inference_mode()
+    def generate(
+        self, prompt: np.ndarray, state: CudaState, params: SamplingParams, *, stride: int = 1
+    ) -> Iterator[np.ndarray]:
+        """int32 prompt [B, L] -> new ids in pieces [B, <= stride]; -1 pads a sequence that met a stop id."""
+        if stride < 1:
+            raise UserError(f"stride is {stride}, it must be at least 1")
+        if params.n_valid > self.spec.vocab_size:
+            raise UserError(f"n_valid is {params.n_valid} but the model has {self.spec.vocab_size} ids")
+        logits = self._prefill(self._ids(prompt, state), state)
+        sampler = Sampler(params, prompt)
+        ids = sampler.step(logits.cpu().numpy())
+        piece = [ids]
+        while not sampler.done:
+            if len(piece) == stride:
+                yield np.stack(piece, axis=1)
+                piece = []
+            with torch.inference_mode():
+                logits = self.step(np.maximum(ids, 0), state)
+            ids = sampler.step(logits.cpu().numpy())
+            piece.append(ids)
+        yield np.stack(piece, axis=1)
+
+    @torch.inference_mode()
+    def step(self, ids: np.ndarray, state: CudaState) -> torch.Tensor:
+        """int32 [B] -> float32 logits [B, V] on the device (overwritten by the next step); one token each."""
+        step = self.stepper(state)
+        step.ids.copy_(torch.from_numpy(np.asarray(ids, np.int32)))
+        self.run(step, choose=False)
+        return step.logits
+
+    def stepper(self, state: CudaState) -> Step:
+        """The step for this batch size, pointed to `state`."""
+        batch = state.batch
+        if batch not in self._steps:
+            if FusedStep.fits(self.model, self.gpu, batch):
+                self._steps[batch] = FusedStep(self.model, self.gpu, batch, self.state_dtype)
+            else:
+                self._steps[batch] = BulkStep(self.model, self.gpu, batch, self._bulk)
+        self._steps[batch].point_to(state)
+        return self._steps[batch]
+
+    def run(self, step: Step, *, choose: bool) -> None:
+        """One step; the second and later ones of a kind replay a CUDA graph."""
+        key = step.batch, choose
+        if key in self._graphs:
+            return self._graphs[key]()
+        step.work(choose=choose)
+        self._graphs[key] = self.gpu.record(lambda: step.work(choose=choose))
+
+    def _prefill(self, x: torch.Tensor, state: CudaState) -> torch.Tensor:
+        if not x.shape[1]:
+            raise UserError("the prompt is empty: prefill needs at least one token")
+        for _, piece, u in self._pieces(x, state, CHUNK):
+            last = u.view(*piece.shape, -1)[:, -1]
+        return self._bulk.logits(last)
+
+    def _pieces(
+        self, x: torch.Tensor, state: CudaState, tokens: int
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """(first position, ids, residual stream) of pieces of at most `tokens` tokens of all sequences."""
+        length = max(1, min(CHUNK, tokens) // max(1, state.batch))
+        for at in range(0, x.shape[1], length):
+            piece = x[:, at : at + length]
+            yield at, piece, self._bulk.residual(piece, state.pointers)
+
+    def _ids(self, ids: np.ndarray, state: CudaState) -> torch.Tensor:
+        ids = np.asarray(ids)
+        if ids.ndim != 2 or len(ids) != state.batch:
+            raise UserError(f"ids must be [{state.batch}, length] for this state, not {list(ids.shape)}")
+        return torch.from_numpy(check_ids(ids, self.spec.vocab_size).astype(np.int32)).to(self.gpu.device)

@@ -1,0 +1,146 @@
+"""Many tokens at once on the GPU: prefill, scoring, and steps of large batches.
+
+    bulk = Bulk(model, gpu, state_dtype="float32")
+    u = bulk.residual(ids, state.pointers)   # ids int32 [B, L] -> residual stream float32 [B * L, D], state moved on
+    logits = bulk.logits(u)                  # float32 [rows, V]
+
+Products run in cuBLAS over a scratch of one matrix, expanded from the packed bits just before (float16; float32 with
+`exact`, for checks). Callers bound the tokens of one call by `CHUNK`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from slimba.runtime.backends.cuda_device import Gpu
+from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, span_of
+from slimba.runtime.backends.cuda_state import STATE_CODES, StatePointers
+from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits
+
+__all__ = ["CHUNK", "Bulk"]
+
+CHUNK = 8192  # tokens of all sequences in one pass
+SCAN_TOKENS = 16  # of kernels/cuda/scan.cu
+CONV_TOKENS = 16  # of kernels/cuda/bulk.cu
+HEAD_ROWS = 8192  # rows of the head expanded at a time
+
+
+class Bulk:
+    def __init__(self, model: CudaModel, gpu: Gpu, state_dtype: str, *, exact: bool = False) -> None:
+        self._model, self._gpu = model, gpu
+        self._type = STATE_CODES[state_dtype]
+        self.dtype = torch.float32 if exact else torch.float16
+        self._suffix = "float" if exact else "half"
+        self._scratch = torch.empty(0, dtype=self.dtype, device=gpu.device)
+
+    def residual(self, ids: torch.Tensor, state: StatePointers, *, advance: bool = True) -> torch.Tensor:
+        """int32 [B, L] on the device -> what the final norm takes, float32 [B * L, D]. advance: count the tokens."""
+        spec, (batch, length) = self._model.spec, ids.shape
+        tokens = batch * length
+        flat = ids.reshape(-1).contiguous()
+        u = self._empty(tokens, spec.d_model, dtype=torch.float32)
+        self._launch_embed(flat, u)
+        delta: torch.Tensor | None = None
+        for i, layer in enumerate(self._model.layers):
+            x = self._empty(tokens, spec.d_model)
+            self._add_norm(u, delta, x, layer.norm)
+            delta = self._mixer(layer, x, state.fields(spec, i), batch, length)
+        self._add_norm(u, delta, None, None)
+        if advance:
+            fields = fields_of(state.fields(spec, 0), batch, length)
+            self._gpu.launch("slimba_advance", (-(-batch // 256),), fields)
+        return u
+
+    def logits(self, u: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows of the residual stream [n, D] -> float32 [n, V], in `out` where it is given."""
+        model = self._model
+        x = self._empty(*u.shape)
+        self._add_norm(u.contiguous(), None, x, model.norm_f)
+        out = self._empty(len(u), model.head.rows, dtype=torch.float32) if out is None else out
+        for first in range(0, model.head.rows, HEAD_ROWS):
+            rows = min(HEAD_ROWS, model.head.rows - first)
+            out[:, first : first + rows] = self._product32(x, self._expand(model.head, first, rows))
+        return out
+
+    def _mixer(self, layer: LayerWeights, x: torch.Tensor, state: list[int], batch: int, length: int) -> torch.Tensor:
+        spec, tokens = self._model.spec, batch * length
+        inner, channels, heads = spec.d_inner, spec.d_conv_channels, spec.n_heads
+        wide = inner + channels
+        w = self._expand(layer.matrices["in_proj"])
+        p = x @ w[:wide].T
+        dt = self._product32(x, w[wide:])
+        if (bias := self._bias(layer, "in_proj")) is not None:
+            p += bias[:wide].to(p.dtype)
+            dt += bias[wide:]
+        size = p.element_size()
+        xbc = self._empty(tokens, channels)
+        conv = fields_of(
+            state, batch, length, p.data_ptr() + inner * size, wide, xbc.data_ptr(), channels, layer.conv.data_ptr(),
+            layer.conv_bias.data_ptr() if layer.conv_bias is not None else 0,
+        )  # fmt: skip
+        blocks = -(-channels // 256)
+        self._launch("conv", (blocks, -(-length // CONV_TOKENS), batch), conv)
+        self._launch("push", (blocks, batch), conv)
+        y = self._empty(tokens, inner)
+        span, n = span_of(spec.headdim), spec.d_state
+        low, high = spec.dt_limit
+        scan = fields_of(
+            state, batch, length, heads, spec.headdim, n, spec.n_groups, inner, span, self._type, int(spec.d_has_hdim),
+            layer.a.data_ptr(), layer.d.data_ptr(), layer.dt_bias.data_ptr(), xbc.data_ptr(), channels, dt.data_ptr(),
+            heads, y.data_ptr(), inner, float_bits(low), float_bits(high),
+        )  # fmt: skip
+        shared = 4 * SCAN_TOKENS * (span + 2 * n + 2)
+        name = f"slimba_scan_{self._suffix}_{1 if n <= 128 else 2}"
+        self._gpu.launch(name, (batch * (inner // span),), scan, shared)
+        gated = self._empty(tokens, inner)
+        groups = inner // spec.norm_group_size if spec.gated_norm else 0
+        fields = fields_of(
+            y.data_ptr(), inner, p.data_ptr(), wide, gated.data_ptr(), inner,
+            layer.gated_norm.data_ptr() if layer.gated_norm is not None else 0, inner, groups,
+            float_bits(spec.norm_eps), int(spec.norm_before_gate),
+        )  # fmt: skip
+        self._launch("gate_norm", (tokens,), fields, 32)
+        delta = gated @ self._expand(layer.matrices["out_proj"]).T
+        if (bias := self._bias(layer, "out_proj")) is not None:
+            delta += bias.to(delta.dtype)
+        return delta
+
+    # ------------------------------------------------------------ the pieces
+
+    def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype or self.dtype, device=self._gpu.device)
+
+    def _launch(self, name: str, grid: tuple[int, ...], fields: object, shared: int = 0) -> None:
+        self._gpu.launch(f"slimba_{name}_{self._suffix}", grid, fields, shared)  # type: ignore[arg-type]
+
+    def _launch_embed(self, ids: torch.Tensor, u: torch.Tensor) -> None:
+        fields = fields_of(self._model.embedding.fields, [0] * 5, len(ids), ids.data_ptr(), u.data_ptr())
+        self._gpu.launch("slimba_embed", (max(1, min(u.numel() // 1024, 16 * self._gpu.blocks)),), fields)
+
+    def _add_norm(
+        self, u: torch.Tensor, delta: torch.Tensor | None, x: torch.Tensor | None, weight: torch.Tensor | None
+    ) -> None:
+        pointers = [t.data_ptr() if t is not None else 0 for t in (u, delta, x, weight)]
+        fields = fields_of(pointers, u.shape[1], float_bits(self._model.spec.norm_eps))
+        self._launch("add_norm", (len(u),), fields, 32)
+
+    def _expand(self, m: DeviceMatrix, first: int = 0, rows: int | None = None) -> torch.Tensor:
+        """Rows of the matrix that `Matrix.dequantize` describes, in the scratch: [rows, cols]."""
+        rows = m.rows if rows is None else rows
+        if self._scratch.numel() < rows * m.cols:
+            self._scratch = self._empty(rows * m.cols)
+        out = self._scratch[: rows * m.cols].view(rows, m.cols)
+        fields = fields_of(m.fields, first, rows, out.data_ptr(), m.cols, m.plane_inverse)
+        self._launch("expand", (-(-m.cols // 256), -(-rows // 64)), fields, m.rank * 1024)
+        return out
+
+    def _bias(self, layer: LayerWeights, name: str) -> torch.Tensor | None:
+        return layer.matrices[name].bias
+
+    def _product32(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """x w^T with a float32 result."""
+        if x.dtype == torch.float32:
+            return x @ w.T
+        if x.device.type == "cuda":
+            return torch.mm(x, w.T, out_dtype=torch.float32)
+        return x.float() @ w.T.float()

@@ -1,0 +1,206 @@
+"""One token for each sequence of a batch, ready to be recorded as a CUDA graph.
+
+FusedStep: few sequences, three launches a layer, nothing expanded in memory. BulkStep: many, by the bulk pass.
+
+    step = FusedStep(model, gpu, batch=1, state_dtype="int8")
+    step.point_to(state); step.ids[:] = ...; step.work(choose=True)     # logits, next ids, positions moved on
+
+Batches of 2 to 8 use the kernels of 8. Which models fit is `FusedStep.fits`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from slimba.models.spec import ModelSpec
+from slimba.runtime.backends.cuda_bulk import Bulk
+from slimba.runtime.backends.cuda_device import Gpu
+from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, span_of
+from slimba.runtime.backends.cuda_state import STATE_CODES, CudaState, StatePointers
+from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits, up_to
+
+__all__ = ["BulkStep", "FusedStep", "PersistentStep", "Step"]
+
+STORE, ADD, IN_PROJ = 0, 1, 2  # enum OutputMode in kernels/cuda/matrix.cuh
+LARGEST_STATE = 256  # entries of a row of the state that a warp holds
+
+
+class Step:
+    """What every step of decoding has, whatever computes it.
+
+    `ids` int32 [B] in, `logits` float32 [B, V] out; `chosen` int32 [B, ROOM] and `count` [B] record greedy ids.
+    """
+
+    ROOM = 4096
+
+    def __init__(self, model: CudaModel, gpu: Gpu, batch: int, n_valid: int) -> None:
+        spec = model.spec
+        self.batch, self._gpu, self._model = batch, gpu, model
+        self.ids = self._zeros(batch, dtype=torch.int32)
+        self.chosen = self._zeros(batch, self.ROOM, dtype=torch.int32)
+        self.count = self._zeros(batch, dtype=torch.int32)
+        self.logits = self._zeros(batch, spec.vocab_size)
+        self.pointers = StatePointers(self._zeros(5, dtype=torch.int64), self._zeros(batch, dtype=torch.int32))
+        self._argmax = fields_of(
+            self._state(0), batch, self.logits.data_ptr(), spec.vocab_size, n_valid or spec.vocab_size,
+            self.ids.data_ptr(), self.chosen.data_ptr(), self.ROOM, self.count.data_ptr(),
+        )  # fmt: skip
+
+    def work(self, *, choose: bool) -> None:
+        """Launches one step. choose: the most likely ids become the next ids."""
+        raise NotImplementedError
+
+    def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=self._gpu.device)
+
+    def _state(self, layer: int) -> list[int]:
+        return self.pointers.fields(self._model.spec, layer)
+
+    def point_to(self, state: CudaState) -> None:
+        """The next steps move this state on."""
+        self.pointers.arrays.copy_(state.pointers.arrays)
+        self.pointers.slots.copy_(state.pointers.slots)
+
+    def after(self, choose: bool, overlap: bool = False) -> None:
+        """The next ids where they are chosen here; and the positions move on."""
+        gpu = self._gpu
+        if choose:
+            gpu.launch("slimba_argmax", (self.batch,), self._argmax, 8192, threads=1024, overlap=overlap)
+        else:
+            fields = fields_of(self._state(0), self.batch, 1)
+            gpu.launch("slimba_advance", (-(-self.batch // 256),), fields, overlap=overlap)
+
+
+class BulkStep(Step):
+    """One token for each of many sequences by the bulk pass."""
+
+    def __init__(self, model: CudaModel, gpu: Gpu, batch: int, bulk: Bulk, n_valid: int = 0) -> None:
+        super().__init__(model, gpu, batch, n_valid)
+        self._bulk = bulk
+
+    def work(self, *, choose: bool) -> None:
+        """Launches one step. choose: the most likely ids become the next ids."""
+        u = self._bulk.residual(self.ids[:, None], self.pointers, advance=False)
+        self._bulk.logits(u, out=self.logits)
+        self.after(choose)
+
+
+class FusedStep(Step):
+    """One token for each of up to 8 sequences by the fused kernels."""
+
+    def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str, n_valid: int = 0) -> None:
+        super().__init__(model, gpu, batch, n_valid)
+        spec, zeros = model.spec, self._zeros
+        self._tokens = self.tokens_of(batch)
+        self.u = zeros(batch, spec.d_model)
+        self._z, self._y = zeros(batch, spec.d_inner), zeros(batch, spec.d_inner)
+        self._dt = zeros(batch, spec.n_heads)
+        self.products: list[np.ndarray] = []
+        self.recurrences: list[np.ndarray] = []
+        for i, layer in enumerate(model.layers):
+            self.products += [self._in_proj(layer, i), self._out_proj(layer, i)]
+            self.recurrences.append(self._recurrence(layer, i, STATE_CODES[state_dtype]))
+        self.products.append(self._head())
+        self.embed = fields_of(
+            model.embedding.fields, self._state(0), batch, self.ids.data_ptr(), self.u.data_ptr()
+        )  # fmt: skip
+
+    @staticmethod
+    def tokens_of(batch: int) -> int:
+        """Tokens that the kernel for this batch holds."""
+        return 1 if batch == 1 else 8
+
+    @classmethod
+    def fits(cls, model: CudaModel, gpu: Gpu, batch: int) -> bool:
+        spec = model.spec
+        if spec.architecture != "mamba2" or not 1 <= batch <= 8 or spec.d_state > LARGEST_STATE:
+            return False
+        groups = max(1, cls._norm_groups(spec))
+        matrices = [m for layer in model.layers for m in layer.matrices.values()]
+        return all(m.shared_bytes(cls.tokens_of(batch), groups) <= gpu.shared for m in [*matrices, model.head])
+
+    @staticmethod
+    def _norm_groups(spec: ModelSpec) -> int:
+        return spec.d_inner // spec.norm_group_size if spec.gated_norm else 0
+
+    def work(self, *, choose: bool, overlap: bool = True) -> None:
+        """Launches one step. choose: the most likely ids become the next ids. overlap: by dependent launch."""
+        gpu, spec = self._gpu, self._model.spec
+        gpu.launch("slimba_embed", (gpu.blocks,), self.embed)
+        units = self.batch * (spec.d_inner // span_of(spec.headdim))
+        shared = 4 * (span_of(spec.headdim) + 2 * spec.d_state)
+        recur = "slimba_recur_1" if spec.d_state <= 128 else "slimba_recur_2"
+        for i, layer in enumerate(self._model.layers):
+            self._product(layer.matrices["in_proj"], self.products[2 * i], 1, overlap)
+            gpu.launch(recur, (min(units, 8 * gpu.blocks),), self.recurrences[i], shared, overlap=overlap)
+            self._product(layer.matrices["out_proj"], self.products[2 * i + 1], self._norm_groups(spec), overlap)
+        self._product(self._model.head, self.products[-1], 1, overlap)
+        self.after(choose, overlap)
+
+    def _product(self, m: DeviceMatrix, fields: np.ndarray, groups: int, overlap: bool) -> None:
+        grid, shared = (min(self._gpu.blocks, m.items),), m.shared_bytes(self._tokens, groups)
+        self._gpu.launch(f"slimba_product_{self._tokens}", grid, fields, shared, overlap=overlap)
+
+    def _in_proj(self, layer: LayerWeights, i: int) -> np.ndarray:
+        spec = self._model.spec
+        inner, ring = spec.d_inner, spec.d_inner + spec.d_conv_channels
+        source = [self.u.data_ptr(), spec.d_model, 0, 0, layer.norm.data_ptr(), 1, float_bits(spec.norm_eps)]
+        out = [IN_PROJ, self._dt.data_ptr(), spec.n_heads, 0, inner, self._z.data_ptr(), inner, inner, ring, ring]
+        return fields_of(layer.matrices["in_proj"].fields, source, out, self._state(i), self.batch)
+
+    def _out_proj(self, layer: LayerWeights, i: int) -> np.ndarray:
+        spec = self._model.spec
+        late = spec.gated_norm and spec.norm_before_gate  # the gate is applied after the norm, that is here
+        weight = layer.gated_norm.data_ptr() if layer.gated_norm is not None else 0
+        source = [
+            self._y.data_ptr(), spec.d_inner, self._z.data_ptr() if late else 0, spec.d_inner, weight,
+            self._norm_groups(spec), float_bits(spec.norm_eps),
+        ]  # fmt: skip
+        out = [ADD, self.u.data_ptr(), spec.d_model, *[0] * 7]
+        return fields_of(layer.matrices["out_proj"].fields, source, out, self._state(i), self.batch)
+
+    def _head(self) -> np.ndarray:
+        spec, model = self._model.spec, self._model
+        source = [self.u.data_ptr(), spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, float_bits(spec.norm_eps)]
+        out = [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7]
+        return fields_of(model.head.fields, source, out, self._state(0), self.batch)
+
+    def _recurrence(self, layer: LayerWeights, i: int, state_type: int) -> np.ndarray:
+        spec = self._model.spec
+        gated = not (spec.gated_norm and spec.norm_before_gate)
+        low, high = spec.dt_limit
+        return fields_of(
+            self._state(i), self.batch, spec.n_heads, spec.headdim, spec.d_state, spec.n_groups, spec.d_inner,
+            span_of(spec.headdim), state_type, int(spec.d_has_hdim), int(gated), layer.conv.data_ptr(),
+            layer.conv_bias.data_ptr() if layer.conv_bias is not None else 0, layer.a.data_ptr(), layer.d.data_ptr(),
+            layer.dt_bias.data_ptr(), self._dt.data_ptr(), spec.n_heads, self._z.data_ptr(), spec.d_inner,
+            self._y.data_ptr(), spec.d_inner, float_bits(low), float_bits(high),
+        )  # fmt: skip
+
+
+class PersistentStep(FusedStep):
+    """One token for one sequence by one kernel with barriers of the whole grid."""
+
+    def __init__(self, model: CudaModel, gpu: Gpu, state_dtype: str, n_valid: int = 0) -> None:
+        super().__init__(model, gpu, 1, state_dtype, n_valid)
+        spec = model.spec
+        device = gpu.device
+        self._arrived = self._zeros(1, dtype=torch.int32)
+        self._all_products = torch.from_numpy(np.stack(self.products)).to(device)
+        self._all_recurrences = torch.from_numpy(np.stack(self.recurrences)).to(device)
+        self._fields = fields_of(
+            self.embed.tolist(), spec.n_layer, self._all_products.data_ptr(), self._all_recurrences.data_ptr(),
+            self._arrived.data_ptr(),
+        )  # fmt: skip
+        groups = max(1, self._norm_groups(spec))
+        matrices = [m for layer in model.layers for m in layer.matrices.values()]
+        work = max(m.shared_bytes(1, groups) for m in [*matrices, model.head])
+        work = max(work, 4 * (span_of(spec.headdim) + 2 * spec.d_state))
+        self._shared = up_to(self.products[0].nbytes + self.recurrences[0].nbytes, 16) + work
+
+    def work(self, *, choose: bool, overlap: bool = False) -> None:
+        """Launches one step. choose: the most likely ids become the next ids."""
+        self._arrived.zero_()
+        self._gpu.launch("slimba_persistent", (self._gpu.blocks,), self._fields, self._shared, module="persistent")
+        self.after(choose)

@@ -1,0 +1,196 @@
+"""Matrices of a checkpoint in GPU memory, in the order that kernels/cuda/matrix.cuh wants, and their descriptions.
+
+    m = DeviceMatrix(checkpoint.matrix(name), device, blocks=132)
+    m.fields                     # the struct Matrix as int64
+    m.shared_bytes(tokens=1)     # what a block of slimba_product_1 needs
+
+Bits stay bits, codes stay codes: only the order of columns within 32 changes, and rows are padded to 512 columns. Needs
+torch, for memory. Run the tests: `pytest tests/kernels/test_cuda_kernels.py`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from slimba.errors import UserError
+from slimba.formats import Matrix
+
+__all__ = ["WARPS", "DeviceMatrix", "float_bits", "up_to"]
+
+FORMAT_CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4, "sign": 5}  # enum Format in common.cuh
+TILE, WARPS, MAX_SEGMENTS, GROUP = 16, 8, 6, 128  # of matrix.cuh; columns that share an int4 scale
+ROWS_AT_ONCE = 8192  # rows put in order at a time, which bounds the memory of loading
+
+
+def up_to(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def float_bits(value: float) -> int:
+    """A float32 parameter in a 64-bit field."""
+    return int(struct.unpack("<I", struct.pack("<f", value))[0])
+
+
+def tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array in the device's memory; bfloat16 as its bits."""
+    plain = array.view(np.int16) if array.dtype.name == "bfloat16" else array
+    return torch.from_numpy(np.array(plain, order="C")).to(device)
+
+
+def in_order(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 [rows, kpad]: column 32 W + 8 b + j to byte b of word j, for every W."""
+    rows, kpad = codes.shape
+    return codes.view(rows, kpad // 32, 4, 8).transpose(2, 3).contiguous().view(rows, kpad)
+
+
+def padded(codes: torch.Tensor, cols: int, fill: int = 0) -> torch.Tensor:
+    out = torch.full((codes.shape[0], cols), fill, dtype=codes.dtype, device=codes.device)
+    out[:, : codes.shape[1]] = codes
+    return out
+
+
+def int4_words(packed: torch.Tensor, cols: int, kpad: int) -> torch.Tensor:
+    """uint8 [rows, ceil(cols / 2)], low nibble first -> [rows, kpad / 2]: 4-byte words of the order above in pairs, the
+    first of a pair in the low nibbles."""
+    codes = torch.stack([packed & 15, packed >> 4], dim=2).view(packed.shape[0], -1)[:, :cols]
+    words = in_order(padded(codes, kpad, 8)).view(packed.shape[0], kpad // 32, 4, 2, 4)
+    return (words[:, :, :, 0] | words[:, :, :, 1] << 4).reshape(packed.shape[0], kpad // 2)
+
+
+class DeviceMatrix:
+    """One matrix on the device. `blocks` is the size of the grid that will multiply by it.
+
+    UserError when the layout has more segments than a kernel takes.
+    """
+
+    def __init__(
+        self, matrix: Matrix, device: torch.device, blocks: int, bias: np.ndarray | None = None, name: str = "a matrix"
+    ) -> None:
+        layout = self.layout = matrix.layout
+        if len(layout.segments) > MAX_SEGMENTS:
+            raise UserError(f"{name} has {len(layout.segments)} row segments; backend cuda takes {MAX_SEGMENTS}")
+        self.rows, self.cols = layout.rows, layout.cols
+        self.kpad = up_to(layout.cols, 512)
+        self._keep: list[torch.Tensor] = []
+        self._device = device
+        self.has_int4 = any(s.format == "int4" for s in layout.segments)
+        self.has_float = any(s.format in ("float32", "float16", "bfloat16") for s in layout.segments)
+        segments, items = self._segments(matrix)
+        rank, lowrank = self._lowrank(matrix)
+        plane = self._plane(matrix)
+        col_scale = self._upload(matrix.arrays["col_scale"].astype(np.float32)) if layout.col_scale else 0
+        self.rank = rank
+        self.items = items
+        self.bias = tensor(bias.astype(np.float32), device) if bias is not None else None
+        self.split = split_of(items, blocks, self.kpad // 512)
+        self.fields = [
+            self.rows, self.cols, self.kpad, len(layout.segments), items, self.split, *lowrank, *plane, col_scale,
+            self.bias.data_ptr() if self.bias is not None else 0, int(self.has_int4), int(self.has_float),
+            *segments,
+        ]  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self._keep)
+
+    def shared_bytes(self, tokens: int, groups: int = 1) -> int:
+        """Shared memory of a block that multiplies `tokens` (1 or 8) vectors: `carve` in matrix.cuh."""
+        layout = self.layout
+        k2 = up_to(layout.plane.cols, 512) if layout.plane else 0
+        red = WARPS * TILE * 3 * tokens * 4
+        parts = [
+            3 * tokens * slice_stride(self.kpad), 3 * tokens * slice_stride(k2) if k2 else 0, red, red if k2 else 0,
+            WARPS * 12, WARPS * 12, tokens * 4, tokens * self.rank * 4,
+            3 * tokens * (self.kpad // 32) * 4 if self.has_int4 else 0, tokens * self.kpad * 4 if self.has_float else 0,
+            tokens * groups * 4 if groups > 1 else 0, 4 * WARPS * 4, tokens * 8,
+        ]  # fmt: skip
+        return sum(up_to(p, 16) for p in parts)
+
+    def _upload(self, array: np.ndarray) -> int:
+        return self._hold(tensor(array, self._device))
+
+    def _hold(self, t: torch.Tensor) -> int:
+        self._keep.append(t)
+        return t.data_ptr()
+
+    def _segments(self, matrix: Matrix) -> tuple[list[int], int]:
+        """The structs Segment, and the number of items: tiles of sign rows, and single rows of all else."""
+        fields: list[int] = []
+        first = item = 0
+        for i, s in enumerate(matrix.layout.segments):
+            parts = matrix.segment_parts(i)
+            data, stride = self._data(parts["packed"] if "packed" in parts else parts["weight"], s.format)
+            scale = self._upload(parts["scale"]) if "scale" in parts else 0
+            groups = parts["scale"].shape[1] if s.format == "int4" else 0
+            fields += [FORMAT_CODES[s.format], first, s.rows, item, data, scale, stride, groups]
+            first += s.rows
+            item += -(-s.rows // TILE) if s.format == "sign" else s.rows
+        return fields + [0] * (8 * MAX_SEGMENTS - len(fields)), item
+
+    def _data(self, array: np.ndarray, format: str) -> tuple[int, int]:
+        """Pointer and bytes a row of a segment's main part."""
+        pieces = [self._ordered(array[at : at + ROWS_AT_ONCE], format) for at in range(0, len(array), ROWS_AT_ONCE)]
+        whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        return self._hold(whole), whole.shape[1] * whole.element_size()
+
+    def _ordered(self, array: np.ndarray, format: str) -> torch.Tensor:
+        t = tensor(array, self._device)
+        if format == "int8":
+            return in_order(padded(t.view(torch.uint8), self.kpad))
+        if format == "int4":
+            return int4_words(t, self.cols, self.kpad)
+        return padded(t, self.kpad // 8 if format == "sign" else self.kpad)
+
+    def _lowrank(self, matrix: Matrix) -> tuple[int, list[int]]:
+        lr = matrix.layout.lowrank
+        if not lr:
+            return 0, [0] * 7
+        rank, arrays = up_to(lr.rank, 16), matrix.arrays
+        a = padded(tensor(arrays["lowrank_a"], self._device), rank)
+        b = torch.zeros(rank, self.kpad, dtype=torch.uint8, device=self._device)
+        b[: lr.rank] = self._ordered(arrays["lowrank_b"], "int8")
+        b_scale = np.zeros(rank, np.float16)
+        b_scale[: lr.rank] = arrays["lowrank_b_scale"]
+        return rank, [
+            rank, lr.start, lr.stop, self._hold(a), self._upload(arrays["lowrank_a_scale"]), self._hold(b),
+            self._upload(b_scale),
+        ]  # fmt: skip
+
+    def _plane(self, matrix: Matrix) -> list[int]:
+        p = matrix.layout.plane
+        self.plane_inverse = 0
+        if not p:
+            return [0] * 8
+        index = matrix.plane_columns().astype(np.int32)
+        inverse = np.full(self.cols, -1, np.int32)
+        inverse[index] = np.arange(p.cols)
+        self.plane_inverse = self._upload(inverse)
+        kpad = up_to(p.cols, 512)
+        bits = padded(tensor(matrix.arrays["plane_packed"], self._device), kpad // 8)
+        scale = self._upload(matrix.arrays["plane_scale"])
+        return [p.cols, kpad, p.start, p.stop, kpad // 8, self._hold(bits), scale, self._upload(index)]
+
+
+def slice_stride(kpad: int) -> int:
+    size = kpad + kpad // 8
+    return size if size % 128 else size + 64
+
+
+def split_of(items: int, blocks: int, steps: int) -> int:
+    """Warps that share an item, so that few items keep many warps busy."""
+    split = 1
+    while split < WARPS and split < steps and items * split * 2 <= blocks * WARPS:
+        split *= 2
+    return split
+
+
+def fields_of(*parts: int | Sequence[int]) -> np.ndarray:
+    """A struct of 64-bit fields from numbers and lists of them."""
+    flat: list[int] = []
+    for part in parts:
+        flat += [part] if isinstance(part, int) else part
+    return np.array(flat, np.int64)

@@ -1,0 +1,72 @@
+"""The CUDA kernels compiled for this processor: every thread a fibre (host_cuda.h). `host_gpu()` is a Gpu for tests.
+
+Slow, but the very sources that run on a GPU, so that indexing, barriers and arithmetic are tested without one. Skips
+where there is no x86-64 g++.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slimba.kernels.cuda.compiler import source
+
+HERE = Path(__file__).parent
+AT_ONCE = {"slimba_persistent": 0}  # kernels whose blocks wait for each other run all of them at once
+
+
+class HostModule:
+    """Stands in for `kernels.cuda.driver.Module`."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def launch(
+        self, name: str, grid: Any, threads: int, shared: int, fields: np.ndarray, stream: int, *, overlap: bool = False
+    ) -> None:
+        data = np.ascontiguousarray(fields, np.int64)
+        gx, gy, gz = (*grid, 1, 1)[:3]
+        getattr(self._library, name)(
+            gx, gy, gz, ctypes.c_longlong(shared), ctypes.c_void_p(data.ctypes.data), ctypes.c_longlong(data.nbytes),
+            AT_ONCE.get(name, 1), threads,
+        )  # fmt: skip
+
+
+@cache
+def host_module(module: str = "main") -> HostModule:
+    compiler = shutil.which("g++")
+    if not compiler or platform.machine() != "x86_64":
+        pytest.skip("needs g++ on x86-64")
+    text = '#define SLIMBA_HOST\n#include "host_cuda.h"\n' + source(module)
+    key = hashlib.sha256((text + (HERE / "host_cuda.h").read_text()).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"slimba-host-cuda-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    library = folder / f"{module}-{key}.so"
+    if not library.exists():
+        unit = folder / f"{module}-{key}-{os.getpid()}.cpp"
+        unit.write_text(text)
+        built = unit.with_suffix(".so")
+        flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-w", "-Wno-unknown-pragmas", "-I", str(HERE)]
+        subprocess.run([compiler, *flags, str(unit), "-o", str(built)], check=True)
+        built.replace(library)
+        unit.unlink()
+    return HostModule(ctypes.CDLL(str(library)))
+
+
+@cache
+def host_gpu(blocks: int = 3, shared: int = 227 * 1024) -> Any:
+    torch = pytest.importorskip("torch")
+    from slimba.runtime.backends.cuda_device import Gpu
+
+    return Gpu(torch.device("cpu"), {"main": host_module(), "persistent": host_module("persistent")}, blocks, shared, overlap=False)

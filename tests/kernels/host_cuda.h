@@ -1,0 +1,254 @@
+// Runs the CUDA kernels of src/slimba/kernels/cuda on a processor, for tests: every thread of a grid is a fibre, and
+// __syncthreads, warp operations, tensor-core products and grid barriers wait for the others. Included by common.cuh in
+// place of its DEVICE part. Compiled and called by tests/kernels/cuda_host.py. x86-64 and gcc or clang only.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+typedef unsigned char u8;
+typedef signed char i8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef int i32;
+typedef unsigned long long u64;
+typedef long long i64;
+struct alignas(16) uint4 {
+  u32 x, y, z, w;
+};
+struct Dim3 {
+  unsigned x, y, z;
+};
+#define DEV static inline
+#define DEV_MEMBER inline
+
+namespace host {
+struct Fibre {
+  void* stack_pointer = nullptr;
+  std::vector<char> stack;
+  Dim3 thread = {0, 0, 0}, block = {0, 0, 0};
+  int block_index = 0, warp = 0, lane = 0;
+  bool done = false;
+};
+struct Gate {  // a barrier of `size` fibres
+  int size = 0, arrived = 0;
+  unsigned generation = 0;
+};
+struct Warp {
+  Gate gate;
+  u32 slot[32][8];
+};
+struct Block {
+  Gate gate;
+  std::vector<Warp> warps;
+  std::vector<u8> shared;
+};
+inline Fibre* current = nullptr;
+inline void* scheduler = nullptr;
+inline std::vector<Block>* blocks = nullptr;
+inline Gate grid_gate;
+inline Dim3 grid_size, block_size;
+inline const std::function<void()>* body = nullptr;
+
+extern "C" void host_switch(void** save, void* load);
+asm(R"(
+.text
+.globl host_switch
+host_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+inline void yield() { host_switch(&current->stack_pointer, scheduler); }
+inline void wait(Gate& g) {
+  const unsigned mine = g.generation;
+  if (++g.arrived == g.size) {
+    g.arrived = 0;
+    ++g.generation;
+    return;
+  }
+  while (g.generation == mine) yield();
+}
+inline Block& own_block() { return (*blocks)[current->block_index]; }
+inline Warp& own_warp() { return own_block().warps[current->warp]; }
+inline void enter() {
+  (*body)();
+  current->done = true;
+  for (;;) yield();
+}
+
+// Runs `blocks_at_once` blocks (0: all) side by side until the whole grid is done.
+inline void run(Dim3 grid, int threads, i64 shared_bytes, const std::function<void()>& f, int blocks_at_once) {
+  grid_size = grid;
+  block_size = {unsigned(threads), 1, 1};
+  body = &f;
+  const int total = int(grid.x * grid.y * grid.z), step = blocks_at_once ? blocks_at_once : total;
+  for (int from = 0; from < total; from += step) {
+    const int count = step < total - from ? step : total - from;
+    std::vector<Block> group(count);
+    std::vector<Fibre> fibres(std::size_t(count) * threads);
+    blocks = &group;
+    grid_gate = {count * threads, 0, 0};
+    for (int b = 0; b < count; ++b) {
+      const int at = from + b;
+      group[b].gate = {threads, 0, 0};
+      group[b].warps.resize((threads + 31) / 32);
+      for (auto& w : group[b].warps) w.gate = {32, 0, 0};
+      group[b].shared.assign(std::size_t(shared_bytes) + 64, 0xA5);  // poison, and a guard behind the end
+      for (int t = 0; t < threads; ++t) {
+        Fibre& fibre = fibres[std::size_t(b) * threads + t];
+        fibre.stack.resize(48 * 1024);
+        fibre.thread = {unsigned(t), 0, 0};
+        fibre.block = {unsigned(at) % grid.x, unsigned(at) / grid.x % grid.y, unsigned(at) / grid.x / grid.y};
+        fibre.block_index = b;
+        fibre.warp = t / 32;
+        fibre.lane = t % 32;
+        auto top = (std::uintptr_t(fibre.stack.data()) + fibre.stack.size()) & ~std::uintptr_t(15);
+        void** frame = reinterpret_cast<void**>(top) - 8;  // six registers, the entry, and no return
+        for (int i = 0; i < 6; ++i) frame[i] = nullptr;
+        frame[6] = reinterpret_cast<void*>(&enter);
+        frame[7] = nullptr;
+        fibre.stack_pointer = frame;
+      }
+    }
+    for (bool alive = true; alive;) {
+      alive = false;
+      for (auto& fibre : fibres) {
+        if (fibre.done) continue;
+        alive = true;
+        current = &fibre;
+        host_switch(&scheduler, fibre.stack_pointer);
+      }
+    }
+    for (auto& b : group)
+      for (std::size_t i = 0; i < 64; ++i)
+        if (b.shared[std::size_t(shared_bytes) + i] != 0xA5) {
+          std::fprintf(stderr, "a kernel wrote behind its %lld bytes of shared memory\n", (long long)shared_bytes);
+          std::abort();
+        }
+  }
+}
+// Lanes exchange words: everyone puts, everyone may read all, everyone leaves.
+struct Exchange {
+  Warp& w = own_warp();
+  template <typename... Words>
+  explicit Exchange(Words... words) {
+    int i = 0;
+    ((w.slot[current->lane][i++] = words), ...);
+    wait(w.gate);
+  }
+  ~Exchange() { wait(w.gate); }
+  u32 at(int lane, int i) const { return w.slot[lane][i]; }
+};
+}  // namespace host
+
+#define threadIdx (host::current->thread)
+#define blockIdx (host::current->block)
+#define gridDim (host::grid_size)
+#define blockDim (host::block_size)
+#define SHARED(name) u8* name = host::own_block().shared.data()
+#define KERNEL(name, Params, threads)                                                                              \
+  static void name##_body(const Params& p);                                                                       \
+  extern "C" void name(int gx, int gy, int gz, i64 shared, const void* fields, i64 bytes, int blocks_at_once, int n) { \
+    if (bytes != (i64)sizeof(Params)) {                                                                            \
+      std::fprintf(stderr, #name ": %lld bytes of fields for a struct of %lld\n", (long long)bytes,              \
+                   (long long)sizeof(Params));                                                                     \
+      std::abort();                                                                                                \
+    }                                                                                                              \
+    const Params& p = *static_cast<const Params*>(fields);                                                         \
+    host::run({unsigned(gx), unsigned(gy), unsigned(gz)}, n, shared, [&] { name##_body(p); }, blocks_at_once);    \
+  }                                                                                                                \
+  static void name##_body(const Params& p)
+
+inline void __syncthreads() { host::wait(host::own_block().gate); }
+DEV float __uint_as_float(u32 u) {
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+DEV u32 __float_as_uint(float f) {
+  u32 u;
+  std::memcpy(&u, &f, 4);
+  return u;
+}
+DEV int __float2int_rn(float f) { return int(std::nearbyint(f)); }
+DEV float half_bits_to_float(u16 h) {
+  const u32 sign = u32(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
+  if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | fraction << 13);
+  if (exponent) return __uint_as_float(sign | (exponent + 112) << 23 | fraction << 13);
+  const float small = std::ldexp(float(fraction), -24);
+  return sign ? -small : small;
+}
+DEV u16 float_to_half_bits(float f) {
+  const u32 bits = __float_as_uint(f);
+  const u16 sign = u16(bits >> 16 & 0x8000);
+  const float a = std::fabs(f);
+  if (!(a == a)) return u16(sign | 0x7e00);
+  if (a >= 65520.0f) return u16(sign | 0x7c00);
+  if (a < 6.103515625e-5f) return u16(sign | int(std::nearbyint(std::ldexp(a, 24))));
+  const u32 m = __float_as_uint(a);
+  return u16(sign | ((m + 0xfffu + (m >> 13 & 1)) >> 13) - (112u << 10));
+}
+DEV int dot4(u32 a, u32 b, int c) {
+  for (int i = 0; i < 4; ++i) c += int(i8(a >> 8 * i)) * int(i8(b >> 8 * i));
+  return c;
+}
+DEV int warp_sum(int v) {
+  host::Exchange e{u32(v)};
+  int sum = 0;
+  for (int l = 0; l < 32; ++l) sum += int(e.at(l, 0));
+  return sum;
+}
+DEV u32 warp_max_bits(u32 v) {
+  host::Exchange e{v};
+  u32 most = 0;
+  for (int l = 0; l < 32; ++l) most = e.at(l, 0) > most ? e.at(l, 0) : most;
+  return most;
+}
+DEV float shuffle_xor(float v, int mask) {
+  host::Exchange e{__float_as_uint(v)};
+  return __uint_as_float(e.at(host::current->lane ^ mask, 0));
+}
+// Element (r, k) of A: lane r % 8 * 4 + k % 16 / 4, register r / 8 + k / 16 * 2, byte k % 4; (k, n) of B alike.
+template <typename A>
+DEV void host_mma(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  host::Exchange e(a0, a1, a2, a3, b0, b1);
+  const int g = host::current->lane / 4, t = host::current->lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + i / 2 * 8, col = 2 * t + i % 2;
+    for (int k = 0; k < 32; ++k) {
+      const u32 a = e.at(row % 8 * 4 + k % 16 / 4, row / 8 + k / 16 * 2) >> k % 4 * 8;
+      const u32 b = e.at(col * 4 + k % 16 / 4, 4 + k / 16) >> k % 4 * 8;
+      d[i] += int(A(a)) * int(i8(b));
+    }
+  }
+}
+DEV void mma_u8s8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { host_mma<u8>(d, a0, a1, a2, a3, b0, b1); }
+DEV void mma_s8s8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { host_mma<i8>(d, a0, a1, a2, a3, b0, b1); }
+DEV uint4 load_weights(const void* p) {
+  uint4 v;
+  if (std::uintptr_t(p) % 16) std::abort();  // the GPU would fault
+  std::memcpy(&v, p, 16);
+  return v;
+}
+DEV float load_fresh(const float* p) { return *p; }
+DEV void prefetch(const void* p) { volatile char touched = *static_cast<const char*>(p); (void)touched; }
+DEV void await_previous() {}
+DEV void release_next() {}
+DEV void grid_barrier(u32*, u32&, u32) { host::wait(host::grid_gate); }

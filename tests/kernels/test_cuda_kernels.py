@@ -1,0 +1,32 @@
+"""The CUDA kernels, run on this processor, against the NumPy formats: odd sizes, poisoned outputs.
+
+Run: `pytest tests/kernels/test_cuda_kernels.py`. On a GPU the same comparisons are in benchmarks/cuda_check.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kernels.cuda_cases import LAYOUTS, expanded, product, random_matrix
+from kernels.cuda_host import host_gpu
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_product(name: str, batch: int) -> None:
+    rng = np.random.default_rng(len(name) + batch)
+    matrix = random_matrix(rng, LAYOUTS[name])
+    x = rng.standard_normal((batch, matrix.layout.cols)).astype(np.float32)
+    got = product(host_gpu(), matrix, x)
+    np.testing.assert_allclose(got, matrix.matmul(x), rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_expand(name: str, exact: bool) -> None:
+    matrix = random_matrix(np.random.default_rng(5), LAYOUTS[name])
+    got = expanded(host_gpu(), matrix, exact)
+    np.testing.assert_allclose(got, matrix.dequantize(), rtol=0 if exact else 1e-3, atol=1e-6 if exact else 1e-4)
