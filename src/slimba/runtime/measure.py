@@ -159,9 +159,10 @@ def check(checkpoint: Checkpoint, threads: int, state_dtype: str = "float32", ac
     relative to the largest logit, with float32 activations.
 
     Eight tokens: three one by one (decode) and five at once (prefill). UserError when they differ by more than 1e-3
-    (5e-3 with a rounded state), or when logits are not finite: no speed is worth printing then. With int8 activations logits cannot be compared so (a
-    code flips where two float32 sums differ in the last bit); there, products with the first layer's and the head's
-    rows must equal the naive ones, and tokens one by one the same tokens at once, bit for bit.
+    (5e-3 with a rounded state), or when logits are not finite: no speed is worth printing then. With int8 activations
+    logits cannot be compared so (a code flips where two float32 sums differ in the last bit); there, products with the
+    first layer's and the head's rows must equal the naive ones, and tokens one by one the same tokens at once, bit for
+    bit.
     """
     ids = np.random.default_rng(0).integers(0, checkpoint.spec.vocab_size, (1, 8)).astype(np.int32)
 

@@ -33,7 +33,7 @@ inline void sign_dots(const uint8_t* const* rows, const QuantArgs& a, int64_t to
 #pragma GCC unroll 4
     for (int t = 0; t < TK; ++t) acc[r][t] = izero();
   for (int64_t b = 0; b < bytes; b += 8) {
-    _mm_prefetch((const char*)rows[0] + kAhead + b * RB, _MM_HINT_T1);
+    _mm_prefetch((const char*)rows[0] + kAhead + b * RB, _MM_HINT_T0);
     vi x[TK];
 #pragma GCC unroll 4
     for (int t = 0; t < TK; ++t) x[t] = iload(a.x + (token + t) * a.x_stride + b * 8);
