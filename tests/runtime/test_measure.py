@@ -20,7 +20,7 @@ SPECS = [mamba2_spec(), mamba2_spec(tie_embeddings=False), mamba1_spec()]
 @pytest.mark.parametrize("spec", SPECS)
 def test_random_models_of_every_format_pass_the_check(spec: ModelSpec, format: str) -> None:
     model = measure.random_model(spec, format, rank=4)
-    assert 0 <= measure.check(model, threads=1) <= 1e-4
+    assert 0 <= measure.check(model, threads=1, activations="int8") <= 1e-4
     logits = CpuEngine(model, threads=1).forward(np.arange(8, dtype=np.int32)[None], CpuEngine(model).new_state())
     assert 0.05 < np.abs(logits).max() < 50
 
@@ -37,6 +37,19 @@ def test_the_check_goes_red_on_wrong_kernels(monkeypatch: pytest.MonkeyPatch) ->
         pytest.skip("this machine has only the portable kernels")
     with pytest.raises(UserError, match="no speed is printed"):
         measure.check(model, threads=1)
+
+
+def test_the_check_goes_red_on_wrong_int8_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = CpuEngine.forward
+
+    def broken(self: CpuEngine, ids: np.ndarray, state: object) -> np.ndarray:
+        return forward(self, ids, state) * (1.001 if self.activations == "int8" and ids.shape[1] == 1 else 1)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CpuEngine, "forward", broken)
+    model = measure.random_model(SPECS[0], "dfssm", rank=4)
+    measure.check(model, threads=1)
+    with pytest.raises(UserError, match="int8 activations differ"):
+        measure.check(model, threads=1, activations="int8")
 
 
 def test_traffic_of_the_published_layout_is_the_honest_count() -> None:

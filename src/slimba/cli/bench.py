@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimba.cli.options import JsonFile, NoVerify, StateDtype, Threads
+from slimba.cli.options import Activations, JsonFile, NoVerify, StateDtype, Threads
 from slimba.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +31,10 @@ def bench(
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to decode.")] = 64,
     threads: Threads = None,
     state_dtype: StateDtype = None,
+    activations: Activations = None,
+    llama_cpp: Annotated[
+        str, typer.Option(help="GGUF types that llama.cpp runs beside, where llama-cpp-python is installed; or none.")
+    ] = "TQ2_0,Q1_0,Q4_0,Q8_0",
     no_verify: NoVerify = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -42,11 +46,15 @@ def bench(
     if (shape is None) != (format is None):
         raise UserError("--shape and --format go together; a MODEL has its own formats")
     batches = _batches(batch)
-    from slimba.runtime.load import resolve_state_dtype
+    from slimba.runtime.load import resolve_activations, resolve_state_dtype
 
+    peers = _peers(llama_cpp)
     checkpoint = _open(model, shape, format, verify=not no_verify)
     state = resolve_state_dtype(state_dtype, checkpoint)
-    record = _measure(checkpoint, batches, prompt_len, new_tokens, threads, state)
+    numerics = {"activations": resolve_activations(activations, checkpoint), "state": state}
+    record = _measure(checkpoint, batches, prompt_len, new_tokens, threads, numerics)
+    if peers:
+        record |= _measure_peers(checkpoint, record["machine"]["threads"], prompt_len, new_tokens, peers)
     record = {"model": model or f"{shape} as {format} (random weights)"} | record
     _print(record)
     if json_file:
@@ -63,6 +71,32 @@ def _batches(text: str) -> list[int]:
     return sizes
 
 
+def _peers(types: str) -> tuple[str, ...]:
+    """The GGUF types to compare with: none where llama-cpp-python is missing."""
+    from slimba.runtime.peers import GGML_TYPES, has_llama_cpp
+
+    names = () if types == "none" else tuple(types.split(","))
+    for name in names:
+        if name not in GGML_TYPES:
+            raise UserError(f"--llama-cpp: unknown GGUF type {name!r}, known are {', '.join(GGML_TYPES)}, or none")
+    return names if has_llama_cpp() else ()
+
+
+def _measure_peers(
+    checkpoint: Checkpoint, threads: int, prompt_len: int, new_tokens: int, types: tuple[str, ...]
+) -> dict[str, Any]:
+    """llama.cpp at the same shape, or why not."""
+    from rich.console import Console
+
+    from slimba.runtime.peers import llama_cpp_speeds
+
+    with Console(stderr=True).status(f"llama.cpp, {', '.join(types)}"):
+        try:
+            return {"llama_cpp": llama_cpp_speeds(checkpoint.spec, threads, prompt_len, new_tokens, types)}
+        except UserError as e:
+            return {"llama_cpp": [], "llama_cpp_missing": str(e)}
+
+
 def _open(model: str | None, shape: str | None, format: str | None, *, verify: bool) -> Checkpoint:
     if model is not None:
         from slimba.checkpoints.reader import open_checkpoint
@@ -75,7 +109,12 @@ def _open(model: str | None, shape: str | None, format: str | None, *, verify: b
 
 
 def _measure(
-    checkpoint: Checkpoint, batches: list[int], prompt_len: int, new_tokens: int, threads: int | None, state_dtype: str
+    checkpoint: Checkpoint,
+    batches: list[int],
+    prompt_len: int,
+    new_tokens: int,
+    threads: int | None,
+    numerics: dict[str, str],
 ) -> dict[str, Any]:
     """Everything that is printed, as a JSON-ready record (times in seconds, sizes in bytes)."""
     from rich.console import Console
@@ -83,12 +122,13 @@ def _measure(
     from slimba.runtime import measure
     from slimba.runtime.backends.cpu import CpuEngine
 
+    state_dtype, activations = numerics["state"], numerics["activations"]
     with Console(stderr=True).status("memory bandwidth") as status:
-        engine = CpuEngine(checkpoint, threads=threads, state_dtype=state_dtype)
+        engine = CpuEngine(checkpoint, threads=threads, state_dtype=state_dtype, activations=activations)
         machine = measure.machine(engine.threads)
         limit = measure.bandwidth(engine.threads)
         status.update("fast kernels against naive ones")
-        difference = measure.check(checkpoint, engine.threads, state_dtype)
+        difference = measure.check(checkpoint, engine.threads, state_dtype, activations)
         moved = measure.traffic(checkpoint, state_dtype)
         decode, prefill = [], []
         for size in batches:
@@ -102,7 +142,7 @@ def _measure(
         "difference_to_naive_kernels": difference,
         "weight_bytes": checkpoint.nbytes(),
         "resident_bytes": measure.resident_bytes(),
-        "numerics": {"activations": "float32", "state": state_dtype},
+        "numerics": numerics,
         "decode": decode,
         "prefill": prefill,
     }
@@ -115,7 +155,7 @@ def _print(record: dict[str, Any]) -> None:
     machine, console = record["machine"], Console()
     console.print(
         f"{record['model']}: {machine['cpu']}, {machine['threads']} threads, {machine['isa']} kernels, "
-        f"state {record['numerics']['state']}, "
+        f"activations {record['numerics']['activations']}, state {record['numerics']['state']}, "
         f"{record['bandwidth'] / 1e9:.1f} GB/s; naive kernels agree to {record['difference_to_naive_kernels']:.1e}"
     )
     table = Table(title="decode: a step is one token for every sequence")
@@ -138,6 +178,31 @@ def _print(record: dict[str, Any]) -> None:
     if record["resident_bytes"]:
         resident, weights = (record[key] / 1e6 for key in ("resident_bytes", "weight_bytes"))
         console.print(f"resident memory {resident:.0f} MB, of which weights {weights:.0f} MB")
+    _print_peers(record)
     load = machine["load_average"]
     if load and load[0] > 0.5:
         console.print(f"other work was running (load average {load[0]} before the start): the figures are too low")
+
+
+def _print_peers(record: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console, rows = Console(), record.get("llama_cpp", [])
+    if "llama_cpp_missing" in record:
+        console.print(f"llama.cpp was not measured: {record['llama_cpp_missing']}")
+    if not rows:
+        return
+    ones = [row.tokens_per_second for row in record["decode"] if row.batch == 1]
+    prompts = [row.tokens_per_second for row in record["prefill"] if row.batch == 1]
+    table = Table(title=f"llama.cpp (llama-cpp-python {rows[0]['version']}), random weights of the same shape, batch 1")
+    for name in ("type", "MB", "decode tokens/s", "ours / theirs", "prompt tokens/s", "ours / theirs"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        decode, prefill = row["decode_tokens_per_second"], row["prefill_tokens_per_second"]
+        table.add_row(
+            row["type"], f"{row['bytes'] / 1e6:.1f}",
+            f"{decode:.1f}", f"{ones[0] / decode:.2f}" if ones else "",
+            f"{prefill:.1f}", f"{prompts[0] / prefill:.2f}" if prompts else "",
+        )  # fmt: skip
+    console.print(table)

@@ -25,7 +25,7 @@ import numpy as np
 from slimba import _core
 from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.errors import UserError
-from slimba.formats import MatrixLayout
+from slimba.formats import FORMATS, MatrixLayout
 from slimba.formats.floats import DTYPES
 from slimba.formats.presets import preset_dtypes, preset_layouts
 from slimba.models.spec import ModelSpec
@@ -154,26 +154,68 @@ def bandwidth(threads: int, nbytes: int = 1 << 29) -> float:
     return float(nbytes / min(_core.kernels.read_seconds(nbytes, threads, 30)))
 
 
-def check(checkpoint: Checkpoint, threads: int, state_dtype: str = "float32") -> float:
+def check(checkpoint: Checkpoint, threads: int, state_dtype: str = "float32", activations: str = "float32") -> float:
     """The engine's kernels against the portable naive ones on this very model; the largest difference of the logits
-    relative to the largest logit.
+    relative to the largest logit, with float32 activations.
 
-    Eight tokens: three one by one (decode) and five at once (prefill). UserError when they differ by more than 1e-3,
-    or when logits are not finite: no speed is worth printing then.
+    Eight tokens: three one by one (decode) and five at once (prefill). UserError when they differ by more than 1e-3
+    (5e-3 with a rounded state), or when logits are not finite: no speed is worth printing then. With int8 activations
+    logits cannot be compared so (a code flips where two float32 sums differ in the last bit); there, products with the
+    first layer's and the head's rows must equal the naive ones, and tokens one by one the same tokens at once, bit for
+    bit.
     """
     ids = np.random.default_rng(0).integers(0, checkpoint.spec.vocab_size, (1, 8)).astype(np.int32)
-    engine = CpuEngine(checkpoint, threads=threads, state_dtype=state_dtype)
-    state = engine.new_state()
-    pieces = [engine.forward(ids[:, a:b], state) for a, b in ((0, 1), (1, 2), (2, 3), (3, 8))]
-    naive = CpuEngine(checkpoint, threads=threads, state_dtype=state_dtype, isa="portable")
+
+    def pieces(engine: CpuEngine) -> np.ndarray:
+        state = engine.new_state()
+        return np.concatenate([engine.forward(ids[:, a:b], state) for a, b in ((0, 1), (1, 2), (2, 3), (3, 8))], axis=1)
+
+    engine = CpuEngine(checkpoint, threads=threads, state_dtype=state_dtype, activations="float32")
+    naive = CpuEngine(checkpoint, threads=threads, state_dtype=state_dtype, activations="float32", isa="portable")
     want = naive.forward(ids, naive.new_state())
-    worst = float(np.abs(np.concatenate(pieces, axis=1) - want).max() / np.abs(want).max())
-    if not worst <= 1e-3:
+    worst = float(np.abs(pieces(engine) - want).max() / np.abs(want).max())
+    remedy = "no speed is printed for wrong results; SLIMBA_CPU_ISA=portable runs the naive ones"
+    allowed = 1e-3 if state_dtype == "float32" else 5e-3
+    if not worst <= allowed:
         raise UserError(
             f"the {engine.isa} kernels differ from the naive ones by {worst:.2g} of the largest logit on this model "
-            "(1e-3 is allowed): no speed is printed for wrong results; SLIMBA_CPU_ISA=portable runs the naive ones"
+            f"({allowed} is allowed): {remedy}"
         )
+    if activations == "int8":
+        rounded = CpuEngine(checkpoint, threads=threads, state_dtype=state_dtype, activations="int8")
+        same = np.array_equal(pieces(rounded), rounded.forward(ids, rounded.new_state()))
+        if not same or not all(_exact(checkpoint, name, engine.isa) for name in _first_matrices(checkpoint)):
+            raise UserError(f"the {engine.isa} kernels for int8 activations differ from the naive ones: {remedy}")
     return worst
+
+
+def _first_matrices(checkpoint: Checkpoint) -> list[str]:
+    first = "backbone.layers.0.mixer."
+    return [first + short for short in checkpoint.spec.layer_matrices()] + [checkpoint.head]
+
+
+def _exact(checkpoint: Checkpoint, name: str, isa: str) -> bool:
+    """Whether every segment of a matrix times three int8 tokens equals the portable result, for few and many tokens."""
+    matrix = checkpoint.matrix(name)
+    x = np.random.default_rng(1).standard_normal((3, matrix.layout.cols)).astype(np.float32)
+    for i, segment in enumerate(matrix.layout.segments):
+        parts = matrix.segment_parts(i)
+        if "scale" not in parts:
+            continue
+        data, scale = (np.ascontiguousarray(parts[k]).reshape(-1).view(np.uint8) for k in _data_and_scale(parts))
+        out = []
+        for kernels, many in (("portable", False), (isa, False), (isa, True)):
+            y = np.full((3, segment.rows), np.nan, np.float32)
+            order = list(FORMATS).index(segment.format)  # as in kernels.h
+            _core.kernels.quant_matmul(kernels, order, data, scale, x, y, 0, segment.rows, False, many)
+            out.append(y)
+        if not (np.array_equal(out[0], out[1]) and np.array_equal(out[0], out[2])):
+            return False
+    return True
+
+
+def _data_and_scale(parts: dict[str, np.ndarray]) -> tuple[str, str]:
+    return ("packed" if "packed" in parts else "weight"), "scale"
 
 
 def decode_speed(engine: CpuEngine, moved: Traffic, bandwidth: float, batch: int, new_tokens: int) -> DecodeRow:

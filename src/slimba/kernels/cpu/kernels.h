@@ -175,6 +175,10 @@ void avx512_norm(Kernels& k);
 void avx512_ssm(Kernels& k);
 #endif
 
+#if defined(SLIMBA_NEON)
+void neon_quant(Kernels& k);
+#endif
+
 // The table for `isa`: "" chooses by cpuid; "portable", "avx2", "avxvnni", "avx512", "avx512vnni", "amx" and "neon" force
 // one. Null when this machine cannot run it.
 const Kernels* kernels_for(const char* isa);

@@ -183,6 +183,26 @@ std::int64_t Model::scratch_floats(const Matrix& m, const Inputs& in) const {
   return most;
 }
 
+// Rows into panels: enough of them to share the work evenly, large enough to amortise what is set up for each. With few
+// tokens the work is the bytes to read, of which an int8 row has eight times those of a sign row; with many it is rows.
+void Model::split(const Matrix& m, std::int64_t tokens, std::int64_t work) {
+  constexpr std::int64_t kBytes[kFormats] = {32, 16, 16, 8, 4, 1};  // of eight columns
+  panels_.clear();
+  if (work < kShareFrom) return panels_.push_back({0, m.rows});
+  std::int64_t bytes = 0;
+  for (const Segment& s : m.segments) bytes += s.rows * kBytes[s.format] * m.cols / 8;
+  const std::int64_t share = 4 * pool_.threads();
+  for (const Segment& s : m.segments) {
+    std::int64_t height = std::clamp<std::int64_t>((m.rows / share + 63) / 64 * 64, 64, 256);
+    if (tokens <= 4) {
+      const std::int64_t most = std::clamp<std::int64_t>(bytes / share, 1 << 14, 1 << 18);
+      height = std::max<std::int64_t>(32, most * 8 / (kBytes[s.format] * m.cols) / 32 * 32);
+    }
+    for (std::int64_t r = 0; r < s.rows; r += height)
+      panels_.push_back({s.first_row + r, s.first_row + std::min(r + height, s.rows)});
+  }
+}
+
 // One job for everything: first the factor blocks, which wait for nobody, then the panels, which are claimed after
 // them. The last rows go first: in a mixed matrix they are the int8 ones, which take longest.
 void Model::matmul(const Matrix& m, const float* x, std::int64_t x_stride, std::int64_t tokens, float* y,
@@ -204,15 +224,13 @@ void Model::matmul(const Matrix& m, const float* x, std::int64_t x_stride, std::
   const std::int64_t scratch = scratch_floats(m, in);
   for (auto& buffer : scratch_) buffer.at_least(scratch);
 
-  // Panels: enough of them to share the work evenly, large enough to amortise what is set up per panel.
-  const std::int64_t even = (m.rows / (4 * pool_.threads()) + 63) / 64 * 64;
-  const std::int64_t height = work < kShareFrom ? m.rows : std::clamp<std::int64_t>(even, 64, tokens > 4 ? 256 : 1024);
-  const std::int64_t panels = (m.rows + height - 1) / height;
+  split(m, tokens, work);
+  const std::int64_t panels = std::int64_t(panels_.size());
   share(blocks + panels, work, [&](std::int64_t task, int thread) {
     float* own = scratch_[std::size_t(thread)].data();
     if (task < blocks) return factor_block(m, in.whole, task, factors, own);
-    const std::int64_t begin = (blocks + panels - 1 - task) * height;
-    panel(m, in, begin, std::min(begin + height, m.rows), {y, y_stride, add}, factors, own);
+    const Range rows = panels_[std::size_t(blocks + panels - 1 - task)];
+    panel(m, in, rows.begin, rows.end, {y, y_stride, add}, factors, own);
   });
 }
 

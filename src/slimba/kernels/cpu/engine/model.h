@@ -182,6 +182,7 @@ class Model {
   void panel(const Matrix& m, const Inputs& in, std::int64_t begin, std::int64_t end, const Output& out,
              const Factors& factors, float* scratch);
   std::int64_t scratch_floats(const Matrix& m, const Inputs& in) const;
+  void split(const Matrix& m, std::int64_t tokens, std::int64_t work);
   void mixer2(const Layer& layer, std::int64_t index, const Chunk& c);
   void mixer1(const Layer& layer, std::int64_t index, const Chunk& c);
   void conv(const Layer& layer, std::int64_t index, const Chunk& c, const float* in, std::int64_t in_stride);
@@ -205,6 +206,10 @@ class Model {
   };
   Input make_input(InputBuffers& b, const bool (&wanted)[kFormats], std::int64_t cols, std::int64_t tokens, bool int8);
   InputBuffers whole_, plane_;
+  struct Range {
+    std::int64_t begin, end;
+  };
+  std::vector<Range> panels_;  // rows of the matrix at hand, a task each
   Buffer factor_, factor_prepared_;
   Buffer residual_, normed_, projected_, conv_out_, dt_, decay_, y_, bcdt_;
 };

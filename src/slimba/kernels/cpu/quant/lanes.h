@@ -9,6 +9,10 @@
 namespace slimba {
 namespace {
 
+using std::int32_t;
+using std::int8_t;
+using std::uint64_t;
+
 constexpr int64_t kGroup = 128;   // columns that share an int4 scale, and a partial sum of x
 constexpr int64_t kBlock = 16;    // rows side by side in a panel
 

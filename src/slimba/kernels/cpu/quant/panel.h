@@ -105,6 +105,15 @@ inline void expand_block(const QuantArgs& a, int64_t row, int64_t n, uint8_t* ou
   }
 }
 
+#if !defined(__AVX512F__) && !defined(__AVXVNNI__)
+// sum += products of bytes, added in pairs. As assembly: from intrinsics GCC makes all products of a step first, and then
+// lacks registers for the sums.
+inline void add_pairs(vi& sum, vi u, vi s) {
+  vi pairs;
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(pairs) : "x"(u), "x"(s));
+}
+#endif
+
 // sum[t][v] += products of `steps` times four columns; `panel` is where the first of them lies, x the first token's.
 template <int TK, int kFlush>
 inline void tile(const uint8_t* panel, int64_t step, int64_t steps, const int8_t* x, int64_t stride,
@@ -147,8 +156,7 @@ inline void tile(const uint8_t* panel, int64_t step, int64_t steps, const int8_t
       for (int t = 0; t < TK; ++t) {
         const vi four = ifour(third[t / 3] + t % 3 * stride + 4 * k);
 #pragma GCC unroll 2
-        for (int v = 0; v < kTileVectors; ++v)
-          part[t][v] = _mm256_add_epi16(part[t][v], _mm256_maddubs_epi16(w[v], four));
+        for (int v = 0; v < kTileVectors; ++v) add_pairs(part[t][v], w[v], four);
       }
     }
 #pragma GCC unroll 16

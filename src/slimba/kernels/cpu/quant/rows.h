@@ -12,6 +12,16 @@ namespace {
 constexpr int64_t kAhead = 8192;  // bytes between what is read and what is fetched into the cache
 
 #if defined(__AVX512F__)
+// 64 bits at any address; as assembly, because GCC takes what memcpy loads through a general register
+inline __mmask64 load_mask(const uint8_t* p) {
+  struct __attribute__((packed)) Word {
+    uint64_t bits;
+  };
+  __mmask64 mask;
+  asm("kmovq %1, %0" : "=k"(mask) : "m"(((const Word*)p)->bits));
+  return mask;
+}
+
 // sum[t][i] of the rows row .. row + RB
 template <int RB, int TK>
 inline void sign_dots(const uint8_t* const* rows, const QuantArgs& a, int64_t token, vi (*sum)[W], int first) {
@@ -23,13 +33,13 @@ inline void sign_dots(const uint8_t* const* rows, const QuantArgs& a, int64_t to
 #pragma GCC unroll 4
     for (int t = 0; t < TK; ++t) acc[r][t] = izero();
   for (int64_t b = 0; b < bytes; b += 8) {
-    _mm_prefetch((const char*)rows[0] + kAhead + b * RB, _MM_HINT_T1);
+    _mm_prefetch((const char*)rows[0] + kAhead + b * RB, _MM_HINT_T0);
     vi x[TK];
 #pragma GCC unroll 4
     for (int t = 0; t < TK; ++t) x[t] = iload(a.x + (token + t) * a.x_stride + b * 8);
 #pragma GCC unroll 8
     for (int r = 0; r < RB; ++r) {
-      const __mmask64 plus = _load_mask64((__mmask64*)(rows[r] + b));
+      const __mmask64 plus = load_mask(rows[r] + b);
 #pragma GCC unroll 4
       for (int t = 0; t < TK; ++t) acc[r][t] = dot4(acc[r][t], one, _mm512_maskz_mov_epi8(plus, x[t]));
     }

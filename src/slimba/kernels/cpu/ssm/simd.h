@@ -44,6 +44,13 @@ void decay(const float* dt, const float* a, int64_t n, float* out) {
 
 constexpr int64_t kTokens = 16;  // per pass over a state: the partial sums below stay in the first-level cache
 
+// In decode a state is read once and comes from memory: what lies kAhead bytes on is fetched meanwhile, that is channels
+// of this head or of the next one.
+constexpr int64_t kAhead = 4096;
+inline void fetch_ahead(const uint8_t* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch((const char*)row + kAhead + i, _MM_HINT_T0);
+}
+
 // RB channels from p on and NV vectors of the state from column n0 on; the last vector may be cut to `last` lanes.
 // Adds the products S C of token t and channel p + r, W lanes not yet summed up, to sums[t][r] (W vectors a token).
 template <int RB, int NV>
@@ -84,6 +91,7 @@ inline void ssm2_tile(const Ssm2Args& a, int64_t p, int64_t n0, int64_t last, fl
 // RB channels over all of N, in pieces as wide as the registers hold.
 template <int RB>
 inline void ssm2_rows(const Ssm2Args& a, int64_t p, float* sums) {
+  fetch_ahead(a.state + p * a.d_state * 4, RB * a.d_state * 4);
   int64_t n0 = 0;
   if (W == 16)
     for (; n0 + 8 * W <= a.d_state; n0 += 8 * W) ssm2_tile<RB, 8>(a, p, n0, W, sums);
@@ -118,6 +126,7 @@ inline void ssm2_rounded_row(const Ssm2Args& a, int64_t p, float* sums) {
 template <int NV>
 inline void ssm2_bfloat_whole(const Ssm2Args& a, int64_t p, float* sums) {
   uint8_t* const at = a.state + p * NV * W * 2;
+  fetch_ahead(at, NV * W * 2);
   vf s[NV];
 #pragma GCC unroll 16
   for (int v = 0; v < NV; ++v) s[v] = load_bfloat(at + 2 * v * W);
@@ -142,6 +151,7 @@ inline void ssm2_bfloat_whole(const Ssm2Args& a, int64_t p, float* sums) {
 template <int NV>
 inline void ssm2_int8_whole(const Ssm2Args& a, int64_t p, float* sums) {
   uint8_t* const at = a.state + p * NV * W;
+  fetch_ahead(at, NV * W);
   float scale = a.state_scale[p];
   vf code[NV];  // whole numbers; the state is scale times them
 #pragma GCC unroll 16
