@@ -57,7 +57,7 @@ def host_module(module: str = "main") -> HostModule:
         unit = folder / f"{module}-{key}-{os.getpid()}.cpp"
         unit.write_text(text)
         built = unit.with_suffix(".so")
-        flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-w", "-Wno-unknown-pragmas", "-I", str(HERE)]
+        flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-w", "-Wno-unknown-pragmas", "-I", str(HERE)]
         subprocess.run([compiler, *flags, str(unit), "-o", str(built)], check=True)
         built.replace(library)
         unit.unlink()

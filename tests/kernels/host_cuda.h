@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <vector>
 
 typedef unsigned char u8;
@@ -29,9 +30,8 @@ struct Dim3 {
 namespace host {
 struct Fibre {
   void* stack_pointer = nullptr;
-  std::vector<char> stack;
   Dim3 thread = {0, 0, 0}, block = {0, 0, 0};
-  int block_index = 0, warp = 0, lane = 0;
+  int block_index = 0, warp = 0, lane = 0, exchanges = 0;
   bool done = false;
 };
 struct Gate {  // a barrier of `size` fibres
@@ -40,7 +40,7 @@ struct Gate {  // a barrier of `size` fibres
 };
 struct Warp {
   Gate gate;
-  u32 slot[32][8];
+  u32 slot[2][32][8];  // of one exchange and the next: no lane can be further ahead than that
 };
 struct Block {
   Gate gate;
@@ -51,6 +51,8 @@ inline Fibre* current = nullptr;
 inline void* scheduler = nullptr;
 inline std::vector<Block>* blocks = nullptr;
 inline Gate grid_gate;
+constexpr std::size_t kStack = 48 * 1024;
+inline std::vector<std::unique_ptr<char[]>> stacks;  // kept: making them costs more than running on them
 inline Dim3 grid_size, block_size;
 inline const std::function<void()>* body = nullptr;
 
@@ -113,13 +115,13 @@ inline void run(Dim3 grid, int threads, i64 shared_bytes, const std::function<vo
       group[b].shared.assign(std::size_t(shared_bytes) + 64, 0xA5);  // poison, and a guard behind the end
       for (int t = 0; t < threads; ++t) {
         Fibre& fibre = fibres[std::size_t(b) * threads + t];
-        fibre.stack.resize(48 * 1024);
+        if (stacks.size() <= std::size_t(b) * threads + t) stacks.emplace_back(new char[kStack]);
         fibre.thread = {unsigned(t), 0, 0};
         fibre.block = {unsigned(at) % grid.x, unsigned(at) / grid.x % grid.y, unsigned(at) / grid.x / grid.y};
         fibre.block_index = b;
         fibre.warp = t / 32;
         fibre.lane = t % 32;
-        auto top = (std::uintptr_t(fibre.stack.data()) + fibre.stack.size()) & ~std::uintptr_t(15);
+        auto top = (std::uintptr_t(stacks[std::size_t(b) * threads + t].get()) + kStack) & ~std::uintptr_t(15);
         void** frame = reinterpret_cast<void**>(top) - 8;  // six registers, the entry, and no return
         for (int i = 0; i < 6; ++i) frame[i] = nullptr;
         frame[6] = reinterpret_cast<void*>(&enter);
@@ -144,17 +146,16 @@ inline void run(Dim3 grid, int threads, i64 shared_bytes, const std::function<vo
         }
   }
 }
-// Lanes exchange words: everyone puts, everyone may read all, everyone leaves.
+// Lanes exchange words: everyone puts, then everyone may read all.
 struct Exchange {
-  Warp& w = own_warp();
+  u32 (&slot)[32][8];
   template <typename... Words>
-  explicit Exchange(Words... words) {
+  explicit Exchange(Words... words) : slot(own_warp().slot[current->exchanges++ & 1]) {
     int i = 0;
-    ((w.slot[current->lane][i++] = words), ...);
-    wait(w.gate);
+    ((slot[current->lane][i++] = words), ...);
+    wait(own_warp().gate);
   }
-  ~Exchange() { wait(w.gate); }
-  u32 at(int lane, int i) const { return w.slot[lane][i]; }
+  u32 at(int lane, int i) const { return slot[lane][i]; }
 };
 }  // namespace host
 

@@ -100,3 +100,70 @@ def test_the_persistent_kernel_is_the_recurrence(name: str) -> None:
         got.append(step.logits[0].numpy().copy())
     np.testing.assert_allclose(np.stack(got), NumpyModel(checkpoint).logits(ids), rtol=0, atol=2e-5)
     np.testing.assert_array_equal(step.chosen[0, :4].numpy(), np.argmax(got, axis=1))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("stride", [1, 4, 16])
+def test_greedy_generation_is_that_of_the_reference_and_stops_as_it_does(batch: int, stride: int) -> None:
+    from slimba.runtime.backends.reference import ReferenceEngine
+    from slimba.runtime.engine import SamplingParams
+
+    checkpoint = random_checkpoint(SPECS["plain"], 6, "mixed")
+    prompt = np.random.default_rng(5).integers(0, 67, (batch, 5)).astype(np.int32)
+    cuda, reference = engine(checkpoint, exact=True), ReferenceEngine(checkpoint)
+    free = SamplingParams(max_new_tokens=10, n_valid=60)
+    ids = np.concatenate(list(reference.generate(prompt, reference.new_state(batch), free)), axis=1)
+    stopped = SamplingParams(max_new_tokens=10, n_valid=60, stop_ids=(int(ids[0, 5]),))
+    for params in (free, stopped):
+        ours, theirs = cuda.new_state(batch), reference.new_state(batch)
+        want = list(reference.generate(prompt, theirs, params, stride=stride))
+        got = list(cuda.generate(prompt, ours, params, stride=stride))
+        assert [p.shape for p in got] == [p.shape for p in want]
+        np.testing.assert_array_equal(np.concatenate(got, axis=1), np.concatenate(want, axis=1))
+        if batch == 1:  # the states have seen the same tokens
+            follow = np.array([[7]], np.int32)
+            np.testing.assert_allclose(cuda.forward(follow, ours), reference.forward(follow, theirs), rtol=0, atol=1e-4)
+
+
+def test_sampling_follows_the_seed() -> None:
+    from slimba.runtime.backends.reference import ReferenceEngine
+    from slimba.runtime.engine import SamplingParams
+
+    checkpoint = random_checkpoint(SPECS["plain"], 6, "mixed")
+    prompt = np.array([[1, 2, 3]], np.int32)
+    params = SamplingParams(max_new_tokens=8, temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=3)
+    cuda, reference = engine(checkpoint, exact=True), ReferenceEngine(checkpoint)
+    got, want = (
+        np.concatenate(list(e.generate(prompt, e.new_state(), params, stride=3)), axis=1) for e in (cuda, reference)
+    )
+    np.testing.assert_array_equal(got, want)
+
+
+def test_nll_is_log_softmax() -> None:
+    checkpoint = random_checkpoint(SPECS["odd"], 7, "mixed")
+    ids = np.random.default_rng(3).integers(0, 41, (2, 20)).astype(np.int32)
+    cuda = engine(checkpoint, exact=True)
+    logits = cuda.forward(ids[:, :-1], cuda.new_state(2)).astype(np.float64)
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    want = -np.take_along_axis(logp, ids[:, 1:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(cuda.nll(ids[:, :-1], ids[:, 1:], cuda.new_state(2)), want, rtol=0, atol=1e-5)
+
+
+def test_what_cannot_run_is_refused_by_name() -> None:
+    from runtime.numpy_reference import mamba1_spec
+    from slimba.errors import UserError
+
+    with pytest.raises(UserError, match="Mamba-2"):
+        engine(random_checkpoint(mamba1_spec()))
+    cuda = engine(random_checkpoint(SPECS["plain"]))
+    with pytest.raises(UserError, match="batch is 0"):
+        cuda.new_state(0)
+    with pytest.raises(UserError, match="empty"):
+        cuda.prefill(np.zeros((1, 0), np.int32), cuda.new_state())
+    with pytest.raises(UserError, match=r"ids must be \[2"):
+        cuda.forward(np.zeros((1, 3), np.int32), cuda.new_state(2))
+    if not torch.cuda.is_available():
+        from slimba.runtime.load import load
+
+        with pytest.raises(UserError, match=r"PyTorch (was built without CUDA|finds no usable)"):
+            load(random_checkpoint(SPECS["plain"]), backend="cuda")

@@ -66,7 +66,7 @@ KERNEL(slimba_recur_2, Recurrence, THREADS) {
 // Greedy choice for every sequence, fed back as the next id; the position of every sequence moves on by one.
 struct Argmax {
   StateRef state;
-  i64 batch, logits, stride, n_valid, ids, out, out_stride, count;
+  i64 batch, logits, stride, n_valid, ids, out, out_stride, count;  // n_valid: where the number of ids is that may be chosen
 };
 
 // One block a sequence. out[b][count[b]++] = ids[b] = the lowest id among the largest logits; -2 where one is not finite.
@@ -76,7 +76,7 @@ DEV void argmax(const Argmax& p, float* best_value, i32* best_id) {
   float best = -bits_to_float(INF_BITS);
   i32 id = 0x7fffffff;
   bool bad = false;
-  for (i64 i = t; i < p.n_valid; i += blockDim.x) {
+  for (i64 i = t; i < *(const i32*)p.n_valid; i += blockDim.x) {
     const float v = load_fresh(x + i);
     bad |= (float_to_bits(v) & 0x7fffffffu) >= INF_BITS;
     if (v > best) {

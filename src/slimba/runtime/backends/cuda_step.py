@@ -34,16 +34,17 @@ class Step:
 
     ROOM = 4096
 
-    def __init__(self, model: CudaModel, gpu: Gpu, batch: int, n_valid: int) -> None:
+    def __init__(self, model: CudaModel, gpu: Gpu, batch: int) -> None:
         spec = model.spec
         self.batch, self._gpu, self._model = batch, gpu, model
         self.ids = self._zeros(batch, dtype=torch.int32)
         self.chosen = self._zeros(batch, self.ROOM, dtype=torch.int32)
         self.count = self._zeros(batch, dtype=torch.int32)
         self.logits = self._zeros(batch, spec.vocab_size)
+        self._valid = torch.full((1,), spec.vocab_size, dtype=torch.int32, device=gpu.device)
         self.pointers = StatePointers(self._zeros(5, dtype=torch.int64), self._zeros(batch, dtype=torch.int32))
         self._argmax = fields_of(
-            self._state(0), batch, self.logits.data_ptr(), spec.vocab_size, n_valid or spec.vocab_size,
+            self._state(0), batch, self.logits.data_ptr(), spec.vocab_size, self._valid.data_ptr(),
             self.ids.data_ptr(), self.chosen.data_ptr(), self.ROOM, self.count.data_ptr(),
         )  # fmt: skip
 
@@ -56,6 +57,10 @@ class Step:
 
     def _state(self, layer: int) -> list[int]:
         return self.pointers.fields(self._model.spec, layer)
+
+    def allow(self, n_valid: int) -> None:
+        """Ids from `n_valid` on are not chosen; 0 allows all."""
+        self._valid.fill_(n_valid or self._model.spec.vocab_size)
 
     def point_to(self, state: CudaState) -> None:
         """The next steps move this state on."""
@@ -75,8 +80,8 @@ class Step:
 class BulkStep(Step):
     """One token for each of many sequences by the bulk pass."""
 
-    def __init__(self, model: CudaModel, gpu: Gpu, batch: int, bulk: Bulk, n_valid: int = 0) -> None:
-        super().__init__(model, gpu, batch, n_valid)
+    def __init__(self, model: CudaModel, gpu: Gpu, batch: int, bulk: Bulk) -> None:
+        super().__init__(model, gpu, batch)
         self._bulk = bulk
 
     def work(self, *, choose: bool) -> None:
@@ -89,8 +94,8 @@ class BulkStep(Step):
 class FusedStep(Step):
     """One token for each of up to 8 sequences by the fused kernels."""
 
-    def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str, n_valid: int = 0) -> None:
-        super().__init__(model, gpu, batch, n_valid)
+    def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str) -> None:
+        super().__init__(model, gpu, batch)
         spec, zeros = model.spec, self._zeros
         self._tokens = self.tokens_of(batch)
         self.u = zeros(batch, spec.d_model)
@@ -182,8 +187,8 @@ class FusedStep(Step):
 class PersistentStep(FusedStep):
     """One token for one sequence by one kernel with barriers of the whole grid."""
 
-    def __init__(self, model: CudaModel, gpu: Gpu, state_dtype: str, n_valid: int = 0) -> None:
-        super().__init__(model, gpu, 1, state_dtype, n_valid)
+    def __init__(self, model: CudaModel, gpu: Gpu, state_dtype: str) -> None:
+        super().__init__(model, gpu, 1, state_dtype)
         spec = model.spec
         device = gpu.device
         self._arrived = self._zeros(1, dtype=torch.int32)
