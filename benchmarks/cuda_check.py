@@ -119,6 +119,21 @@ def small_engine(name: str, format: str, batch: int, exact: bool) -> str:
     return f"bulk {bulk:.2g}, steps {close(got[:, 38:], want[:, 38:], 5e-5 if exact else 3e-2):.2g}"
 
 
+def chunks(d_state: int, state_dtype: str) -> str:
+    """The chunked recurrence over whole and partial chunks, from an empty state and from one."""
+    spec = mamba2_spec(headdim=64, d_inner=256, d_state=d_state, n_groups=2)
+    checkpoint = random_checkpoint(spec, 8, "float32")
+    ids = np.random.default_rng(6).integers(0, 67, (2, 400)).astype(np.int32)
+    engine = CudaEngine(checkpoint, state_dtype=state_dtype)
+    state = engine.new_state(2)
+    engine.prefill(ids[:, :170], state)
+    got = engine.prefill(ids[:, 170:399], state)
+    after = engine.step(ids[:, 399], state).cpu().numpy()
+    want = np.stack([NumpyModel(checkpoint).logits(row) for row in ids])
+    step = close(after, want[:, 399], 3e-2 if state_dtype == "float32" else 0.1)
+    return f"prefill {close(got, want[:, 398], 3e-2):.2g}, step {step:.2g}"
+
+
 def rounded_states(state_dtype: str) -> str:
     from slimba.runtime.backends.reference import ReferenceEngine
 
@@ -203,6 +218,9 @@ def main() -> None:
                         f"engine {name} {format} {batch}", lambda n=name, f=format, b=batch: small_engine(n, f, b, True)
                     )
         check("engine half", lambda: small_engine("headdim-64", "mixed", 2, False))
+        for n in (64, 128):
+            for state in ("float32", "int8"):
+                check(f"chunks {n} {state}", functools.partial(chunks, n, state))
         check("state bfloat16", lambda: rounded_states("bfloat16"))
         check("state int8", lambda: rounded_states("int8"))
         check("packed 25M model", packed_model)

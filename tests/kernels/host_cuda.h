@@ -164,7 +164,7 @@ struct Exchange {
 #define gridDim (host::grid_size)
 #define blockDim (host::block_size)
 #define SHARED(name) u8* name = host::own_block().shared.data()
-#define KERNEL(name, Params, threads)                                                                              \
+#define KERNEL(name, Params, ...)                                                                                  \
   static void name##_body(const Params& p);                                                                       \
   extern "C" void name(int gx, int gy, int gz, i64 shared, const void* fields, i64 bytes, int blocks_at_once, int n) { \
     if (bytes != (i64)sizeof(Params)) {                                                                            \
@@ -242,6 +242,38 @@ DEV void host_mma(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 }
 DEV void mma_u8s8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { host_mma<u8>(d, a0, a1, a2, a3, b0, b1); }
 DEV void mma_s8s8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { host_mma<i8>(d, a0, a1, a2, a3, b0, b1); }
+DEV float shuffle_up(float v, int by) {
+  host::Exchange e{__float_as_uint(v)};
+  return host::current->lane < by ? v : __uint_as_float(e.at(host::current->lane - by, 0));
+}
+DEV float fast_exp(float v) { return std::exp(v); }
+// Element (r, k) of A: lane r % 8 * 4 + k % 8 / 2, register r / 8 + k / 8 * 2, half k % 2; (k, n) of B alike.
+DEV void mma_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  host::Exchange e(a0, a1, a2, a3, b0, b1);
+  const int g = host::current->lane / 4, t = host::current->lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + i / 2 * 8, col = 2 * t + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const u32 a = e.at(row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2) >> k % 2 * 16;
+      const u32 b = e.at(col * 4 + k % 8 / 2, 4 + k / 8) >> k % 2 * 16;
+      d[i] += half_bits_to_float(u16(a)) * half_bits_to_float(u16(b));
+    }
+  }
+}
+DEV void host_matrices(u32 (&r)[4], const u16* row, bool transposed) {
+  if (std::uintptr_t(row) % 16) std::abort();
+  host::Exchange e(u32(std::uintptr_t(row)), u32(std::uintptr_t(row) >> 32));
+  const int g = host::current->lane / 4, t = host::current->lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    const auto entry = [&](int a, int b) {
+      const int lane = 8 * i + a;
+      return u32(reinterpret_cast<const u16*>(std::uintptr_t(e.at(lane, 0)) | std::uintptr_t(e.at(lane, 1)) << 32)[b]);
+    };
+    r[i] = transposed ? entry(2 * t, g) | entry(2 * t + 1, g) << 16 : entry(g, 2 * t) | entry(g, 2 * t + 1) << 16;
+  }
+}
+DEV void load_matrices(u32 (&r)[4], const u16* row) { host_matrices(r, row, false); }
+DEV void load_transposed(u32 (&r)[4], const u16* row) { host_matrices(r, row, true); }
 DEV uint4 load_weights(const void* p) {
   uint4 v;
   if (std::uintptr_t(p) % 16) std::abort();  // the GPU would fault

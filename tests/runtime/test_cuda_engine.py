@@ -167,3 +167,21 @@ def test_what_cannot_run_is_refused_by_name() -> None:
 
         with pytest.raises(UserError, match=r"PyTorch (was built without CUDA|finds no usable)"):
             load(random_checkpoint(SPECS["plain"]), backend="cuda")
+
+
+@pytest.mark.parametrize("d_state", [64, 128])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+def test_chunks_are_the_recurrence(d_state: int, state_dtype: str) -> None:
+    """The chunked kernel over whole and partial chunks, from an empty state and from one."""
+    spec = mamba2_spec(headdim=64, d_inner=128, d_state=d_state, n_groups=2, n_layer=1)
+    checkpoint = random_checkpoint(spec, 8, "float32")
+    ids = np.random.default_rng(6).integers(0, 67, (2, 170)).astype(np.int32)
+    cuda = engine(checkpoint, state_dtype=state_dtype)
+    state = cuda.new_state(2)
+    cuda.prefill(ids[:, :70], state)
+    got = cuda.prefill(ids[:, 70:169], state)
+    after = cuda.step(ids[:, 169], state).numpy()
+    for b in range(2):
+        want = NumpyModel(checkpoint).logits(ids[b])
+        np.testing.assert_allclose(got[b], want[168], rtol=0, atol=1e-2)
+        np.testing.assert_allclose(after[b], want[169], rtol=0, atol=1e-2 if state_dtype == "float32" else 5e-2)

@@ -146,7 +146,7 @@ def test_without_a_tokenizer_ids_work_and_text_names_the_flag(packed: Path, tmp_
     ("settings", "message"),
     [
         ({"backend": "tpu"}, "backend 'tpu' is not available in this version, known are auto, cpu, cuda, reference"),
-        ({"backend": "tpu"}, "known are auto, cpu, reference"),
+        ({"backend": "tpu"}, "known are auto, cpu, cuda, reference"),
         ({"state_dtype": "fp8"}, "unknown state type 'fp8', known are fp32, bf16, int8"),
         ({"threads": 0}, "--threads is 0"),
         ({"tokenizer": "nowhere.json"}, "nowhere.json"),

@@ -1,7 +1,7 @@
 // Many tokens at once (prefill, large batches): what surrounds the matrix products, which cuBLAS does in float16 over a
 // scratch of one matrix that slimba_expand fills.
 //
-// slimba_add_norm -> slimba_expand, product -> slimba_conv, slimba_push -> slimba_scan -> slimba_gate_norm -> slimba_expand, product
+// slimba_add_norm -> slimba_expand, product -> slimba_conv, slimba_push -> slimba_scan or slimba_ssd -> slimba_gate_norm -> slimba_expand, product
 // Every kernel exists for float16 activations (_half) and, for checks, for float32 (_float). Token t of sequence b is
 // row b * L + t. Naive twin of all of them together: tests/runtime/numpy_reference.py.
 struct Half {

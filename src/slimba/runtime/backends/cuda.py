@@ -191,18 +191,18 @@ class CudaEngine:
     def _prefill(self, x: torch.Tensor, state: CudaState) -> torch.Tensor:
         if not x.shape[1]:
             raise UserError("the prompt is empty: prefill needs at least one token")
-        for _, piece, u in self._pieces(x, state, CHUNK):
+        for _, piece, u in self._pieces(x, state, CHUNK, chunked=True):
             last = u.view(*piece.shape, -1)[:, -1]
         return self._bulk.logits(last)
 
     def _pieces(
-        self, x: torch.Tensor, state: CudaState, tokens: int
+        self, x: torch.Tensor, state: CudaState, tokens: int, chunked: bool = False
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """(first position, ids, residual stream) of pieces of at most `tokens` tokens of all sequences."""
         length = max(1, min(CHUNK, tokens) // max(1, state.batch))
         for at in range(0, x.shape[1], length):
             piece = x[:, at : at + length]
-            yield at, piece, self._bulk.residual(piece, state.pointers)
+            yield at, piece, self._bulk.residual(piece, state.pointers, chunked=chunked)
 
     def _ids(self, ids: np.ndarray, state: CudaState) -> torch.Tensor:
         ids = np.asarray(ids)

@@ -22,7 +22,13 @@ __all__ = ["CHUNK", "Bulk"]
 CHUNK = 8192  # tokens of all sequences in one pass
 SCAN_TOKENS = 16  # of kernels/cuda/scan.cu
 CONV_TOKENS = 16  # of kernels/cuda/bulk.cu
+SSD_FROM = 8  # shortest call that is worth a chunk of 64
 HEAD_ROWS = 8192  # rows of the head expanded at a time
+
+
+def ssd_bytes(n: int) -> int:
+    """Shared memory of slimba_ssd: SsdShared in kernels/cuda/ssd.cu."""
+    return 2 * (2 * 64 * 72 + 3 * 64 * (n + 8)) + 4 * 2 * 64 + 4 * 2 * 64
 
 
 class Bulk:
@@ -33,8 +39,14 @@ class Bulk:
         self._suffix = "float" if exact else "half"
         self._scratch = torch.empty(0, dtype=self.dtype, device=gpu.device)
 
-    def residual(self, ids: torch.Tensor, state: StatePointers, *, advance: bool = True) -> torch.Tensor:
-        """int32 [B, L] on the device -> what the final norm takes, float32 [B * L, D]. advance: count the tokens."""
+    def residual(
+        self, ids: torch.Tensor, state: StatePointers, *, advance: bool = True, chunked: bool = False
+    ) -> torch.Tensor:
+        """int32 [B, L] on the device -> what the final norm takes, float32 [B * L, D].
+
+        advance: count the tokens. chunked: a state that is stored in fewer bits may be rounded once, after the last
+        token, instead of after each.
+        """
         spec, (batch, length) = self._model.spec, ids.shape
         tokens = batch * length
         flat = ids.reshape(-1).contiguous()
@@ -44,7 +56,7 @@ class Bulk:
         for i, layer in enumerate(self._model.layers):
             x = self._empty(tokens, spec.d_model)
             self._add_norm(u, delta, x, layer.norm)
-            delta = self._mixer(layer, x, state.fields(spec, i), batch, length)
+            delta = self._mixer(layer, x, state.fields(spec, i), batch, length, chunked)
         self._add_norm(u, delta, None, None)
         if advance:
             fields = fields_of(state.fields(spec, 0), batch, length)
@@ -62,7 +74,9 @@ class Bulk:
             out[:, first : first + rows] = self._product32(x, self._expand(model.head, first, rows))
         return out
 
-    def _mixer(self, layer: LayerWeights, x: torch.Tensor, state: list[int], batch: int, length: int) -> torch.Tensor:
+    def _mixer(
+        self, layer: LayerWeights, x: torch.Tensor, state: list[int], batch: int, length: int, chunked: bool
+    ) -> torch.Tensor:
         spec, tokens = self._model.spec, batch * length
         inner, channels, heads = spec.d_inner, spec.d_conv_channels, spec.n_heads
         wide = inner + channels
@@ -89,9 +103,11 @@ class Bulk:
             layer.a.data_ptr(), layer.d.data_ptr(), layer.dt_bias.data_ptr(), xbc.data_ptr(), channels, dt.data_ptr(),
             heads, y.data_ptr(), inner, float_bits(low), float_bits(high),
         )  # fmt: skip
-        shared = 4 * SCAN_TOKENS * (span + 2 * n + 2)
-        name = f"slimba_scan_{self._suffix}_{1 if n <= 128 else 2}"
-        self._gpu.launch(name, (batch * (inner // span),), scan, shared)
+        if self._by_chunks(length, chunked):
+            self._gpu.launch(f"slimba_ssd_{n}", (batch * heads,), scan, ssd_bytes(n))
+        else:
+            name = f"slimba_scan_{self._suffix}_{1 if n <= 128 else 2}"
+            self._gpu.launch(name, (batch * (inner // span),), scan, 4 * SCAN_TOKENS * (span + 2 * n + 2))
         gated = self._empty(tokens, inner)
         groups = inner // spec.norm_group_size if spec.gated_norm else 0
         fields = fields_of(
@@ -106,6 +122,13 @@ class Bulk:
         return delta
 
     # ------------------------------------------------------------ the pieces
+
+    def _by_chunks(self, length: int, chunked: bool) -> bool:
+        """Whether the chunked kernel computes this recurrence, and does so faster than token by token."""
+        spec = self._model.spec
+        shape = spec.headdim == 64 and spec.d_state in (64, 128) and spec.d_inner % 8 == 0
+        rounds = self._type == STATE_CODES["float32"] or chunked
+        return shape and rounds and length >= SSD_FROM and self.dtype == torch.float16
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype or self.dtype, device=self._gpu.device)
