@@ -132,7 +132,7 @@ def decode_parts(engine: CudaEngine, state_dtype: str) -> str:
     kinds: dict[str, tuple[int, Callable[[bool], None]]] = {
         "in_proj": (spec.n_layer, lambda o: [step._product(w.matrices["in_proj"], step.products[2 * i], 1, o)
                                               for i, w in enumerate(layers)] and None),
-        "recur": (spec.n_layer, lambda o: [gpu.launch("slimba_recur_1", (128,), f, shared, overlap=o)
+        "recur": (spec.n_layer, lambda o: [gpu.launch("slimba_recur_quad", (128,), f, shared, overlap=o)
                                             for f in step.recurrences] and None),
         "out_proj": (spec.n_layer, lambda o: [step._product(w.matrices["out_proj"], step.products[2 * i + 1], 1, o)
                                                for i, w in enumerate(layers)] and None),

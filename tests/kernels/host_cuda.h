@@ -21,6 +21,12 @@ typedef long long i64;
 struct alignas(16) uint4 {
   u32 x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  u32 x, y;
+};
 struct Dim3 {
   unsigned x, y, z;
 };

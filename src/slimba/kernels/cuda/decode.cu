@@ -56,11 +56,15 @@ KERNEL(slimba_product_8, Product, THREADS) {
 
 KERNEL(slimba_recur_1, Recurrence, THREADS) {
   SHARED(smem);
-  recur<1>(p, smem, blockIdx.x, gridDim.x, InOrder());
+  recur<1, false>(p, smem, blockIdx.x, gridDim.x, InOrder());
+}
+KERNEL(slimba_recur_quad, Recurrence, THREADS) {
+  SHARED(smem);
+  recur<1, true>(p, smem, blockIdx.x, gridDim.x, InOrder());
 }
 KERNEL(slimba_recur_2, Recurrence, THREADS) {
   SHARED(smem);
-  recur<2>(p, smem, blockIdx.x, gridDim.x, InOrder());
+  recur<2, false>(p, smem, blockIdx.x, gridDim.x, InOrder());
 }
 
 // Greedy choice for every sequence, fed back as the next id; the position of every sequence moves on by one.

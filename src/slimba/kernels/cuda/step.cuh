@@ -22,6 +22,64 @@ DEV void close_entry(i64 type, i64 ssm, i64 index, float value, float to_code) {
   else if (type == STATE_BF16) ((u16*)ssm)[index] = float_to_bfloat(value);
   else ((i8*)ssm)[index] = (i8)__float2int_rn(value * to_code);
 }
+// Four consecutive entries at once; index is a multiple of four.
+DEV void open_quad(i64 type, i64 ssm, i64 index, float scale, float (&v)[4]) {
+  if (type == STATE_F32) {
+    const float4 f = *(const float4*)((const float*)ssm + index);
+    v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
+  } else if (type == STATE_BF16) {
+    const uint2 two = *(const uint2*)((const u16*)ssm + index);
+    v[0] = bits_to_float(two.x << 16), v[1] = bits_to_float(two.x & 0xffff0000u);
+    v[2] = bits_to_float(two.y << 16), v[3] = bits_to_float(two.y & 0xffff0000u);
+  } else {
+    const u32 codes = *(const u32*)((const i8*)ssm + index);
+    for (int k = 0; k < 4; ++k) v[k] = scale * (float)(i8)(codes >> 8 * k);
+  }
+}
+DEV void close_quad(i64 type, i64 ssm, i64 index, const float (&v)[4], float to_code) {
+  if (type == STATE_F32) {
+    *(float4*)((float*)ssm + index) = float4{v[0], v[1], v[2], v[3]};
+  } else if (type == STATE_BF16) {
+    const u32 lo = float_to_bfloat(v[0]) | (u32)float_to_bfloat(v[1]) << 16;
+    *(uint2*)((u16*)ssm + index) = uint2{lo, float_to_bfloat(v[2]) | (u32)float_to_bfloat(v[3]) << 16};
+  } else {
+    u32 codes = 0;
+    for (int k = 0; k < 4; ++k) codes |= (u32)(u8)(i8)__float2int_rn(v[k] * to_code) << 8 * k;
+    *(u32*)((i8*)ssm + index) = codes;
+  }
+}
+// A lane's entries of a row: k-th of EACH. QUAD (N = 128): four side by side, in one access.
+template <bool QUAD>
+DEV int entry_of(int lane, int k) {
+  return QUAD ? lane * 4 + k : k * WARP + lane;
+}
+template <bool QUAD, int EACH>
+DEV void open_row(i64 type, i64 ssm, i64 row, int n, float scale, bool there, float (&s)[EACH]) {
+  const int lane = threadIdx.x % WARP;
+  if constexpr (QUAD) {
+    for (int k = 0; k < 4; ++k) s[k] = 0.0f;
+    if (there) open_quad(type, ssm, row * n + lane * 4, scale, s);
+  } else {
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+      const int i = k * WARP + lane;
+      s[k] = there && i < n ? open_entry(type, ssm, row * n + i, scale) : 0.0f;
+    }
+  }
+}
+template <bool QUAD, int EACH>
+DEV void close_row(i64 type, i64 ssm, i64 row, int n, const float (&s)[EACH], float to_code) {
+  const int lane = threadIdx.x % WARP;
+  if constexpr (QUAD) {
+    close_quad(type, ssm, row * n + lane * 4, s, to_code);
+  } else {
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+      const int i = k * WARP + lane;
+      if (i < n) close_entry(type, ssm, row * n + i, s[k], to_code);
+    }
+  }
+}
 struct Int8Scale {
   float step, to_code;  // a code is round(s * to_code), its value code * step
 };
@@ -41,7 +99,7 @@ DEV float convolve(const StateRef& s, i64 slot, i64 time, i64 weight, i64 bias, 
 }
 
 // `ready` waits for the kernel before; it is called once, after the first states have been asked for.
-template <int VEC, typename Ready>
+template <int VEC, bool QUAD, typename Ready>
 DEV void recur(const Recurrence& p, u8* smem, int block, int blocks, Ready ready) {
   constexpr int ROWS = 4, EACH = 4 * VEC;  // rows in flight in a warp, entries of a row in a lane
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n = (int)p.d_state, span = (int)p.span;
@@ -60,11 +118,7 @@ DEV void recur(const Recurrence& p, u8* smem, int block, int blocks, Ready ready
       for (int j = 0; j < ROWS; ++j) {
         const int r = r0 + j * WARPS + warp;
         const float scale = type == STATE_INT8 && r < span ? scales[row0 + r] : 0.0f;
-#pragma unroll
-        for (int k = 0; k < EACH; ++k) {
-          const int i = k * WARP + lane;
-          s[j][k] = r < span && i < n ? open_entry(type, ssm, (row0 + r) * n + i, scale) : 0.0f;
-        }
+        open_row<QUAD>(type, ssm, row0 + r, n, scale, r < span, s[j]);
       }
       if (r0 == 0) {
         if (unit == block) ready();
@@ -88,8 +142,8 @@ DEV void recur(const Recurrence& p, u8* smem, int block, int blocks, Ready ready
         u32 top = 0;
 #pragma unroll
         for (int k = 0; k < EACH; ++k) {
-          const int i = k * WARP + lane;
-          if (i >= n) continue;
+          const int i = entry_of<QUAD>(lane, k);
+          if (!QUAD && i >= n) continue;
           s[j][k] = fmaf(decay, s[j][k], dx * bs[i]);
           sum = fmaf(s[j][k], cs[i], sum);
           const u32 bits = float_to_bits(s[j][k]) & 0x7fffffffu;
@@ -100,11 +154,7 @@ DEV void recur(const Recurrence& p, u8* smem, int block, int blocks, Ready ready
           code = int8_scale(warp_max_bits(top));
           if (lane == 0) scales[row0 + r] = code.step;
         }
-#pragma unroll
-        for (int k = 0; k < EACH; ++k) {
-          const int i = k * WARP + lane;
-          if (i < n) close_entry(type, ssm, (row0 + r) * n + i, s[j][k], code.to_code);
-        }
+        close_row<QUAD>(type, ssm, row0 + r, n, s[j], code.to_code);
         sum = warp_sum(sum);
         if (lane) continue;
         const i64 channel = first + r;

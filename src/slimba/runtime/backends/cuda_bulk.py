@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from slimba.runtime.backends.cuda_device import Gpu
-from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, span_of
+from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
 from slimba.runtime.backends.cuda_state import STATE_CODES, StatePointers
 from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits
 
@@ -106,7 +106,7 @@ class Bulk:
         if self._by_chunks(length, chunked):
             self._gpu.launch(f"slimba_ssd_{n}", (batch * heads,), scan, ssd_bytes(n))
         else:
-            name = f"slimba_scan_{self._suffix}_{1 if n <= 128 else 2}"
+            name = f"slimba_scan_{self._suffix}_{entries_of(n)}"
             self._gpu.launch(name, (batch * (inner // span),), scan, 4 * SCAN_TOKENS * (span + 2 * n + 2))
         gated = self._empty(tokens, inner)
         groups = inner // spec.norm_group_size if spec.gated_norm else 0

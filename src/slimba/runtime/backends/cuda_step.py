@@ -16,7 +16,7 @@ import torch
 from slimba.models.spec import ModelSpec
 from slimba.runtime.backends.cuda_bulk import Bulk
 from slimba.runtime.backends.cuda_device import Gpu
-from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, span_of
+from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
 from slimba.runtime.backends.cuda_state import STATE_CODES, CudaState, StatePointers
 from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits, up_to
 
@@ -135,7 +135,7 @@ class FusedStep(Step):
         gpu.launch("slimba_embed", (gpu.blocks,), self.embed)
         units = self.batch * (spec.d_inner // span_of(spec.headdim))
         shared = 4 * (span_of(spec.headdim) + 2 * spec.d_state)
-        recur = "slimba_recur_1" if spec.d_state <= 128 else "slimba_recur_2"
+        recur = "slimba_recur_" + entries_of(spec.d_state)
         for i, layer in enumerate(self._model.layers):
             self._product(layer.matrices["in_proj"], self.products[2 * i], 1, overlap)
             gpu.launch(recur, (min(units, 8 * gpu.blocks),), self.recurrences[i], shared, overlap=overlap)
