@@ -185,3 +185,15 @@ def test_chunks_are_the_recurrence(d_state: int, state_dtype: str) -> None:
         want = NumpyModel(checkpoint).logits(ids[b])
         np.testing.assert_allclose(got[b], want[168], rtol=0, atol=1e-2)
         np.testing.assert_allclose(after[b], want[169], rtol=0, atol=1e-2 if state_dtype == "float32" else 5e-2)
+
+
+@pytest.mark.parametrize("batch", [11, 40])
+def test_larger_batches_are_the_recurrence(batch: int) -> None:
+    """Eleven run in two groups of the fused kernels, forty by the bulk pass."""
+    checkpoint = random_checkpoint(SPECS["norm-first"], 9, "mixed")
+    ids = np.random.default_rng(0).integers(0, checkpoint.spec.vocab_size, (batch, 3)).astype(np.int32)
+    cuda = engine(checkpoint, exact=True)
+    state = cuda.new_state(batch)
+    got = np.stack([cuda.step(ids[:, t], state).numpy().copy() for t in range(3)], axis=1)
+    for b in range(batch):
+        np.testing.assert_allclose(got[b], NumpyModel(checkpoint).logits(ids[b]), rtol=0, atol=2e-5)

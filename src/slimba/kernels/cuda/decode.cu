@@ -47,11 +47,11 @@ KERNEL(slimba_embed, Embed, THREADS) {
 
 KERNEL(slimba_product_1, Product, THREADS) {
   SHARED(smem);
-  product<1>(p, smem, blockIdx.x, gridDim.x, InOrder());
+  product<1>(p, smem, 0, blockIdx.x, gridDim.x, InOrder());
 }
 KERNEL(slimba_product_8, Product, THREADS) {
   SHARED(smem);
-  product<8>(p, smem, blockIdx.x, gridDim.x, InOrder());
+  product<8>(p, smem, 8 * blockIdx.y, blockIdx.x, gridDim.x, InOrder());
 }
 
 KERNEL(slimba_recur_1, Recurrence, THREADS) {

@@ -26,13 +26,13 @@ DEV void persistent(const Persistent& p, u8* smem) {
   embed(p.embed, block, blocks);
   for (int layer = 0; layer <= (int)p.layers; ++layer) {
     fetch(products + 2 * layer, product1);
-    product<1>(*product1, work, block, blocks, barrier);
+    product<1>(*product1, work, 0, block, blocks, barrier);
     if (layer == (int)p.layers) return;
     fetch((const Recurrence*)p.recurrences + layer, recurrence);
     if (recurrence->d_state == 128) recur<1, true>(*recurrence, work, block, blocks, barrier);
     else recur<2, false>(*recurrence, work, block, blocks, barrier);
     fetch(products + 2 * layer + 1, product1);
-    product<1>(*product1, work, block, blocks, barrier);
+    product<1>(*product1, work, 0, block, blocks, barrier);
   }
 }
 

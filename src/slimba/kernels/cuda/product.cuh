@@ -167,21 +167,25 @@ DEV void prefetch_product(const Matrix& m, int block, int blocks) {
   }
 }
 
-// All of this block's share of the product. `ready` waits for the kernel before; it is called once, after the weights
-// have been asked for.
+// All of this block's share of the product for the sequences first .. first + NB. `ready` waits for the kernel before; it
+// is called once, after the weights have been asked for.
 template <int NB, typename Ready>
-DEV void product(const Product& p, u8* smem, int block, int blocks, Ready ready) {
+DEV void product(const Product& p, u8* smem, int first, int block, int blocks, Ready ready) {
   const Matrix& m = p.m;
   prefetch_product(m, block, blocks);
   if (block >= m.items) return ready();
   View<NB> v = carve<NB>(m, p.in, smem);
-  if (p.out.mode == IN_PROJ && threadIdx.x < p.batch) {
-    const i64 slot = slot_of(p.state, threadIdx.x);
+  const int batch = (int)least(NB, p.batch - first);
+  if (p.out.mode == IN_PROJ && threadIdx.x < batch) {
+    const i64 slot = slot_of(p.state, first + threadIdx.x);
     v.ring[threadIdx.x] = (i64)ring_row(p.state, slot, position(p.state, slot));
   }
   ready();
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, split = (int)m.split, batch = (int)p.batch;
-  stage<NB>(m, p.in, p.batch, v);
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, split = (int)m.split;
+  Input in = p.in;
+  in.x += first * in.x_stride * 4;
+  in.gate += in.gate ? first * in.gate_stride * 4 : 0;
+  stage<NB>(m, in, batch, v);
   for (int r = warp; r < (int)m.rank; r += WARPS) {
     int acc[3 * NB] = {};
     dot_int8<NB>((const u8*)m.lr_b + r * m.kpad, m.kpad, lane, WARP, v, acc);
@@ -202,7 +206,7 @@ DEV void product(const Product& p, u8* smem, int block, int blocks, Ready ready)
       const i64 row0 = s.first + (item - s.item0) * (s.format == SIGN ? TILE : 1);
       for (int o = lane; o < rows * NB; o += WARP) {
         const int local = o / NB, b = o % NB;
-        if (b < batch) put_output(p, v.ring[b], row0 + local, b, item_value<NB>(m, s, row0 + local, local, b, v));
+        if (b < batch) put_output(p, v.ring[b], row0 + local, first + b, item_value<NB>(m, s, row0 + local, local, b, v));
       }
     }
     __syncthreads();

@@ -5,7 +5,7 @@ FusedStep: few sequences, three launches a layer, nothing expanded in memory. Bu
     step = FusedStep(model, gpu, batch=1, state_dtype="int8")
     step.point_to(state); step.ids[:] = ...; step.work(choose=True)     # logits, next ids, positions moved on
 
-Batches of 2 to 8 use the kernels of 8. Which models fit is `FusedStep.fits`.
+Larger batches than 1 run in groups of 8. Which models fit is `FusedStep.fits`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_
 __all__ = ["BulkStep", "FusedStep", "PersistentStep", "Step"]
 
 STORE, ADD, IN_PROJ = 0, 1, 2  # enum OutputMode in kernels/cuda/matrix.cuh
+LARGEST_BATCH = 32  # beyond it the bulk pass, which expands every matrix, is faster
 LARGEST_STATE = 256  # entries of a row of the state that a warp holds
 
 
@@ -92,7 +93,7 @@ class BulkStep(Step):
 
 
 class FusedStep(Step):
-    """One token for each of up to 8 sequences by the fused kernels."""
+    """One token for each of up to LARGEST_BATCH sequences by the fused kernels."""
 
     def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str) -> None:
         super().__init__(model, gpu, batch)
@@ -119,7 +120,7 @@ class FusedStep(Step):
     @classmethod
     def fits(cls, model: CudaModel, gpu: Gpu, batch: int) -> bool:
         spec = model.spec
-        if spec.architecture != "mamba2" or not 1 <= batch <= 8 or spec.d_state > LARGEST_STATE:
+        if spec.architecture != "mamba2" or not 1 <= batch <= LARGEST_BATCH or spec.d_state > LARGEST_STATE:
             return False
         groups = max(1, cls._norm_groups(spec))
         matrices = [m for layer in model.layers for m in layer.matrices.values()]
@@ -144,7 +145,8 @@ class FusedStep(Step):
         self.after(choose, overlap)
 
     def _product(self, m: DeviceMatrix, fields: np.ndarray, groups: int, overlap: bool) -> None:
-        grid, shared = (min(self._gpu.blocks, m.items),), m.shared_bytes(self._tokens, groups)
+        grid = min(self._gpu.blocks, m.items), -(-self.batch // self._tokens)
+        shared = m.shared_bytes(self._tokens, groups)
         self._gpu.launch(f"slimba_product_{self._tokens}", grid, fields, shared, overlap=overlap)
 
     def _in_proj(self, layer: LayerWeights, i: int) -> np.ndarray:
