@@ -25,6 +25,7 @@ LAYOUTS: dict[str, MatrixLayout] = {
     "plane": MatrixLayout(530, (Segment(70, "sign"), Segment(9, "int8")), LowRank(16, 0, 70), plane=Plane(100, 5, 61)),
     "plane-all": MatrixLayout(96, (Segment(20, "int8"), Segment(40, "sign")), plane=Plane(96, 20, 60), col_scale=True),
     "int8": MatrixLayout(1030, (Segment(19, "int8"),)),
+    "int8-tiles": MatrixLayout(1030, (Segment(5000, "int8"),)),
     "int4": MatrixLayout(391, (Segment(19, "int4"),)),
     "float16": MatrixLayout(131, (Segment(19, "float16"),)),
     "all": MatrixLayout(

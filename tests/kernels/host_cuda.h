@@ -216,6 +216,12 @@ DEV int dot4(u32 a, u32 b, int c) {
   for (int i = 0; i < 4; ++i) c += int(i8(a >> 8 * i)) * int(i8(b >> 8 * i));
   return c;
 }
+DEV u32 byte_perm(u32 a, u32 b, u32 pick) {
+  const u64 both = u64(b) << 32 | a;
+  u32 out = 0;
+  for (int i = 0; i < 4; ++i) out |= u32(both >> (pick >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return out;
+}
 DEV int warp_sum(int v) {
   host::Exchange e{u32(v)};
   int sum = 0;

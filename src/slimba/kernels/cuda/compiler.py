@@ -22,7 +22,7 @@ from slimba.errors import UserError
 
 __all__ = ["MODULES", "CudaUnavailable", "compiled", "load_nvrtc", "source"]
 
-SHARED = ("common.cuh", "matrix.cuh", "product.cuh", "step.cuh", "decode.cu")
+SHARED = ("common.cuh", "matrix.cuh", "tiles.cuh", "product.cuh", "step.cuh", "decode.cu")
 MODULES = {"main": (*SHARED, "bulk.cu", "scan.cu", "ssd.cu"), "persistent": (*SHARED, "persistent.cu")}
 OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
 
