@@ -197,3 +197,17 @@ def test_larger_batches_are_the_recurrence(batch: int) -> None:
     got = np.stack([cuda.step(ids[:, t], state).numpy().copy() for t in range(3)], axis=1)
     for b in range(batch):
         np.testing.assert_allclose(got[b], NumpyModel(checkpoint).logits(ids[b]), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_kernels_made_for_a_model_are_those_for_any(batch: int) -> None:
+    from slimba.runtime.backends.cuda import CudaEngine
+
+    checkpoint = random_checkpoint(SPECS["odd"], 1, "mixed")
+    ids = np.random.default_rng(0).integers(0, 41, (batch, 5)).astype(np.int32)
+    got = []
+    for gpu in (host_gpu(), host_gpu(bakes=True)):
+        cuda = CudaEngine(checkpoint, gpu=gpu)
+        state = cuda.new_state(batch)
+        got.append(np.stack([cuda.step(ids[:, t], state).numpy().copy() for t in range(5)]))
+    np.testing.assert_array_equal(*got)

@@ -136,7 +136,6 @@ struct Conv {
   i64 batch, length, in, in_stride, out, out_stride, weight, bias;
 };
 #define CONV_TOKENS 16
-#define MAX_TAPS 8
 template <typename T>
 DEV void conv(const Conv& p) {
   const i64 channel = (i64)blockIdx.x * THREADS + threadIdx.x, first = (i64)blockIdx.y * CONV_TOKENS;

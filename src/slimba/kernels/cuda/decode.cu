@@ -1,6 +1,8 @@
 // Decoding a small batch: the kernels of one step, three a layer, launched one after another in a CUDA graph.
 //
-// slimba_embed -> (slimba_product in_proj, slimba_recur, slimba_product out_proj) * layers -> slimba_product head -> slimba_argmax
+// slimba_embed -> (product in_proj, recur, product out_proj) * layers -> product head -> slimba_argmax
+// The products and recurrences of a model are kernels of their own, in which its shape is a constant
+// (runtime/backends/cuda_bake.py); those for any shape are in generic.cu.
 
 struct Embed {
   Matrix m;
@@ -43,28 +45,6 @@ KERNEL(slimba_embed, Embed, THREADS) {
   await_previous();
   release_next();
   embed(p, blockIdx.x, gridDim.x);
-}
-
-KERNEL(slimba_product_1, Product, THREADS) {
-  SHARED(smem);
-  product<1>(p, smem, 0, blockIdx.x, gridDim.x, InOrder());
-}
-KERNEL(slimba_product_8, Product, THREADS) {
-  SHARED(smem);
-  product<8>(p, smem, 8 * blockIdx.y, blockIdx.x, gridDim.x, InOrder());
-}
-
-KERNEL(slimba_recur_1, Recurrence, THREADS) {
-  SHARED(smem);
-  recur<1, false>(p, smem, blockIdx.x, gridDim.x, InOrder());
-}
-KERNEL(slimba_recur_quad, Recurrence, THREADS) {
-  SHARED(smem);
-  recur<1, true>(p, smem, blockIdx.x, gridDim.x, InOrder());
-}
-KERNEL(slimba_recur_2, Recurrence, THREADS) {
-  SHARED(smem);
-  recur<2, false>(p, smem, blockIdx.x, gridDim.x, InOrder());
 }
 
 // Greedy choice for every sequence, fed back as the next id; the position of every sequence moves on by one.

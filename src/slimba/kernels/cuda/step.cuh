@@ -90,49 +90,86 @@ DEV Int8Scale int8_scale(u32 top) {  // top: the bits of the largest magnitude o
   return {most / 127.0f, 127.0f / most};
 }
 
-// The convolution's sum for a channel at token `time`, from the ring, which holds the token's own input too.
-DEV float convolve(const StateRef& s, i64 slot, i64 time, i64 weight, i64 bias, i64 channel) {
-  float sum = bias ? ((const float*)bias)[channel] : 0.0f;
-  for (i64 k = 0; k < s.taps; ++k)
-    sum = fmaf(((const float*)weight)[k * s.channels + channel], load_fresh(ring_row(s, slot, time + 1 + k) + channel), sum);
-  return sum;
+#define MAX_TAPS 8
+// A channel of the convolution: its weights are asked for before the new input is there.
+struct ConvChannel {
+  float weight[MAX_TAPS], bias;
+};
+DEV ConvChannel ask_channel(const StateRef& s, i64 weight, i64 bias, int channel) {
+  ConvChannel c;
+#pragma unroll
+  for (int k = 0; k < MAX_TAPS; ++k)
+    c.weight[k] = k < (int)s.taps ? ((const float*)weight)[k * (int)s.channels + channel] : 0.0f;
+  c.bias = bias ? ((const float*)bias)[channel] : 0.0f;
+  return c;
+}
+// silu of the convolution's sum at token `time`; `ring` is the sequence's, which holds the token's own input too.
+DEV float convolve(const StateRef& s, const float* ring, int time, const ConvChannel& c, int channel) {
+  float in[MAX_TAPS], sum = c.bias;
+#pragma unroll
+  for (int k = 0; k < MAX_TAPS; ++k)
+    in[k] = k < (int)s.taps ? load_fresh(ring + (time + 1 + k) % (int)s.taps * (int)s.channels + channel) : 0.0f;
+#pragma unroll
+  for (int k = 0; k < MAX_TAPS; ++k) sum = fmaf(c.weight[k], in[k], sum);
+  return silu(sum);
 }
 
-// `ready` waits for the kernel before; it is called once, after the first states have been asked for.
+// `ready` waits for the kernel before; it is called once, after everything that does not depend on it has been asked for.
 template <int VEC, bool QUAD, typename Ready>
 DEV void recur(const Recurrence& p, u8* smem, int block, int blocks, Ready ready) {
   constexpr int ROWS = 4, EACH = 4 * VEC;  // rows in flight in a warp, entries of a row in a lane
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n = (int)p.d_state, span = (int)p.span;
   float *xs = (float*)smem, *bs = xs + span, *cs = bs + n;
-  const i64 per_sequence = p.inner / p.span, ssm = state_array(p.state, 0), type = p.state_type;
+  const int inner = (int)p.inner, per_sequence = inner / span, units = (int)p.batch * per_sequence;
+  const i64 ssm = state_array(p.state, 0), slots = state_array(p.state, 4), type = p.state_type;
   float* scales = (float*)state_array(p.state, 1);
-  if (block >= p.batch * per_sequence) ready();
-  for (i64 unit = block; unit < p.batch * per_sequence; unit += blocks) {
-    const int b = (int)(unit / per_sequence);
-    const i64 first = unit % per_sequence * p.span, head = first / p.headdim, group = head / (p.heads / p.groups);
-    const i64 slot = slot_of(p.state, b);
-    const i64 row0 = (p.state.layer * state_array(p.state, 4) + slot) * p.inner + first;
+  if (block >= units) ready();
+#pragma unroll 1
+  for (int unit = block; unit < units; unit += blocks) {
+    const int b = unit / per_sequence, first = unit % per_sequence * span, head = first / (int)p.headdim;
+    const int group = head / (int)(p.heads / p.groups);
+    const i64 slot = slot_of(p.state, b), row0 = (p.state.layer * slots + slot) * inner + first;
+    const int time = (int)position(p.state, slot);
+    const float* ring = (const float*)state_array(p.state, 2) + (p.state.layer * slots + slot) * p.state.taps * p.state.channels;
+    auto channel_of = [&](int i) {  // of the convolution: this block's of x, then B and C of its group
+      const int of_b = inner + group * n + i - span, of_c = of_b + (int)(p.groups - 1) * n;
+      return i < span ? first + i : i < span + n ? of_b : of_c;
+    };
+    const float a = ((const float*)p.a)[head], dt_bias = ((const float*)p.dt_bias)[head];
+    float dt = 0, decay = 0;
+#pragma unroll 1
     for (int r0 = 0; r0 < span; r0 += ROWS * WARPS) {
-      float s[ROWS][EACH];
+      float s[ROWS][EACH], d[ROWS], z[ROWS];
 #pragma unroll
       for (int j = 0; j < ROWS; ++j) {
         const int r = r0 + j * WARPS + warp;
         const float scale = type == STATE_INT8 && r < span ? scales[row0 + r] : 0.0f;
         open_row<QUAD>(type, ssm, row0 + r, n, scale, r < span, s[j]);
+        d[j] = r < span ? ((const float*)p.d)[p.d_per_channel ? first + r : head] : 0.0f;
       }
       if (r0 == 0) {
+        const int mine = threadIdx.x, width = span + 2 * n;
+        const int second = mine + THREADS < width ? mine + THREADS : 0;
+        const ConvChannel c0 = ask_channel(p.state, p.conv_weight, p.conv_bias, channel_of(mine < width ? mine : 0));
+        const ConvChannel c1 = ask_channel(p.state, p.conv_weight, p.conv_bias, channel_of(second));
         if (unit == block) ready();
-        const i64 time = position(p.state, slot);
-        for (int i = threadIdx.x; i < span + 2 * n; i += THREADS) {
-          const i64 of_b = p.inner + group * n + i - span, of_c = of_b + (p.groups - 1) * n;
-          const i64 channel = i < span ? first + i : i < span + n ? of_b : of_c;
-          xs[i] = silu(convolve(p.state, slot, time, p.conv_weight, p.conv_bias, channel));
+        const float raw = load_fresh((const float*)p.dt + b * (int)p.dt_stride + head);
+        if (mine < width) xs[mine] = convolve(p.state, ring, time, c0, channel_of(mine));
+        if (second) xs[second] = convolve(p.state, ring, time, c1, channel_of(second));
+#pragma unroll 1
+        for (int i = mine + 2 * THREADS; i < width; i += THREADS) {
+          const ConvChannel c = ask_channel(p.state, p.conv_weight, p.conv_bias, channel_of(i));
+          xs[i] = convolve(p.state, ring, time, c, channel_of(i));
         }
-        __syncthreads();
+        dt = softplus(raw + dt_bias, param_float(p.dt_low), param_float(p.dt_high));
+        decay = expf(dt * a);
       }
-      const float raw = load_fresh((const float*)p.dt + b * p.dt_stride + head) + ((const float*)p.dt_bias)[head];
-      const float dt = softplus(raw, param_float(p.dt_low), param_float(p.dt_high));
-      const float decay = expf(dt * ((const float*)p.a)[head]);
+#pragma unroll
+      for (int j = 0; j < ROWS; ++j) {
+        const int r = r0 + j * WARPS + warp;
+        z[j] = p.gated && r < span ? load_fresh((const float*)p.z + b * (int)p.z_stride + first + r) : 0.0f;
+      }
+      if (r0 == 0) __syncthreads();
 #pragma unroll
       for (int j = 0; j < ROWS; ++j) {
         const int r = r0 + j * WARPS + warp;
@@ -157,10 +194,9 @@ DEV void recur(const Recurrence& p, u8* smem, int block, int blocks, Ready ready
         close_row<QUAD>(type, ssm, row0 + r, n, s[j], code.to_code);
         sum = warp_sum(sum);
         if (lane) continue;
-        const i64 channel = first + r;
-        float y = fmaf(((const float*)p.d)[p.d_per_channel ? channel : head], x, sum);
-        if (p.gated) y *= silu(load_fresh((const float*)p.z + b * p.z_stride + channel));
-        ((float*)p.y)[b * p.y_stride + channel] = y;
+        float y = fmaf(d[j], x, sum);
+        if (p.gated) y *= silu(z[j]);
+        ((float*)p.y)[b * (int)p.y_stride + first + r] = y;
       }
     }
     __syncthreads();

@@ -10,10 +10,13 @@ Larger batches than 1 run in groups of 8. Which models fit is `FusedStep.fits`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from slimba.models.spec import ModelSpec
+from slimba.runtime.backends.cuda_bake import Baked
 from slimba.runtime.backends.cuda_bulk import Bulk
 from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
@@ -23,6 +26,8 @@ from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_
 __all__ = ["BulkStep", "FusedStep", "PersistentStep", "Step"]
 
 STORE, ADD, IN_PROJ = 0, 1, 2  # enum OutputMode in kernels/cuda/matrix.cuh
+RECUR = {"1": "1, false", "quad": "1, true", "2": "2, false"}  # arguments of the template in kernels/cuda/step.cuh
+MOST_KERNELS = 16  # of one model: a layout a layer would take minutes to compile
 LARGEST_BATCH = 32  # beyond it the bulk pass, which expands every matrix, is faster
 LARGEST_STATE = 256  # entries of a row of the state that a warp holds
 
@@ -108,6 +113,7 @@ class FusedStep(Step):
             self.products += [self._in_proj(layer, i), self._out_proj(layer, i)]
             self.recurrences.append(self._recurrence(layer, i, STATE_CODES[state_dtype]))
         self.products.append(self._head())
+        self._kernels, self._own = self._bake() if gpu.bakes else self._generic()
         self.embed = fields_of(
             model.embedding.fields, self._state(0), batch, self.ids.data_ptr(), self.u.data_ptr()
         )  # fmt: skip
@@ -134,20 +140,41 @@ class FusedStep(Step):
         """Launches one step. choose: the most likely ids become the next ids. overlap: by dependent launch."""
         gpu, spec = self._gpu, self._model.spec
         gpu.launch("slimba_embed", (gpu.blocks,), self.embed)
-        units = self.batch * (spec.d_inner // span_of(spec.headdim))
-        shared = 4 * (span_of(spec.headdim) + 2 * spec.d_state)
-        recur = "slimba_recur_" + entries_of(spec.d_state)
         for i, layer in enumerate(self._model.layers):
-            self._product(layer.matrices["in_proj"], self.products[2 * i], 1, overlap)
-            gpu.launch(recur, (min(units, 8 * gpu.blocks),), self.recurrences[i], shared, overlap=overlap)
-            self._product(layer.matrices["out_proj"], self.products[2 * i + 1], self._norm_groups(spec), overlap)
-        self._product(self._model.head, self.products[-1], 1, overlap)
+            self.product(layer.matrices["in_proj"], 2 * i, 1, overlap)
+            self.recur(i, overlap)
+            self.product(layer.matrices["out_proj"], 2 * i + 1, self._norm_groups(spec), overlap)
+        self.product(self._model.head, len(self.products) - 1, 1, overlap)
         self.after(choose, overlap)
 
-    def _product(self, m: DeviceMatrix, fields: np.ndarray, groups: int, overlap: bool) -> None:
+    def product(self, m: DeviceMatrix, i: int, groups: int, overlap: bool) -> None:
+        """Launches the i-th product; `groups` of its input's norm."""
         grid = min(self._gpu.blocks, m.items), -(-self.batch // self._tokens)
         shared = m.shared_bytes(self._tokens, groups)
-        self._gpu.launch(f"slimba_product_{self._tokens}", grid, fields, shared, overlap=overlap)
+        self._gpu.launch(self._kernels[i], grid, self.products[i], shared, overlap=overlap, module=self._own)
+
+    def recur(self, i: int, overlap: bool) -> None:
+        """Launches the recurrence of layer i."""
+        spec, name = self._model.spec, self._kernels[len(self.products) + i]
+        units = self.batch * (spec.d_inner // span_of(spec.headdim))
+        shared = 4 * (span_of(spec.headdim) + 2 * spec.d_state)
+        grid = (min(units, 8 * self._gpu.blocks),)
+        self._gpu.launch(name, grid, self.recurrences[i], shared, overlap=overlap, module=self._own)
+
+    def _generic(self) -> tuple[list[str], Any]:
+        """Names of the kernels of products and recurrences, and their module: kernels for any shape."""
+        recur = "slimba_recur_" + entries_of(self._model.spec.d_state)
+        names = [f"slimba_product_{self._tokens}"] * len(self.products) + [recur] * len(self.recurrences)
+        return names, self._gpu.module("main")
+
+    def _bake(self) -> tuple[list[str], Any]:
+        """The same, made for this model's shape."""
+        baked, instance = Baked(), RECUR[entries_of(self._model.spec.d_state)]
+        names = [baked.product(fields, self._tokens) for fields in self.products]
+        names += [baked.recurrence(fields, instance) for fields in self.recurrences]
+        if len(set(names)) > MOST_KERNELS:
+            return self._generic()
+        return names, self._gpu.module("decode", baked.source)
 
     def _in_proj(self, layer: LayerWeights, i: int) -> np.ndarray:
         spec = self._model.spec
@@ -209,5 +236,7 @@ class PersistentStep(FusedStep):
     def work(self, *, choose: bool, overlap: bool = False) -> None:
         """Launches one step. choose: the most likely ids become the next ids."""
         self._arrived.zero_()
-        self._gpu.launch("slimba_persistent", (self._gpu.blocks,), self._fields, self._shared, module="persistent")
+        self._gpu.launch(
+            "slimba_persistent", (self._gpu.blocks,), self._fields, self._shared, module=self._gpu.module("persistent")
+        )
         self.after(choose)
