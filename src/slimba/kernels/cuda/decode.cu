@@ -60,12 +60,22 @@ DEV void argmax(const Argmax& p, float* best_value, i32* best_id) {
   float best = -bits_to_float(INF_BITS);
   i32 id = 0x7fffffff;
   bool bad = false;
-  for (i64 i = t; i < *(const i32*)p.n_valid; i += blockDim.x) {
-    const float v = load_fresh(x + i);
-    bad |= (float_to_bits(v) & 0x7fffffffu) >= INF_BITS;
-    if (v > best) {
-      best = v;
-      id = (i32)i;
+  constexpr int AHEAD = 8;  // loads in flight
+  const int n = *(const i32*)p.n_valid;
+  for (int i = t; i < n; i += AHEAD * (int)blockDim.x) {
+    float v[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+      const int at = i + k * (int)blockDim.x;
+      v[k] = at < n ? load_fresh(x + at) : best;
+    }
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+      bad |= i + k * (int)blockDim.x < n && (float_to_bits(v[k]) & 0x7fffffffu) >= INF_BITS;
+      if (v[k] > best) {
+        best = v[k];
+        id = i + k * (int)blockDim.x;
+      }
     }
   }
   best_value[t] = best;

@@ -23,12 +23,11 @@ DEV void load_tile(const TileRows& r, int kw, int split, int block, uint4 (&raw)
   }
 }
 
-// 16 bytes of slice n (NB 1: of slice g, for lanes that have one) at byte `at` of a slice.
+// 16 bytes of slice n at byte `at`. NB 1: of slice g; lanes beyond take the last, their columns are never looked at.
 template <int NB>
 DEV uint4 slice_bytes(const u8* q, int stride, int n, int at) {
   const int g = threadIdx.x % WARP / 4;
-  if (NB == 1 && g >= 3) return uint4{0, 0, 0, 0};
-  return *(const uint4*)(q + (NB == 1 ? g : n * NB + g) * stride + at);
+  return *(const uint4*)(q + (NB == 1 ? (g < 3 ? g : 2) : n * NB + g) * stride + at);
 }
 
 template <int NB, typename T>
