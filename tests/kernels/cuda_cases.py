@@ -91,6 +91,6 @@ def expanded(gpu: Any, matrix: Matrix, exact: bool, first: int = 0) -> np.ndarra
     out = torch.full((rows, m.cols), float("nan"), dtype=torch.float32 if exact else torch.float16, device=gpu.device)
     fields = fields_of(m.fields, first, rows, out.data_ptr(), m.cols, m.plane_inverse)
     name = "slimba_expand_float" if exact else "slimba_expand_half"
-    gpu.launch(name, (-(-m.cols // 256), -(-rows // 64)), fields, m.rank * 1024)
+    gpu.launch(name, (-(-m.cols // 256), -(-rows // 64)), fields, m.rank * (1024 if exact else 768))
     gpu.synchronize()
     return np.asarray(out.float().cpu().numpy())

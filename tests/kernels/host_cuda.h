@@ -254,6 +254,14 @@ DEV void host_mma(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 }
 DEV void mma_u8s8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { host_mma<u8>(d, a0, a1, a2, a3, b0, b1); }
 DEV void mma_s8s8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { host_mma<i8>(d, a0, a1, a2, a3, b0, b1); }
+DEV u32 fma_halves(u32 a, u32 b, u32 c) {
+  u32 d = 0;
+  for (int s = 0; s < 32; s += 16)
+    d |= u32(float_to_half_bits(half_bits_to_float(u16(a >> s)) * half_bits_to_float(u16(b >> s)) +
+                                half_bits_to_float(u16(c >> s)))) << s;
+  return d;
+}
+DEV u32 add_halves(u32 a, u32 b) { return fma_halves(a, 0x3c003c00u, b); }
 DEV float shuffle_up(float v, int by) {
   host::Exchange e{__float_as_uint(v)};
   return host::current->lane < by ? v : __uint_as_float(e.at(host::current->lane - by, 0));

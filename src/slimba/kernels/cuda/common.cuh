@@ -70,6 +70,17 @@ DEV void load_transposed(u32 (&r)[4], const u16* row) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"((u32)__cvta_generic_to_shared(row)));
 }
+// Two float16 numbers at once
+DEV u32 fma_halves(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+DEV u32 add_halves(u32 a, u32 b) {
+  u32 d;
+  asm("add.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
 DEV float shuffle_up(float v, int by) { return __shfl_up_sync(0xffffffffu, v, by); }
 DEV float fast_exp(float v) { return __expf(v); }
 // Weights are read once a step: not kept in L1. Activations come from other blocks: read from L2.
@@ -126,6 +137,9 @@ DEV float warp_sum(float v) {
   for (int m = 16; m; m >>= 1) v += shuffle_xor(v, m);
   return v;
 }
+DEV u32 pack_halves(float lo, float hi) { return (u32)float_to_half_bits(lo) | (u32)float_to_half_bits(hi) << 16; }
+DEV float low_half(u32 two) { return half_bits_to_float((u16)two); }
+DEV float high_half(u32 two) { return half_bits_to_float((u16)(two >> 16)); }
 DEV float silu(float v) { return v / (1.0f + expf(-v)); }
 // log(1 + exp(v)) without overflow, clamped
 DEV float softplus(float v, float low, float high) {

@@ -10,10 +10,7 @@
 #define CHUNK 64
 #define HEAD 64
 
-DEV u32 pack_halves(float lo, float hi) { return (u32)float_to_half_bits(lo) | (u32)float_to_half_bits(hi) << 16; }
-DEV u32 scale_halves(u32 two, float by) {
-  return pack_halves(half_bits_to_float((u16)two) * by, half_bits_to_float((u16)(two >> 16)) * by);
-}
+DEV u32 scale_halves(u32 two, float by) { return pack_halves(low_half(two) * by, high_half(two) * by); }
 
 template <int N>
 struct SsdShared {  // rows are padded by 16 bytes, so that eight of them lie in different banks

@@ -10,6 +10,7 @@ Products run in cuBLAS over a scratch of one matrix, expanded from the packed bi
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from slimba.runtime.backends.cuda_device import Gpu
@@ -23,6 +24,7 @@ CHUNK = 8192  # tokens of all sequences in one pass
 SCAN_TOKENS = 16  # of kernels/cuda/scan.cu
 CONV_TOKENS = 16  # of kernels/cuda/bulk.cu
 SSD_FROM = 8  # shortest call that is worth a chunk of 64
+EXPAND_BYTES = {"half": 4 * (128 + 64), "float": 4 * 256}  # shared memory of slimba_expand for each rank
 HEAD_ROWS = 8192  # rows of the head expanded at a time
 
 
@@ -37,7 +39,11 @@ class Bulk:
         self._type = STATE_CODES[state_dtype]
         self.dtype = torch.float32 if exact else torch.float16
         self._suffix = "float" if exact else "half"
-        self._scratch = torch.empty(0, dtype=self.dtype, device=gpu.device)
+        matrices = [m for layer in model.layers for m in layer.matrices.values()]
+        head = min(HEAD_ROWS, model.head.rows) * model.head.cols
+        most = max(head, *(m.rows * m.cols for m in matrices))
+        self._scratch = torch.empty(most, dtype=self.dtype, device=gpu.device)
+        self._expansions: dict[tuple[int, int], np.ndarray] = {}
 
     def residual(
         self, ids: torch.Tensor, state: StatePointers, *, advance: bool = True, chunked: bool = False
@@ -150,11 +156,12 @@ class Bulk:
     def _expand(self, m: DeviceMatrix, first: int = 0, rows: int | None = None) -> torch.Tensor:
         """Rows of the matrix that `Matrix.dequantize` describes, in the scratch: [rows, cols]."""
         rows = m.rows if rows is None else rows
-        if self._scratch.numel() < rows * m.cols:
-            self._scratch = self._empty(rows * m.cols)
         out = self._scratch[: rows * m.cols].view(rows, m.cols)
-        fields = fields_of(m.fields, first, rows, out.data_ptr(), m.cols, m.plane_inverse)
-        self._launch("expand", (-(-m.cols // 256), -(-rows // 64)), fields, m.rank * 1024)
+        key = id(m), first
+        if key not in self._expansions:
+            self._expansions[key] = fields_of(m.fields, first, rows, out.data_ptr(), m.cols, m.plane_inverse)
+        grid = -(-m.cols // 256), -(-rows // 64)
+        self._launch("expand", grid, self._expansions[key], m.rank * EXPAND_BYTES[self._suffix])
         return out
 
     def _bias(self, layer: LayerWeights, name: str) -> torch.Tensor | None:
