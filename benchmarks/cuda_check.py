@@ -43,7 +43,7 @@ from cuda_measure import (  # noqa: E402
 )  # fmt: skip
 
 from kernels.cuda_cases import LAYOUTS, expanded, product, random_matrix  # noqa: E402
-from runtime.numpy_reference import NumpyModel, mamba2_spec, random_checkpoint  # noqa: E402
+from runtime.numpy_reference import NumpyModel, mamba1_spec, mamba2_spec, random_checkpoint  # noqa: E402
 from slimba.checkpoints.checkpoint import Checkpoint  # noqa: E402
 from slimba.models.configs import named_spec  # noqa: E402
 from slimba.runtime import measure  # noqa: E402
@@ -59,6 +59,8 @@ SPECS = {
     "norm-first": mamba2_spec(norm_before_gate=True, norm_group_size=64, dt_limit=(0.02, 0.1), d_has_hdim=True),
     "no-norm": mamba2_spec(gated_norm=False),
     "wide-state": mamba2_spec(d_state=200),
+    "mamba1": mamba1_spec(),
+    "falcon": mamba1_spec(bcdt_norm_eps=1e-6, proj_bias=True, d_inner=75, d_state=40, conv_bias=False, d_conv=5),
 }
 
 

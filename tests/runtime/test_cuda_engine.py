@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kernels.cuda_host import host_gpu
-from runtime.numpy_reference import NumpyModel, mamba2_spec, random_checkpoint
+from runtime.numpy_reference import NumpyModel, mamba1_spec, mamba2_spec, random_checkpoint
 from slimba.models.spec import ModelSpec
 
 torch = pytest.importorskip("torch")
@@ -23,6 +23,8 @@ SPECS: dict[str, ModelSpec] = {
     "norm-first": mamba2_spec(norm_before_gate=True, norm_group_size=64, dt_limit=(0.02, 0.1), d_has_hdim=True),
     "no-norm": mamba2_spec(gated_norm=False),
     "wide-state": mamba2_spec(d_state=200),
+    "mamba1": mamba1_spec(),
+    "falcon": mamba1_spec(bcdt_norm_eps=1e-6, proj_bias=True, d_inner=75, d_state=40, conv_bias=False, d_conv=5),
 }
 
 
@@ -38,7 +40,7 @@ def engine(checkpoint: object, **settings: object):
 def test_steps_are_the_recurrence(name: str, format: str, batch: int) -> None:
     checkpoint = random_checkpoint(SPECS[name], 1, format)
     ids = np.random.default_rng(0).integers(0, checkpoint.spec.vocab_size, (batch, 6)).astype(np.int32)
-    cuda = engine(checkpoint)
+    cuda = engine(checkpoint, exact=True)
     state = cuda.new_state(batch)
     got = np.stack([cuda.step(ids[:, t], state).numpy().copy() for t in range(6)], axis=1)
     for b in range(batch):
@@ -60,7 +62,7 @@ def test_bulk_is_the_recurrence(name: str, format: str) -> None:
 
 
 @pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
-@pytest.mark.parametrize("name", ["headdim-64", "odd"])
+@pytest.mark.parametrize("name", ["headdim-64", "odd", "falcon"])
 def test_states_are_rounded_as_in_the_reference(name: str, state_dtype: str) -> None:
     from slimba.runtime.backends.reference import ReferenceEngine
 
@@ -150,11 +152,10 @@ def test_nll_is_log_softmax() -> None:
 
 
 def test_what_cannot_run_is_refused_by_name() -> None:
-    from runtime.numpy_reference import mamba1_spec
     from slimba.errors import UserError
 
-    with pytest.raises(UserError, match="Mamba-2"):
-        engine(random_checkpoint(mamba1_spec()))
+    with pytest.raises(UserError, match="at most 128 entries"):
+        engine(random_checkpoint(mamba1_spec(d_state=130)))
     cuda = engine(random_checkpoint(SPECS["plain"]))
     with pytest.raises(UserError, match="batch is 0"):
         cuda.new_state(0)

@@ -54,10 +54,9 @@ class CudaEngine:
             raise UserError(f"backend cuda computes with float32 activations, {activations} is not available")
         if state_dtype not in STATE_CODES:
             raise UserError(f"state dtype {state_dtype!r} is unknown, known are {', '.join(STATE_CODES)}")
-        if checkpoint.spec.architecture != "mamba2" or checkpoint.spec.d_state > 256 or checkpoint.spec.d_conv > 8:
-            raise CudaUnavailable(
-                "backend cuda runs Mamba-2 with a state of at most 256 and at most 8 convolution taps"
-            )
+        most = 256 if checkpoint.spec.architecture == "mamba2" else 128
+        if checkpoint.spec.d_state > most or checkpoint.spec.d_conv > 8:
+            raise CudaUnavailable(f"backend cuda takes states of at most {most} entries and at most 8 convolution taps")
         self.gpu = gpu or open_gpu()
         self.spec: ModelSpec = checkpoint.spec
         self.state_dtype = state_dtype

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
@@ -59,10 +60,11 @@ class Bulk:
         u = self._empty(tokens, spec.d_model, dtype=torch.float32)
         self._launch_embed(flat, u)
         delta: torch.Tensor | None = None
+        mixer = self._mixer2 if spec.architecture == "mamba2" else self._mixer1
         for i, layer in enumerate(self._model.layers):
             x = self._empty(tokens, spec.d_model)
             self._add_norm(u, delta, x, layer.norm)
-            delta = self._mixer(layer, x, state.fields(spec, i), batch, length, chunked)
+            delta = mixer(layer, x, state.fields(spec, i), batch, length, chunked)
         self._add_norm(u, delta, None, None)
         if advance:
             fields = fields_of(state.fields(spec, 0), batch, length)
@@ -80,27 +82,20 @@ class Bulk:
             out[:, first : first + rows] = self._product32(x, self._expand(model.head, first, rows))
         return out
 
-    def _mixer(
+    def _mixer2(
         self, layer: LayerWeights, x: torch.Tensor, state: list[int], batch: int, length: int, chunked: bool
     ) -> torch.Tensor:
+        """A Mamba-2 mixer: normed x [T, D] -> what is added to the residual stream."""
         spec, tokens = self._model.spec, batch * length
         inner, channels, heads = spec.d_inner, spec.d_conv_channels, spec.n_heads
         wide = inner + channels
         w = self._expand(layer.matrices["in_proj"])
         p = x @ w[:wide].T
         dt = self._product32(x, w[wide:])
-        if (bias := self._bias(layer, "in_proj")) is not None:
+        if (bias := layer.matrices["in_proj"].bias) is not None:
             p += bias[:wide].to(p.dtype)
             dt += bias[wide:]
-        size = p.element_size()
-        xbc = self._empty(tokens, channels)
-        conv = fields_of(
-            state, batch, length, p.data_ptr() + inner * size, wide, xbc.data_ptr(), channels, layer.conv.data_ptr(),
-            layer.conv_bias.data_ptr() if layer.conv_bias is not None else 0,
-        )  # fmt: skip
-        blocks = -(-channels // 256)
-        self._launch("conv", (blocks, -(-length // CONV_TOKENS), batch), conv)
-        self._launch("push", (blocks, batch), conv)
+        xbc = self._convolve(layer, p[:, inner:], state, batch, length)
         y = self._empty(tokens, inner)
         span, n = span_of(spec.headdim), spec.d_state
         low, high = spec.dt_limit
@@ -122,12 +117,54 @@ class Bulk:
             float_bits(spec.norm_eps), int(spec.norm_before_gate),
         )  # fmt: skip
         self._launch("gate_norm", (tokens,), fields, 32)
-        delta = gated @ self._expand(layer.matrices["out_proj"]).T
-        if (bias := self._bias(layer, "out_proj")) is not None:
-            delta += bias.to(delta.dtype)
-        return delta
+        return self._out(layer, gated)
+
+    def _mixer1(
+        self, layer: LayerWeights, x: torch.Tensor, state: list[int], batch: int, length: int, chunked: bool
+    ) -> torch.Tensor:
+        """A Mamba-1 mixer: normed x [T, D] -> what is added to the residual stream."""
+        spec, tokens = self._model.spec, batch * length
+        inner, n, rank = spec.d_inner, spec.d_state, spec.dt_rank
+        p = x @ self._expand(layer.matrices["in_proj"]).T
+        if (bias := layer.matrices["in_proj"].bias) is not None:
+            p += bias.to(p.dtype)
+        xs = self._convolve(layer, p[:, :inner], state, batch, length)
+        selected = self._product32(xs, self._expand(layer.matrices["x_proj"]))
+        if spec.bcdt_norm_eps is not None:
+            parts = torch.split(selected, [rank, n, n], dim=1)
+            selected = torch.cat([F.rms_norm(t, t.shape[1:], None, spec.bcdt_norm_eps) for t in parts], dim=1)
+        dt = self._product32(selected[:, :rank].to(self.dtype), self._expand(layer.matrices["dt_proj"]))
+        y = self._empty(tokens, inner)
+        fields = fields_of(
+            state, batch, length, n, inner, self._type, layer.a.data_ptr(), layer.d.data_ptr(),
+            layer.dt_bias.data_ptr(), xs.data_ptr(), inner, p[:, inner:].data_ptr(), 2 * inner, y.data_ptr(), inner,
+            dt.data_ptr(), inner, selected[:, rank:].data_ptr(), rank + 2 * n,
+        )  # fmt: skip
+        self._launch("scan1", (-(-inner // 16), batch), fields)
+        return self._out(layer, y)
 
     # ------------------------------------------------------------ the pieces
+
+    def _convolve(
+        self, layer: LayerWeights, given: torch.Tensor, state: list[int], batch: int, length: int
+    ) -> torch.Tensor:
+        """silu of the causal convolution of the columns `given` [T, channels], whose last rows go into the ring."""
+        channels = given.shape[1]
+        out = self._empty(*given.shape)
+        fields = fields_of(
+            state, batch, length, given.data_ptr(), given.stride(0), out.data_ptr(), channels, layer.conv.data_ptr(),
+            layer.conv_bias.data_ptr() if layer.conv_bias is not None else 0,
+        )  # fmt: skip
+        blocks = -(-channels // 256)
+        self._launch("conv", (blocks, -(-length // CONV_TOKENS), batch), fields)
+        self._launch("push", (blocks, batch), fields)
+        return out
+
+    def _out(self, layer: LayerWeights, y: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = y @ self._expand(layer.matrices["out_proj"]).T
+        if (bias := layer.matrices["out_proj"].bias) is not None:
+            out += bias.to(out.dtype)
+        return out
 
     def _by_chunks(self, length: int, chunked: bool) -> bool:
         """Whether the chunked kernel computes this recurrence, and does so faster than token by token."""
@@ -163,9 +200,6 @@ class Bulk:
         grid = -(-m.cols // 256), -(-rows // 64)
         self._launch("expand", grid, self._expansions[key], m.rank * EXPAND_BYTES[self._suffix])
         return out
-
-    def _bias(self, layer: LayerWeights, name: str) -> torch.Tensor | None:
-        return layer.matrices[name].bias
 
     def _product32(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """x w^T with a float32 result."""
