@@ -23,7 +23,7 @@ import pytest
 from slimba.kernels.cuda.compiler import source
 
 HERE = Path(__file__).parent
-AT_ONCE = {"slimba_persistent": 0}  # kernels whose blocks wait for each other run all of them at once
+AT_ONCE = {"slimba_persistent_0": 0}  # kernels whose blocks wait for each other run all of them at once
 
 
 class HostModule:

@@ -49,6 +49,18 @@ class Baked:
         call = f"recur<{instance}>(s, smem, blockIdx.x, gridDim.x, InOrder());"
         return self._add("slimba_recur", kernel("Recurrence", "THREADS, 2", sets, call))
 
+    def persistent(self, fields: list[np.ndarray], instance: str) -> str:
+        """The kernel for a whole step; fields of in_proj, recurrence, out_proj (of any layer) and head."""
+        first, recurrence, last, head = fields
+        fixes = [
+            fix("Product", constants(first, POINTERS, VARYING)),
+            fix("Recurrence", constants(recurrence, RECURRENCE_POINTERS, RECURRENCE_VARYING)),
+            fix("Product", constants(last, POINTERS, VARYING)),
+            fix("Product", constants(head, POINTERS, VARYING)),
+        ]
+        call = f"persistent<{instance}>(p, smem, {', '.join(fixes)});"
+        return self._add("slimba_persistent", f"KERNEL(NAME, Persistent, THREADS) {{ SHARED(smem); {call} }}")
+
     def _add(self, name: str, text: str) -> str:
         return self._names.setdefault((name, text), f"{name}_{len(self._names)}")
 
@@ -59,6 +71,10 @@ def constants(fields: np.ndarray, pointers: set[int], varying: set[int]) -> str:
         (i, int(v)) for i, v in enumerate(fields.tolist()) if i not in varying and (i not in pointers or v == 0)
     ]  # fmt: skip
     return " ".join(f"f[{i}] = {v};" for i, v in fixed)
+
+
+def fix(struct: str, sets: str) -> str:
+    return f"[]({struct}& s) {{ i64* f = (i64*)&s; {sets} }}"
 
 
 def kernel(struct: str, bounds: str, sets: str, call: str) -> str:

@@ -214,12 +214,15 @@ class FusedStep(Step):
 
 
 class PersistentStep(FusedStep):
-    """One token for one sequence by one kernel with barriers of the whole grid."""
+    """One token for one sequence by one kernel with barriers of the whole grid. All layers must be alike."""
 
     def __init__(self, model: CudaModel, gpu: Gpu, state_dtype: str) -> None:
         super().__init__(model, gpu, 1, state_dtype)
-        spec = model.spec
-        device = gpu.device
+        spec, device = model.spec, gpu.device
+        baked = Baked()
+        kinds = [self.products[0], self.recurrences[0], self.products[1], self.products[-1]]
+        self._name = baked.persistent(kinds, RECUR[entries_of(spec.d_state)])
+        self._whole = gpu.module("persistent", baked.source)
         self._arrived = self._zeros(1, dtype=torch.int32)
         self._all_products = torch.from_numpy(np.stack(self.products)).to(device)
         self._all_recurrences = torch.from_numpy(np.stack(self.recurrences)).to(device)
@@ -231,12 +234,10 @@ class PersistentStep(FusedStep):
         matrices = [m for layer in model.layers for m in layer.matrices.values()]
         work = max(m.shared_bytes(1, groups) for m in [*matrices, model.head])
         work = max(work, 4 * (span_of(spec.headdim) + 2 * spec.d_state))
-        self._shared = up_to(self.products[0].nbytes + self.recurrences[0].nbytes, 16) + work
+        self._shared = up_to(2 * self.products[0].nbytes + self.recurrences[0].nbytes, 16) + work
 
     def work(self, *, choose: bool, overlap: bool = False) -> None:
         """Launches one step. choose: the most likely ids become the next ids."""
         self._arrived.zero_()
-        self._gpu.launch(
-            "slimba_persistent", (self._gpu.blocks,), self._fields, self._shared, module=self._gpu.module("persistent")
-        )
+        self._gpu.launch(self._name, (self._gpu.blocks,), self._fields, self._shared, module=self._whole)
         self.after(choose)
