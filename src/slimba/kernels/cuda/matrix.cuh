@@ -158,7 +158,7 @@ DEV void slice_words(const int (&v)[4], u32 (&d)[3]) {
   }
 }
 
-#define KEEP_WORDS 4  // words of a slice that a thread keeps in registers when NB is 1: up to 4096 columns
+#define KEEP_WORDS 4  // words of a slice that a thread keeps in registers when NB is 1 (up to 4096 columns); else 8
 // What multiplies the input, asked for before the input is there.
 template <int NB>
 struct Weights {
@@ -181,7 +181,7 @@ DEV Weights<NB> load_norm(const Matrix& m, const Input& in) {
 // Reads the input, norms it, and leaves the slices of all tokens in shared memory. Ends with a barrier.
 template <int NB>
 DEV void stage(const Matrix& m, const Input& in, int batch, const Weights<NB>& norm_weight, View<NB>& v) {
-  constexpr int LANES = THREADS / NB, KEEP = NB == 1 ? KEEP_WORDS : 1;
+  constexpr int LANES = THREADS / NB, KEEP = NB == 1 ? KEEP_WORDS : 8;
   const int b = threadIdx.x / LANES, lane = threadIdx.x % LANES, cols = (int)m.cols, words = (int)m.kpad / 4;
   const bool on = b < batch, whole = m.cols == m.kpad;
   const float* x = (const float*)in.x + (on ? b : 0) * in.x_stride;
@@ -220,25 +220,24 @@ DEV void stage(const Matrix& m, const Input& in, int batch, const Weights<NB>& n
       e[i] = whole || c < cols ? finish(load_fresh(x + c), c, weight ? weight[c] : 1.0f) : 0.0f;
     }
   };
-  if (NB == 1) {
 #pragma unroll
-    for (int k = 0; k < KEEP; ++k)
+  for (int k = 0; k < KEEP; ++k)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int w = lane + k * LANES, c = column_of(w) + 8 * i;
-        keep[k][i] = w < words && (whole || c < cols) ? load_fresh(x + c) : 0.0f;
-      }
+    for (int i = 0; i < 4; ++i) {
+      const int w = lane + k * LANES, c = column_of(w) + 8 * i;
+      keep[k][i] = w < words && (whole || c < cols) ? load_fresh(x + c) : 0.0f;
+    }
 #pragma unroll
-    for (int k = 0; k < KEEP; ++k)
+  for (int k = 0; k < KEEP; ++k)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int w = lane + k * LANES, c = column_of(w) + 8 * i;
-        if (w < words && (whole || c < cols)) keep[k][i] = finish(keep[k][i], c, norm_weight.w[k][i]);
-      }
-  }
+    for (int i = 0; i < 4; ++i) {
+      const int w = lane + k * LANES, c = column_of(w) + 8 * i;
+      const float wanted = NB == 1 ? norm_weight.w[k % KEEP_WORDS][i] : weight && w < words && c < cols ? weight[c] : 1.0f;
+      if (w < words && (whole || c < cols)) keep[k][i] = finish(keep[k][i], c, wanted);
+    }
   float unused[4];
-#pragma unroll 1
-  for (int w = lane + (NB == 1 ? KEEP * LANES : 0); w < words; w += LANES) word(w, unused);
+#pragma unroll NB == 1 ? 1 : 4
+  for (int w = lane + KEEP * LANES; w < words; w += LANES) word(w, unused);
   reduce_token(v, squares, top, turn++);
 
   const float most = bits_to_float(top);
@@ -260,13 +259,11 @@ DEV void stage(const Matrix& m, const Input& in, int batch, const Weights<NB>& n
     if (m.has_float)
       for (int i = 0; i < 4; ++i) v.plain[b * (int)m.kpad + column_of(w) + 8 * i] = e[i] * norm;
   };
-  if (NB == 1) {
 #pragma unroll
-    for (int k = 0; k < KEEP; ++k)
-      if (lane + k * LANES < words) put(lane + k * LANES, keep[k]);
-  }
-#pragma unroll 1
-  for (int w = lane + (NB == 1 ? KEEP * LANES : 0); w < words; w += LANES) {
+  for (int k = 0; k < KEEP; ++k)
+    if (lane + k * LANES < words) put(lane + k * LANES, keep[k]);
+#pragma unroll NB == 1 ? 1 : 4
+  for (int w = lane + KEEP * LANES; w < words; w += LANES) {
     float e[4];
     word(w, e);
     put(w, e);

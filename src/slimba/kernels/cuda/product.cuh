@@ -4,8 +4,6 @@
 // Everything that a product can be asked for before its input is there (weights of the first round, factors of the low
 // rank, scales) is loaded into registers before `ready`, which waits for the kernel before.
 
-#define FACTOR_LOADS 16  // 16-byte loads of low-rank rows that a lane has in flight
-
 // acc[s NB + b] += codes times slices; `raw` holds the chunks first, first + step, ... of the row, RAW at a time.
 template <int NB>
 DEV void dot_chunk(const uint4& w, int chunk, const View<NB>& v, int (&acc)[3 * NB]) {
@@ -191,36 +189,39 @@ DEV void put_output(const Output& o, i64 ring, int row, int b, float y) {
   }
 }
 
-// Rows of B, the right low-rank factor: rows warp, warp + 8, ..., FACTOR_LOADS chunks a lane before the input is there.
-DEV void ask_factors(const Matrix& m, uint4 (&raw)[FACTOR_LOADS]) {
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, chunks = (int)m.kpad / 16 / WARP;
-#pragma unroll
-  for (int i = 0; i < FACTOR_LOADS; ++i) {
-    const int row = warp + i / chunks * WARPS, chunk = i % chunks * WARP + lane;
-    raw[i] = row < (int)m.rank ? load_weights((const u8*)m.lr_b + row * (int)m.kpad + chunk * 16) : uint4{0, 0, 0, 0};
-  }
+// The right low-rank factor B, in tiles of 16 ranks whose columns all warps of a block share.
+struct AskedFactors {
+  uint4 raw[RAW];
+  float scale;  // of the rank that this thread finishes in the first tile
+};
+DEV TileRows factor_rows(const Matrix& m, int tile) {
+  return {(const u8*)m.lr_b, (int)m.kpad, tile * TILE, (int)m.rank, (int)m.kpad / 64};
 }
 template <int NB>
-DEV void factors(const Matrix& m, const uint4 (&raw)[FACTOR_LOADS], View<NB>& v) {
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, chunks = (int)m.kpad / 16 / WARP;
-#pragma unroll 2
-  for (int turn = 0; turn * WARPS + warp < (int)m.rank; ++turn) {
-    const int row = turn * WARPS + warp;
-    int acc[3 * NB] = {};
-    if (NB == 1 && (turn + 1) * chunks <= FACTOR_LOADS) {
-#pragma unroll
-      for (int i = 0; i < FACTOR_LOADS; ++i)
-        if (i / chunks == turn) dot_chunk<NB>(raw[i], i % chunks * WARP + lane, v, acc);
-    } else {
+DEV float factor_scale(const Matrix& m, int tile) {
+  const int r = tile * TILE + (int)threadIdx.x / NB;
+  return (int)threadIdx.x < TILE * NB ? half_bits_to_float(((const u16*)m.lr_b_scale)[r]) : 0.0f;
+}
+template <int NB>
+DEV void ask_factors(const Matrix& m, AskedFactors& out) {
+  load_tile(factor_rows(m, 0), threadIdx.x / WARP, WARPS, 0, out.raw);
+  out.scale = factor_scale<NB>(m, 0);
+}
+// B x to v.factor. Ends with a barrier.
+template <int NB>
+DEV void factors(const Matrix& m, AskedFactors& asked, View<NB>& v) {
+  const int warp = threadIdx.x / WARP, r = (int)threadIdx.x / NB, b = (int)threadIdx.x % NB;
 #pragma unroll 1
-      for (int i = 0; i < chunks; ++i)
-        dot_chunk<NB>(load_weights((const u8*)m.lr_b + row * (int)m.kpad + (i * WARP + lane) * 16), i * WARP + lane, v, acc);
+  for (int tile = 0; tile * TILE < (int)m.rank; ++tile) {
+    int8_tile<NB>(factor_rows(m, tile), warp, WARPS, asked.raw, tile == 0, v.q, v.stride, v.red + warp * TILE * 3 * NB);
+    __syncthreads();
+    if ((int)threadIdx.x < TILE * NB) {
+      float d[3];
+      gather<NB>(v.red, WARPS, r, b, false, d);
+      const float scale = tile ? factor_scale<NB>(m, tile) : asked.scale;
+      v.factor[b * (int)m.rank + tile * TILE + r] = scale * combine(d[0], d[1], d[2]) * v.scale[b];
     }
-    const float scale = half_bits_to_float(((const u16*)m.lr_b_scale)[row]);
-    for (int b = 0; b < NB; ++b) {
-      const int d0 = warp_sum(acc[b]), d1 = warp_sum(acc[NB + b]), d2 = warp_sum(acc[2 * NB + b]);
-      if (lane == 0) v.factor[b * (int)m.rank + row] = scale * combine((float)d0, (float)d1, (float)d2) * v.scale[b];
-    }
+    __syncthreads();
   }
 }
 
@@ -237,8 +238,8 @@ DEV void product(const Product& p, u8* smem, int first, int block, int blocks, R
   Segment s = segment_of(m, item);
   Asked asked;
   if (item < (int)m.items) ask(m, s, item - (int)s.item0, kw, asked);
-  uint4 raw[FACTOR_LOADS];
-  if (NB == 1 && m.rank) ask_factors(m, raw);
+  AskedFactors asked_factors;
+  if (m.rank) ask_factors<NB>(m, asked_factors);
   const Weights<NB> norm_weight = load_norm<NB>(m, p.in);
   if (p.out.mode == IN_PROJ && (int)threadIdx.x < batch) {
     const i64 slot = slot_of(p.state, first + threadIdx.x);
@@ -249,13 +250,13 @@ DEV void product(const Product& p, u8* smem, int first, int block, int blocks, R
   in.x += first * in.x_stride * 4;
   in.gate += in.gate ? first * in.gate_stride * 4 : 0;
   stage<NB>(m, in, batch, norm_weight, v);
-  if (m.rank) factors<NB>(m, raw, v);
+  if (m.rank) factors<NB>(m, asked_factors, v);
 #pragma unroll 1
   for (int round = 0; round * groups * blocks + block < (int)m.items; ++round) {
     const bool some = item < (int)m.items;
     const int local = item - (int)s.item0;
     if (some) item_partial<NB>(m, s, local, kw, asked, v);
-    __syncthreads();  // partial sums, and in the first round the factors
+    __syncthreads();
     if (some && kw == 0) {
       const int row0 = local * (int)s.each, rows = (int)least(s.each, s.rows - row0);
 #pragma unroll 1
