@@ -212,3 +212,46 @@ def test_kernels_made_for_a_model_are_those_for_any(batch: int) -> None:
         state = cuda.new_state(batch)
         got.append(np.stack([cuda.step(ids[:, t], state).numpy().copy() for t in range(5)]))
     np.testing.assert_array_equal(*got)
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "int8", "bfloat16"])
+def test_sequences_join_leave_and_are_saved(state_dtype: str) -> None:
+    """Three sequences in slots of one pool, coming and going between steps, see what they would see alone."""
+    checkpoint = random_checkpoint(SPECS["plain"], 10, "mixed")
+    ids = np.random.default_rng(7).integers(0, 67, (3, 12)).astype(np.int32)
+    cuda = engine(checkpoint, state_dtype=state_dtype, exact=True)
+    want = [cuda.forward(ids[b : b + 1], cuda.new_state())[0] for b in range(3)]
+    pool = cuda.new_state(5)
+    got: list[list[np.ndarray]] = [[], [], []]
+    slots = {0: 4, 1: 0, 2: 2}
+    alive = {t: [0, 1] if t < 4 else [0, 1, 2] if t < 8 else [0, 2] for t in range(12)}
+    for b in (0, 1):
+        got[b].append(cuda.prefill(ids[b : b + 1, :2], pool.view([slots[b]]))[0])
+    for t in range(2, 12):
+        if t == 4:
+            got[2].append(cuda.prefill(ids[2:, :2], pool.view([2]))[0])
+        if t == 6:  # sequence 0 moves to another slot by way of a saved state
+            pool.view([3]).load(pool.view([4]).save())
+            pool.view([4]).reset()
+            slots[0] = 3
+        run = alive[t]
+        tokens = np.array([ids[b, len(got[b]) + 1] for b in run], np.int32)
+        logits = cuda.step(tokens, pool.view([slots[b] for b in run])).numpy()
+        for b, row in zip(run, logits, strict=True):
+            got[b].append(row.copy())
+    for b in range(3):
+        tolerance = 2e-5 if state_dtype == "float32" else 2e-3  # a rounding may fall to the other side
+        np.testing.assert_allclose(np.stack(got[b]), want[b][1 : len(got[b]) + 1], rtol=0, atol=tolerance)
+    assert int(pool.pos[4]) == 0 and int(pool.pos[3]) == 12
+
+
+def test_slots_are_checked() -> None:
+    from slimba.errors import UserError
+
+    pool = engine(random_checkpoint(SPECS["plain"])).new_state(2)
+    for slots in ([], [0, 0], [2], [-1]):
+        with pytest.raises(UserError, match="slots are"):
+            pool.view(slots)
+    other = engine(random_checkpoint(SPECS["odd"])).new_state(1)
+    with pytest.raises(UserError, match="the saved state's ssm"):
+        pool.view([1]).load(other.save())
