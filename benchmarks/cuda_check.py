@@ -49,6 +49,7 @@ from slimba.models.configs import named_spec  # noqa: E402
 from slimba.runtime import measure  # noqa: E402
 from slimba.runtime.backends.cuda import CudaEngine  # noqa: E402
 from slimba.runtime.backends.cuda_device import open_gpu  # noqa: E402
+from slimba.runtime.backends.cuda_speed import gpu_check  # noqa: E402
 
 SPECS = {
     "plain": mamba2_spec(),
@@ -200,10 +201,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seconds", type=float, default=210, help="start no further measurement after this")
-    parser.add_argument("--only", default="", help="a comma-separated choice of: correct, decode, prefill, batches")
+    parser.add_argument("--only", default="", help="some of: correct,decode,prefill,batches,shape")
     parser.add_argument("--shape", default="mamba2-1.3b")
     args = parser.parse_args()
-    chosen = set(args.only.split(",")) if args.only else {"correct", "decode", "prefill", "batches"}
+    chosen = set(args.only.split(",")) if args.only else {"correct", "decode", "prefill", "batches", "shape"}
     print(
         torch.__version__, torch.version.cuda, torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     )
@@ -243,6 +244,9 @@ def main() -> None:
         for b in (8, 32, 128, 512):
             run = lambda e, c, b=b: batched(e, c, "dfssm", "int8", b)  # noqa: E731
             todo.append((f"decode batch {b}", "dfssm", "int8", run))
+    if "shape" in chosen:
+        for state in ("float32", "int8"):
+            todo.append((f"reference at the shape, {state}", "dfssm", state, lambda e, c: gpu_check(e, c, [1, 8, 16])))
     todo.sort(key=lambda t: (t[1], t[2]))
     if "decode" in chosen:
         published = "dfssm-published", "bfloat16"

@@ -23,7 +23,11 @@ from slimba.errors import UserError
 __all__ = ["MODULES", "CudaUnavailable", "compiled", "load_nvrtc", "source"]
 
 SHARED = ("common.cuh", "matrix.cuh", "tiles.cuh", "product.cuh", "step.cuh", "decode.cu")
-MODULES = {"decode": SHARED, "main": (*SHARED, "generic.cu", "bulk.cu", "scan.cu", "scan1.cu", "ssd.cu"), "persistent": (*SHARED, "persistent.cu")}
+MODULES = {
+    "decode": SHARED,
+    "main": (*SHARED, "generic.cu", "bulk.cu", "scan.cu", "scan1.cu", "ssd.cu"),
+    "persistent": (*SHARED, "persistent.cu"),
+}
 OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
 
 
