@@ -24,6 +24,7 @@ __all__ = ["CHUNK", "Bulk"]
 CHUNK = 8192  # tokens of all sequences in one pass
 SCAN_TOKENS = 16  # of kernels/cuda/scan.cu
 CONV_TOKENS = 16  # of kernels/cuda/bulk.cu
+IN, OUT = 0, 1  # the two scratches: that of out_proj may be filled while that of in_proj is in use
 SSD_FROM = 8  # shortest call that is worth a chunk of 64
 EXPAND_BYTES = {"half": 4 * (128 + 64), "float": 4 * 256}  # shared memory of slimba_expand for each rank
 HEAD_ROWS = 8192  # rows of the head expanded at a time
@@ -43,7 +44,10 @@ class Bulk:
         matrices = [m for layer in model.layers for m in layer.matrices.values()]
         head = min(HEAD_ROWS, model.head.rows) * model.head.cols
         most = max(head, *(m.rows * m.cols for m in matrices))
-        self._scratch = torch.empty(most, dtype=self.dtype, device=gpu.device)
+        out = max(layer.matrices["out_proj"].rows * layer.matrices["out_proj"].cols for layer in model.layers)
+        self._scratch = [torch.empty(n, dtype=self.dtype, device=gpu.device) for n in (most, out)]
+        self._side = torch.cuda.Stream(gpu.device) if gpu.device.type == "cuda" else None
+        self._pending: dict[int, torch.cuda.Event] = {}
         self._expansions: dict[tuple[int, int], np.ndarray] = {}
 
     def residual(
@@ -61,10 +65,17 @@ class Bulk:
         self._launch_embed(flat, u)
         delta: torch.Tensor | None = None
         mixer = self._mixer2 if spec.architecture == "mamba2" else self._mixer1
-        for i, layer in enumerate(self._model.layers):
+        layers = self._model.layers
+        self._pending.clear()
+        self._ahead(layers[0].matrices["in_proj"], IN)
+        self._ahead(layers[0].matrices["out_proj"], OUT)
+        for i, layer in enumerate(layers):
             x = self._empty(tokens, spec.d_model)
             self._add_norm(u, delta, x, layer.norm)
-            delta = mixer(layer, x, state.fields(spec, i), batch, length, chunked)
+            following = layers[i + 1] if i + 1 < len(layers) else None
+            delta = mixer(layer, x, state.fields(spec, i), batch, length, chunked, following)
+            if following is not None:
+                self._ahead(following.matrices["out_proj"], OUT)
         self._add_norm(u, delta, None, None)
         if advance:
             fields = fields_of(state.fields(spec, 0), batch, length)
@@ -83,15 +94,24 @@ class Bulk:
         return out
 
     def _mixer2(
-        self, layer: LayerWeights, x: torch.Tensor, state: list[int], batch: int, length: int, chunked: bool
+        self,
+        layer: LayerWeights,
+        x: torch.Tensor,
+        state: list[int],
+        batch: int,
+        length: int,
+        chunked: bool,
+        following: LayerWeights | None,
     ) -> torch.Tensor:
         """A Mamba-2 mixer: normed x [T, D] -> what is added to the residual stream."""
         spec, tokens = self._model.spec, batch * length
         inner, channels, heads = spec.d_inner, spec.d_conv_channels, spec.n_heads
         wide = inner + channels
-        w = self._expand(layer.matrices["in_proj"])
+        w = self._weights(layer.matrices["in_proj"], IN)
         p = x @ w[:wide].T
         dt = self._product32(x, w[wide:])
+        if following is not None:
+            self._ahead(following.matrices["in_proj"], IN)
         if (bias := layer.matrices["in_proj"].bias) is not None:
             p += bias[:wide].to(p.dtype)
             dt += bias[wide:]
@@ -120,7 +140,14 @@ class Bulk:
         return self._out(layer, gated)
 
     def _mixer1(
-        self, layer: LayerWeights, x: torch.Tensor, state: list[int], batch: int, length: int, chunked: bool
+        self,
+        layer: LayerWeights,
+        x: torch.Tensor,
+        state: list[int],
+        batch: int,
+        length: int,
+        chunked: bool,
+        following: LayerWeights | None,
     ) -> torch.Tensor:
         """A Mamba-1 mixer: normed x [T, D] -> what is added to the residual stream."""
         spec, tokens = self._model.spec, batch * length
@@ -161,7 +188,7 @@ class Bulk:
         return out
 
     def _out(self, layer: LayerWeights, y: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = y @ self._expand(layer.matrices["out_proj"]).T
+        out: torch.Tensor = y @ self._weights(layer.matrices["out_proj"], OUT).T
         if (bias := layer.matrices["out_proj"].bias) is not None:
             out += bias.to(out.dtype)
         return out
@@ -190,10 +217,26 @@ class Bulk:
         fields = fields_of(pointers, u.shape[1], float_bits(self._model.spec.norm_eps))
         self._launch("add_norm", (len(u),), fields, 32)
 
-    def _expand(self, m: DeviceMatrix, first: int = 0, rows: int | None = None) -> torch.Tensor:
-        """Rows of the matrix that `Matrix.dequantize` describes, in the scratch: [rows, cols]."""
+    def _ahead(self, m: DeviceMatrix, place: int) -> None:
+        """Begins to expand a matrix beside what the stream does next; what lay in that scratch has been used."""
+        if self._side is None or self._model.spec.architecture != "mamba2":
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self._gpu.device))
+        with torch.cuda.stream(self._side):
+            self._expand(m, place=place)
+            self._pending[place] = self._side.record_event()
+
+    def _weights(self, m: DeviceMatrix, place: int) -> torch.Tensor:
+        """The expanded matrix, waiting for what `_ahead` began."""
+        if (done := self._pending.pop(place, None)) is None:
+            return self._expand(m, place=place)
+        torch.cuda.current_stream(self._gpu.device).wait_event(done)
+        return self._scratch[place][: m.rows * m.cols].view(m.rows, m.cols)
+
+    def _expand(self, m: DeviceMatrix, first: int = 0, rows: int | None = None, place: int = IN) -> torch.Tensor:
+        """Rows of the matrix that `Matrix.dequantize` describes, in a scratch: [rows, cols]."""
         rows = m.rows if rows is None else rows
-        out = self._scratch[: rows * m.cols].view(rows, m.cols)
+        out = self._scratch[place][: rows * m.cols].view(rows, m.cols)
         key = id(m), first
         if key not in self._expansions:
             self._expansions[key] = fields_of(m.fields, first, rows, out.data_ptr(), m.cols, m.plane_inverse)
