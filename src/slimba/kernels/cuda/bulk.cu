@@ -230,6 +230,53 @@ DEV void conv(const Conv& p) {
   }
 }
 
+// The same in float16 for two channels at once, CONV_AHEAD tokens in flight. Halves the accesses of conv.
+#define CONV_AHEAD 8
+DEV void conv_pairs(const Conv& p) {
+  const int channel = 2 * (blockIdx.x * THREADS + threadIdx.x), b = blockIdx.z, taps = (int)p.state.taps;
+  if (channel >= (int)p.state.channels) return;
+  const i64 first = (i64)blockIdx.y * CONV_TOKENS, slot = slot_of(p.state, b), pos = position(p.state, slot);
+  const u16 *in = (const u16*)p.in + (i64)b * p.length * p.in_stride + channel;
+  u16* out = (u16*)p.out + (i64)b * p.length * p.out_stride + channel;
+  float window[MAX_TAPS][2], weight[MAX_TAPS][2], bias[2];
+#pragma unroll
+  for (int k = 0; k < MAX_TAPS; ++k) {
+    const i64 t = first - taps + k;
+    const u32 two = k > 0 && k < taps && t >= 0 ? *(const u32*)(in + t * p.in_stride) : 0;
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      weight[k][c] = k < taps ? ((const float*)p.weight)[k * p.state.channels + channel + c] : 0.0f;
+      window[k][c] = c ? high_half(two) : low_half(two);
+      if (k > 0 && k < taps && t < 0) window[k][c] = ring_row(p.state, slot, pos + t + taps)[channel + c];
+    }
+  }
+  for (int c = 0; c < 2; ++c) bias[c] = p.bias ? ((const float*)p.bias)[channel + c] : 0.0f;
+  const i64 end = least(first + CONV_TOKENS, p.length);
+#pragma unroll 1
+  for (i64 t0 = first; t0 < end; t0 += CONV_AHEAD) {
+    u32 two[CONV_AHEAD];
+#pragma unroll
+    for (int j = 0; j < CONV_AHEAD; ++j) two[j] = t0 + j < end ? *(const u32*)(in + (t0 + j) * p.in_stride) : 0;
+#pragma unroll
+    for (int j = 0; j < CONV_AHEAD; ++j) {
+      if (t0 + j >= end) break;
+      float sum[2];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        sum[c] = bias[c];
+#pragma unroll
+        for (int k = 0; k < MAX_TAPS; ++k) {
+          if (k >= taps) break;
+          window[k][c] = k + 1 < taps ? window[k + 1 < MAX_TAPS ? k + 1 : k][c] : c ? high_half(two[j]) : low_half(two[j]);
+          sum[c] = fmaf(weight[k][c], window[k][c], sum[c]);
+        }
+        sum[c] = sum[c] / (1.0f + fast_exp(-sum[c]));
+      }
+      *(u32*)(out + (t0 + j) * p.out_stride) = pack_halves(sum[0], sum[1]);
+    }
+  }
+}
+
 // The last inputs of the convolution into the ring. Grid: channels in 256s, sequences.
 template <typename T>
 DEV void push(const Conv& p) {
@@ -329,5 +376,10 @@ KERNEL(slimba_gate_norm_float, GateNorm, THREADS) {
   SHARED(smem);
   gate_norm<float>(p, (float*)smem);
 }
-INSTANCES(slimba_conv, Conv, conv<Half>(p), conv<float>(p))
+DEV void conv_half(const Conv& p) {
+  const bool pairs = !((p.state.channels | p.in_stride | p.out_stride | p.in >> 1) & 1);  // all even, in on 4 bytes
+  if (pairs) conv_pairs(p);
+  else conv<Half>(p);
+}
+INSTANCES(slimba_conv, Conv, conv_half(p), conv<float>(p))
 INSTANCES(slimba_push, Conv, push<Half>(p), push<float>(p))
