@@ -43,12 +43,13 @@ from cuda_measure import (  # noqa: E402
 )  # fmt: skip
 
 from kernels.cuda_cases import LAYOUTS, expanded, product, random_matrix  # noqa: E402
-from runtime.numpy_reference import NumpyModel, mamba2_spec, random_checkpoint  # noqa: E402
+from runtime.numpy_reference import NumpyModel, mamba1_spec, mamba2_spec, random_checkpoint  # noqa: E402
 from slimba.checkpoints.checkpoint import Checkpoint  # noqa: E402
 from slimba.models.configs import named_spec  # noqa: E402
 from slimba.runtime import measure  # noqa: E402
 from slimba.runtime.backends.cuda import CudaEngine  # noqa: E402
 from slimba.runtime.backends.cuda_device import open_gpu  # noqa: E402
+from slimba.runtime.backends.cuda_speed import gpu_check  # noqa: E402
 
 SPECS = {
     "plain": mamba2_spec(),
@@ -59,6 +60,8 @@ SPECS = {
     "norm-first": mamba2_spec(norm_before_gate=True, norm_group_size=64, dt_limit=(0.02, 0.1), d_has_hdim=True),
     "no-norm": mamba2_spec(gated_norm=False),
     "wide-state": mamba2_spec(d_state=200),
+    "mamba1": mamba1_spec(),
+    "falcon": mamba1_spec(bcdt_norm_eps=1e-6, proj_bias=True, d_inner=75, d_state=40, conv_bias=False, d_conv=5),
 }
 
 
@@ -117,6 +120,21 @@ def small_engine(name: str, format: str, batch: int, exact: bool) -> str:
     want = np.stack([NumpyModel(checkpoint).logits(row) for row in ids])
     bulk = close(got[:, :38], want[:, :38], 5e-5 if exact else 3e-2)
     return f"bulk {bulk:.2g}, steps {close(got[:, 38:], want[:, 38:], 5e-5 if exact else 3e-2):.2g}"
+
+
+def chunks(d_state: int, state_dtype: str) -> str:
+    """The chunked recurrence over whole and partial chunks, from an empty state and from one."""
+    spec = mamba2_spec(headdim=64, d_inner=256, d_state=d_state, n_groups=2)
+    checkpoint = random_checkpoint(spec, 8, "float32")
+    ids = np.random.default_rng(6).integers(0, 67, (2, 400)).astype(np.int32)
+    engine = CudaEngine(checkpoint, state_dtype=state_dtype)
+    state = engine.new_state(2)
+    engine.prefill(ids[:, :170], state)
+    got = engine.prefill(ids[:, 170:399], state)
+    after = engine.step(ids[:, 399], state).cpu().numpy()
+    want = np.stack([NumpyModel(checkpoint).logits(row) for row in ids])
+    step = close(after, want[:, 399], 3e-2 if state_dtype == "float32" else 0.1)
+    return f"prefill {close(got, want[:, 398], 3e-2):.2g}, step {step:.2g}"
 
 
 def rounded_states(state_dtype: str) -> str:
@@ -183,10 +201,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seconds", type=float, default=210, help="start no further measurement after this")
-    parser.add_argument("--only", default="", help="a comma-separated choice of: correct, decode, prefill, batches")
+    parser.add_argument("--only", default="", help="some of: correct,decode,prefill,batches,shape")
     parser.add_argument("--shape", default="mamba2-1.3b")
     args = parser.parse_args()
-    chosen = set(args.only.split(",")) if args.only else {"correct", "decode", "prefill", "batches"}
+    chosen = set(args.only.split(",")) if args.only else {"correct", "decode", "prefill", "batches", "shape"}
     print(
         torch.__version__, torch.version.cuda, torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     )
@@ -203,6 +221,9 @@ def main() -> None:
                         f"engine {name} {format} {batch}", lambda n=name, f=format, b=batch: small_engine(n, f, b, True)
                     )
         check("engine half", lambda: small_engine("headdim-64", "mixed", 2, False))
+        for n in (64, 128):
+            for state in ("float32", "int8"):
+                check(f"chunks {n} {state}", functools.partial(chunks, n, state))
         check("state bfloat16", lambda: rounded_states("bfloat16"))
         check("state int8", lambda: rounded_states("int8"))
         check("packed 25M model", packed_model)
@@ -223,6 +244,9 @@ def main() -> None:
         for b in (8, 32, 128, 512):
             run = lambda e, c, b=b: batched(e, c, "dfssm", "int8", b)  # noqa: E731
             todo.append((f"decode batch {b}", "dfssm", "int8", run))
+    if "shape" in chosen:
+        for state in ("float32", "int8"):
+            todo.append((f"reference at the shape, {state}", "dfssm", state, lambda e, c: gpu_check(e, c, [1, 8, 16])))
     todo.sort(key=lambda t: (t[1], t[2]))
     if "decode" in chosen:
         published = "dfssm-published", "bfloat16"

@@ -127,18 +127,15 @@ def decode_parts(engine: CudaEngine, state_dtype: str) -> str:
     step = FusedStep(engine.model, engine.gpu, 1, state_dtype)
     state = engine.new_state()
     step.point_to(state)
-    spec, gpu, layers = engine.spec, engine.gpu, engine.model.layers
-    shared = 4 * (32 + 2 * spec.d_state)
+    n, gpu, layers = engine.spec.n_layer, engine.gpu, engine.model.layers
     kinds: dict[str, tuple[int, Callable[[bool], None]]] = {
-        "in_proj": (spec.n_layer, lambda o: [step._product(w.matrices["in_proj"], step.products[2 * i], 1, o)
-                                              for i, w in enumerate(layers)] and None),
-        "recur": (spec.n_layer, lambda o: [gpu.launch("slimba_recur_1", (128,), f, shared, overlap=o)
-                                            for f in step.recurrences] and None),
-        "out_proj": (spec.n_layer, lambda o: [step._product(w.matrices["out_proj"], step.products[2 * i + 1], 1, o)
-                                               for i, w in enumerate(layers)] and None),
-        "head": (1, lambda o: step._product(engine.model.head, step.products[-1], 1, o)),
+        "in_proj": (n, lambda o: [step.product(w.matrices["in_proj"], 2 * i, 1, o)
+                                   for i, w in enumerate(layers)] and None),
+        "recur": (n, lambda o: [step.recur(i, o) for i in range(n)] and None),
+        "out_proj": (n, lambda o: [step.product(w.matrices["out_proj"], 2 * i + 1, 1, o)
+                                    for i, w in enumerate(layers)] and None),
+        "head": (1, lambda o: step.product(engine.model.head, 2 * n, 1, o)),
         "argmax": (1, lambda o: step.after(True, o)),
-        "embed": (1, lambda o: gpu.launch("slimba_embed", (gpu.blocks,), step.embed)),
         "embed x48": (48, lambda o: [gpu.launch("slimba_embed", (gpu.blocks,), step.embed, overlap=o)
                                       for _ in range(48)] and None),
     }  # fmt: skip

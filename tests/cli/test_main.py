@@ -114,7 +114,7 @@ BAD = {
     "missing option": ("generate tiny", "--prompt"),
     "option of the wrong kind": ("generate tiny --prompt a --seed x", "--seed"),
     "no such model": ("generate nowhere --prompt a", "nowhere"),
-    "unknown backend": ("generate tiny --prompt a --backend tpu", "known are auto, cpu, reference"),
+    "unknown backend": ("generate tiny --prompt a --backend tpu", "known are auto, cpu, cuda, reference"),
     "backend of a later version": ("eval tiny --text text.txt --backend cuda", "'cuda' is not available"),
     "unknown state type": ("generate tiny --prompt a --state-dtype fp4", "known are fp32, bf16, int8"),
     "threads": ("generate tiny --prompt a --threads 0", "--threads"),

@@ -25,6 +25,7 @@ LAYOUTS: dict[str, MatrixLayout] = {
     "plane": MatrixLayout(530, (Segment(70, "sign"), Segment(9, "int8")), LowRank(16, 0, 70), plane=Plane(100, 5, 61)),
     "plane-all": MatrixLayout(96, (Segment(20, "int8"), Segment(40, "sign")), plane=Plane(96, 20, 60), col_scale=True),
     "int8": MatrixLayout(1030, (Segment(19, "int8"),)),
+    "int8-tiles": MatrixLayout(1030, (Segment(5000, "int8"),)),
     "int4": MatrixLayout(391, (Segment(19, "int4"),)),
     "float16": MatrixLayout(131, (Segment(19, "float16"),)),
     "all": MatrixLayout(
@@ -90,6 +91,6 @@ def expanded(gpu: Any, matrix: Matrix, exact: bool, first: int = 0) -> np.ndarra
     out = torch.full((rows, m.cols), float("nan"), dtype=torch.float32 if exact else torch.float16, device=gpu.device)
     fields = fields_of(m.fields, first, rows, out.data_ptr(), m.cols, m.plane_inverse)
     name = "slimba_expand_float" if exact else "slimba_expand_half"
-    gpu.launch(name, (-(-m.cols // 256), -(-rows // 64)), fields, m.rank * 1024)
+    gpu.launch(name, (-(-m.cols // 256), -(-rows // 64)), fields, m.rank * (1024 if exact else 768))
     gpu.synchronize()
     return np.asarray(out.float().cpu().numpy())

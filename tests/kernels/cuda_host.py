@@ -23,7 +23,7 @@ import pytest
 from slimba.kernels.cuda.compiler import source
 
 HERE = Path(__file__).parent
-AT_ONCE = {"slimba_persistent": 0}  # kernels whose blocks wait for each other run all of them at once
+AT_ONCE = {"slimba_persistent_0": 0}  # kernels whose blocks wait for each other run all of them at once
 
 
 class HostModule:
@@ -44,11 +44,11 @@ class HostModule:
 
 
 @cache
-def host_module(module: str = "main") -> HostModule:
+def host_module(module: str = "main", extra: str = "") -> HostModule:
     compiler = shutil.which("g++")
     if not compiler or platform.machine() != "x86_64":
         pytest.skip("needs g++ on x86-64")
-    text = '#define SLIMBA_HOST\n#include "host_cuda.h"\n' + source(module)
+    text = '#define SLIMBA_HOST\n#include "host_cuda.h"\n' + source(module, extra)
     key = hashlib.sha256((text + (HERE / "host_cuda.h").read_text()).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"slimba-host-cuda-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -57,7 +57,7 @@ def host_module(module: str = "main") -> HostModule:
         unit = folder / f"{module}-{key}-{os.getpid()}.cpp"
         unit.write_text(text)
         built = unit.with_suffix(".so")
-        flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-w", "-Wno-unknown-pragmas", "-I", str(HERE)]
+        flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-w", "-Wno-unknown-pragmas", "-I", str(HERE)]
         subprocess.run([compiler, *flags, str(unit), "-o", str(built)], check=True)
         built.replace(library)
         unit.unlink()
@@ -65,14 +65,8 @@ def host_module(module: str = "main") -> HostModule:
 
 
 @cache
-def host_gpu(blocks: int = 3, shared: int = 227 * 1024) -> Any:
+def host_gpu(blocks: int = 3, shared: int = 227 * 1024, bakes: bool = False) -> Any:
     torch = pytest.importorskip("torch")
     from slimba.runtime.backends.cuda_device import Gpu
 
-    return Gpu(
-        torch.device("cpu"),
-        {"main": host_module(), "persistent": host_module("persistent")},
-        blocks,
-        shared,
-        overlap=False,
-    )
+    return Gpu(torch.device("cpu"), host_module, blocks, shared, bakes=bakes)

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <vector>
 
 typedef unsigned char u8;
@@ -20,6 +21,12 @@ typedef long long i64;
 struct alignas(16) uint4 {
   u32 x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  u32 x, y;
+};
 struct Dim3 {
   unsigned x, y, z;
 };
@@ -29,9 +36,8 @@ struct Dim3 {
 namespace host {
 struct Fibre {
   void* stack_pointer = nullptr;
-  std::vector<char> stack;
   Dim3 thread = {0, 0, 0}, block = {0, 0, 0};
-  int block_index = 0, warp = 0, lane = 0;
+  int block_index = 0, warp = 0, lane = 0, exchanges = 0;
   bool done = false;
 };
 struct Gate {  // a barrier of `size` fibres
@@ -40,7 +46,7 @@ struct Gate {  // a barrier of `size` fibres
 };
 struct Warp {
   Gate gate;
-  u32 slot[32][8];
+  u32 slot[2][32][8];  // of one exchange and the next: no lane can be further ahead than that
 };
 struct Block {
   Gate gate;
@@ -51,6 +57,8 @@ inline Fibre* current = nullptr;
 inline void* scheduler = nullptr;
 inline std::vector<Block>* blocks = nullptr;
 inline Gate grid_gate;
+constexpr std::size_t kStack = 48 * 1024;
+inline std::vector<std::unique_ptr<char[]>> stacks;  // kept: making them costs more than running on them
 inline Dim3 grid_size, block_size;
 inline const std::function<void()>* body = nullptr;
 
@@ -113,13 +121,13 @@ inline void run(Dim3 grid, int threads, i64 shared_bytes, const std::function<vo
       group[b].shared.assign(std::size_t(shared_bytes) + 64, 0xA5);  // poison, and a guard behind the end
       for (int t = 0; t < threads; ++t) {
         Fibre& fibre = fibres[std::size_t(b) * threads + t];
-        fibre.stack.resize(48 * 1024);
+        if (stacks.size() <= std::size_t(b) * threads + t) stacks.emplace_back(new char[kStack]);
         fibre.thread = {unsigned(t), 0, 0};
         fibre.block = {unsigned(at) % grid.x, unsigned(at) / grid.x % grid.y, unsigned(at) / grid.x / grid.y};
         fibre.block_index = b;
         fibre.warp = t / 32;
         fibre.lane = t % 32;
-        auto top = (std::uintptr_t(fibre.stack.data()) + fibre.stack.size()) & ~std::uintptr_t(15);
+        auto top = (std::uintptr_t(stacks[std::size_t(b) * threads + t].get()) + kStack) & ~std::uintptr_t(15);
         void** frame = reinterpret_cast<void**>(top) - 8;  // six registers, the entry, and no return
         for (int i = 0; i < 6; ++i) frame[i] = nullptr;
         frame[6] = reinterpret_cast<void*>(&enter);
@@ -144,17 +152,16 @@ inline void run(Dim3 grid, int threads, i64 shared_bytes, const std::function<vo
         }
   }
 }
-// Lanes exchange words: everyone puts, everyone may read all, everyone leaves.
+// Lanes exchange words: everyone puts, then everyone may read all.
 struct Exchange {
-  Warp& w = own_warp();
+  u32 (&slot)[32][8];
   template <typename... Words>
-  explicit Exchange(Words... words) {
+  explicit Exchange(Words... words) : slot(own_warp().slot[current->exchanges++ & 1]) {
     int i = 0;
-    ((w.slot[current->lane][i++] = words), ...);
-    wait(w.gate);
+    ((slot[current->lane][i++] = words), ...);
+    wait(own_warp().gate);
   }
-  ~Exchange() { wait(w.gate); }
-  u32 at(int lane, int i) const { return w.slot[lane][i]; }
+  u32 at(int lane, int i) const { return slot[lane][i]; }
 };
 }  // namespace host
 
@@ -163,7 +170,7 @@ struct Exchange {
 #define gridDim (host::grid_size)
 #define blockDim (host::block_size)
 #define SHARED(name) u8* name = host::own_block().shared.data()
-#define KERNEL(name, Params, threads)                                                                              \
+#define KERNEL(name, Params, ...)                                                                                  \
   static void name##_body(const Params& p);                                                                       \
   extern "C" void name(int gx, int gy, int gz, i64 shared, const void* fields, i64 bytes, int blocks_at_once, int n) { \
     if (bytes != (i64)sizeof(Params)) {                                                                            \
@@ -209,6 +216,12 @@ DEV int dot4(u32 a, u32 b, int c) {
   for (int i = 0; i < 4; ++i) c += int(i8(a >> 8 * i)) * int(i8(b >> 8 * i));
   return c;
 }
+DEV u32 byte_perm(u32 a, u32 b, u32 pick) {
+  const u64 both = u64(b) << 32 | a;
+  u32 out = 0;
+  for (int i = 0; i < 4; ++i) out |= u32(both >> (pick >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return out;
+}
 DEV int warp_sum(int v) {
   host::Exchange e{u32(v)};
   int sum = 0;
@@ -241,6 +254,46 @@ DEV void host_mma(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 }
 DEV void mma_u8s8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { host_mma<u8>(d, a0, a1, a2, a3, b0, b1); }
 DEV void mma_s8s8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { host_mma<i8>(d, a0, a1, a2, a3, b0, b1); }
+DEV u32 fma_halves(u32 a, u32 b, u32 c) {
+  u32 d = 0;
+  for (int s = 0; s < 32; s += 16)
+    d |= u32(float_to_half_bits(half_bits_to_float(u16(a >> s)) * half_bits_to_float(u16(b >> s)) +
+                                half_bits_to_float(u16(c >> s)))) << s;
+  return d;
+}
+DEV u32 add_halves(u32 a, u32 b) { return fma_halves(a, 0x3c003c00u, b); }
+DEV float shuffle_up(float v, int by) {
+  host::Exchange e{__float_as_uint(v)};
+  return host::current->lane < by ? v : __uint_as_float(e.at(host::current->lane - by, 0));
+}
+DEV float fast_exp(float v) { return std::exp(v); }
+// Element (r, k) of A: lane r % 8 * 4 + k % 8 / 2, register r / 8 + k / 8 * 2, half k % 2; (k, n) of B alike.
+DEV void mma_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  host::Exchange e(a0, a1, a2, a3, b0, b1);
+  const int g = host::current->lane / 4, t = host::current->lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + i / 2 * 8, col = 2 * t + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const u32 a = e.at(row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2) >> k % 2 * 16;
+      const u32 b = e.at(col * 4 + k % 8 / 2, 4 + k / 8) >> k % 2 * 16;
+      d[i] += half_bits_to_float(u16(a)) * half_bits_to_float(u16(b));
+    }
+  }
+}
+DEV void host_matrices(u32 (&r)[4], const u16* row, bool transposed) {
+  if (std::uintptr_t(row) % 16) std::abort();
+  host::Exchange e(u32(std::uintptr_t(row)), u32(std::uintptr_t(row) >> 32));
+  const int g = host::current->lane / 4, t = host::current->lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    const auto entry = [&](int a, int b) {
+      const int lane = 8 * i + a;
+      return u32(reinterpret_cast<const u16*>(std::uintptr_t(e.at(lane, 0)) | std::uintptr_t(e.at(lane, 1)) << 32)[b]);
+    };
+    r[i] = transposed ? entry(2 * t, g) | entry(2 * t + 1, g) << 16 : entry(g, 2 * t) | entry(g, 2 * t + 1) << 16;
+  }
+}
+DEV void load_matrices(u32 (&r)[4], const u16* row) { host_matrices(r, row, false); }
+DEV void load_transposed(u32 (&r)[4], const u16* row) { host_matrices(r, row, true); }
 DEV uint4 load_weights(const void* p) {
   uint4 v;
   if (std::uintptr_t(p) % 16) std::abort();  // the GPU would fault

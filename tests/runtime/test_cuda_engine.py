@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kernels.cuda_host import host_gpu
-from runtime.numpy_reference import NumpyModel, mamba2_spec, random_checkpoint
+from runtime.numpy_reference import NumpyModel, mamba1_spec, mamba2_spec, random_checkpoint
 from slimba.models.spec import ModelSpec
 
 torch = pytest.importorskip("torch")
@@ -23,6 +23,8 @@ SPECS: dict[str, ModelSpec] = {
     "norm-first": mamba2_spec(norm_before_gate=True, norm_group_size=64, dt_limit=(0.02, 0.1), d_has_hdim=True),
     "no-norm": mamba2_spec(gated_norm=False),
     "wide-state": mamba2_spec(d_state=200),
+    "mamba1": mamba1_spec(),
+    "falcon": mamba1_spec(bcdt_norm_eps=1e-6, proj_bias=True, d_inner=75, d_state=40, conv_bias=False, d_conv=5),
 }
 
 
@@ -38,7 +40,7 @@ def engine(checkpoint: object, **settings: object):
 def test_steps_are_the_recurrence(name: str, format: str, batch: int) -> None:
     checkpoint = random_checkpoint(SPECS[name], 1, format)
     ids = np.random.default_rng(0).integers(0, checkpoint.spec.vocab_size, (batch, 6)).astype(np.int32)
-    cuda = engine(checkpoint)
+    cuda = engine(checkpoint, exact=True)
     state = cuda.new_state(batch)
     got = np.stack([cuda.step(ids[:, t], state).numpy().copy() for t in range(6)], axis=1)
     for b in range(batch):
@@ -60,7 +62,7 @@ def test_bulk_is_the_recurrence(name: str, format: str) -> None:
 
 
 @pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
-@pytest.mark.parametrize("name", ["headdim-64", "odd"])
+@pytest.mark.parametrize("name", ["headdim-64", "odd", "falcon"])
 def test_states_are_rounded_as_in_the_reference(name: str, state_dtype: str) -> None:
     from slimba.runtime.backends.reference import ReferenceEngine
 
@@ -100,3 +102,156 @@ def test_the_persistent_kernel_is_the_recurrence(name: str) -> None:
         got.append(step.logits[0].numpy().copy())
     np.testing.assert_allclose(np.stack(got), NumpyModel(checkpoint).logits(ids), rtol=0, atol=2e-5)
     np.testing.assert_array_equal(step.chosen[0, :4].numpy(), np.argmax(got, axis=1))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("stride", [1, 4, 16])
+def test_greedy_generation_is_that_of_the_reference_and_stops_as_it_does(batch: int, stride: int) -> None:
+    from slimba.runtime.backends.reference import ReferenceEngine
+    from slimba.runtime.engine import SamplingParams
+
+    checkpoint = random_checkpoint(SPECS["plain"], 6, "mixed")
+    prompt = np.random.default_rng(5).integers(0, 67, (batch, 5)).astype(np.int32)
+    cuda, reference = engine(checkpoint, exact=True), ReferenceEngine(checkpoint)
+    free = SamplingParams(max_new_tokens=10, n_valid=60)
+    ids = np.concatenate(list(reference.generate(prompt, reference.new_state(batch), free)), axis=1)
+    stopped = SamplingParams(max_new_tokens=10, n_valid=60, stop_ids=(int(ids[0, 5]),))
+    for params in (free, stopped):
+        ours, theirs = cuda.new_state(batch), reference.new_state(batch)
+        want = list(reference.generate(prompt, theirs, params, stride=stride))
+        got = list(cuda.generate(prompt, ours, params, stride=stride))
+        assert [p.shape for p in got] == [p.shape for p in want]
+        np.testing.assert_array_equal(np.concatenate(got, axis=1), np.concatenate(want, axis=1))
+        if batch == 1:  # the states have seen the same tokens
+            follow = np.array([[7]], np.int32)
+            np.testing.assert_allclose(cuda.forward(follow, ours), reference.forward(follow, theirs), rtol=0, atol=1e-4)
+
+
+def test_sampling_follows_the_seed() -> None:
+    from slimba.runtime.backends.reference import ReferenceEngine
+    from slimba.runtime.engine import SamplingParams
+
+    checkpoint = random_checkpoint(SPECS["plain"], 6, "mixed")
+    prompt = np.array([[1, 2, 3]], np.int32)
+    params = SamplingParams(max_new_tokens=8, temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=3)
+    cuda, reference = engine(checkpoint, exact=True), ReferenceEngine(checkpoint)
+    got, want = (
+        np.concatenate(list(e.generate(prompt, e.new_state(), params, stride=3)), axis=1) for e in (cuda, reference)
+    )
+    np.testing.assert_array_equal(got, want)
+
+
+def test_nll_is_log_softmax() -> None:
+    checkpoint = random_checkpoint(SPECS["odd"], 7, "mixed")
+    ids = np.random.default_rng(3).integers(0, 41, (2, 20)).astype(np.int32)
+    cuda = engine(checkpoint, exact=True)
+    logits = cuda.forward(ids[:, :-1], cuda.new_state(2)).astype(np.float64)
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    want = -np.take_along_axis(logp, ids[:, 1:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(cuda.nll(ids[:, :-1], ids[:, 1:], cuda.new_state(2)), want, rtol=0, atol=1e-5)
+
+
+def test_what_cannot_run_is_refused_by_name() -> None:
+    from slimba.errors import UserError
+
+    with pytest.raises(UserError, match="at most 128 entries"):
+        engine(random_checkpoint(mamba1_spec(d_state=130)))
+    cuda = engine(random_checkpoint(SPECS["plain"]))
+    with pytest.raises(UserError, match="batch is 0"):
+        cuda.new_state(0)
+    with pytest.raises(UserError, match="empty"):
+        cuda.prefill(np.zeros((1, 0), np.int32), cuda.new_state())
+    with pytest.raises(UserError, match=r"ids must be \[2"):
+        cuda.forward(np.zeros((1, 3), np.int32), cuda.new_state(2))
+    if not torch.cuda.is_available():
+        from slimba.runtime.load import load
+
+        with pytest.raises(UserError, match=r"PyTorch (was built without CUDA|finds no usable)"):
+            load(random_checkpoint(SPECS["plain"]), backend="cuda")
+
+
+@pytest.mark.parametrize("d_state", [64, 128])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+def test_chunks_are_the_recurrence(d_state: int, state_dtype: str) -> None:
+    """The chunked kernel over whole and partial chunks, from an empty state and from one."""
+    spec = mamba2_spec(headdim=64, d_inner=128, d_state=d_state, n_groups=2, n_layer=1)
+    checkpoint = random_checkpoint(spec, 8, "float32")
+    ids = np.random.default_rng(6).integers(0, 67, (2, 170)).astype(np.int32)
+    cuda = engine(checkpoint, state_dtype=state_dtype)
+    state = cuda.new_state(2)
+    cuda.prefill(ids[:, :70], state)
+    got = cuda.prefill(ids[:, 70:169], state)
+    after = cuda.step(ids[:, 169], state).numpy()
+    for b in range(2):
+        want = NumpyModel(checkpoint).logits(ids[b])
+        np.testing.assert_allclose(got[b], want[168], rtol=0, atol=1e-2)
+        np.testing.assert_allclose(after[b], want[169], rtol=0, atol=1e-2 if state_dtype == "float32" else 5e-2)
+
+
+@pytest.mark.parametrize("batch", [11, 40])
+def test_larger_batches_are_the_recurrence(batch: int) -> None:
+    """Eleven run in two groups of the fused kernels, forty by the bulk pass."""
+    checkpoint = random_checkpoint(SPECS["norm-first"], 9, "mixed")
+    ids = np.random.default_rng(0).integers(0, checkpoint.spec.vocab_size, (batch, 3)).astype(np.int32)
+    cuda = engine(checkpoint, exact=True)
+    state = cuda.new_state(batch)
+    got = np.stack([cuda.step(ids[:, t], state).numpy().copy() for t in range(3)], axis=1)
+    for b in range(batch):
+        np.testing.assert_allclose(got[b], NumpyModel(checkpoint).logits(ids[b]), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_kernels_made_for_a_model_are_those_for_any(batch: int) -> None:
+    from slimba.runtime.backends.cuda import CudaEngine
+
+    checkpoint = random_checkpoint(SPECS["odd"], 1, "mixed")
+    ids = np.random.default_rng(0).integers(0, 41, (batch, 5)).astype(np.int32)
+    got = []
+    for gpu in (host_gpu(), host_gpu(bakes=True)):
+        cuda = CudaEngine(checkpoint, gpu=gpu)
+        state = cuda.new_state(batch)
+        got.append(np.stack([cuda.step(ids[:, t], state).numpy().copy() for t in range(5)]))
+    np.testing.assert_array_equal(*got)
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "int8", "bfloat16"])
+def test_sequences_join_leave_and_are_saved(state_dtype: str) -> None:
+    """Three sequences in slots of one pool, coming and going between steps, see what they would see alone."""
+    checkpoint = random_checkpoint(SPECS["plain"], 10, "mixed")
+    ids = np.random.default_rng(7).integers(0, 67, (3, 12)).astype(np.int32)
+    cuda = engine(checkpoint, state_dtype=state_dtype, exact=True)
+    want = [cuda.forward(ids[b : b + 1], cuda.new_state())[0] for b in range(3)]
+    pool = cuda.new_state(5)
+    got: list[list[np.ndarray]] = [[], [], []]
+    slots = {0: 4, 1: 0, 2: 2}
+    alive = {t: [0, 1] if t < 4 else [0, 1, 2] if t < 8 else [0, 2] for t in range(12)}
+    for b in (0, 1):
+        got[b].append(cuda.prefill(ids[b : b + 1, :2], pool.view([slots[b]]))[0])
+    for t in range(2, 12):
+        if t == 4:
+            got[2].append(cuda.prefill(ids[2:, :2], pool.view([2]))[0])
+        if t == 6:  # sequence 0 moves to another slot by way of a saved state
+            pool.view([3]).load(pool.view([4]).save())
+            pool.view([4]).reset()
+            slots[0] = 3
+        run = alive[t]
+        tokens = np.array([ids[b, len(got[b]) + 1] for b in run], np.int32)
+        logits = cuda.step(tokens, pool.view([slots[b] for b in run])).numpy()
+        for b, row in zip(run, logits, strict=True):
+            got[b].append(row.copy())
+    for b in range(3):
+        tolerance = 2e-5 if state_dtype == "float32" else 2e-3  # a rounding may fall to the other side
+        np.testing.assert_allclose(np.stack(got[b]), want[b][1 : len(got[b]) + 1], rtol=0, atol=tolerance)
+    assert int(pool.pos[4]) == 0 and int(pool.pos[3]) == 12
+
+
+def test_slots_are_checked() -> None:
+    from slimba.errors import UserError
+
+    pool = engine(random_checkpoint(SPECS["plain"])).new_state(2)
+    for slots in ([], [0, 0], [2], [-1]):
+        with pytest.raises(UserError, match="slots are"):
+            pool.view(slots)
+    other = engine(random_checkpoint(SPECS["odd"])).new_state(1)
+    with pytest.raises(UserError, match="the saved state's ssm"):
+        pool.view([1]).load(other.save())

@@ -145,8 +145,8 @@ def test_without_a_tokenizer_ids_work_and_text_names_the_flag(packed: Path, tmp_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backend": "cuda"}, "backend 'cuda' is not available in this version, known are auto, cpu, reference"),
-        ({"backend": "tpu"}, "known are auto, cpu, reference"),
+        ({"backend": "tpu"}, "backend 'tpu' is not available in this version, known are auto, cpu, cuda, reference"),
+        ({"backend": "tpu"}, "known are auto, cpu, cuda, reference"),
         ({"state_dtype": "fp8"}, "unknown state type 'fp8', known are fp32, bf16, int8"),
         ({"threads": 0}, "--threads is 0"),
         ({"tokenizer": "nowhere.json"}, "nowhere.json"),
@@ -212,3 +212,14 @@ def test_version_is_the_packages() -> None:
 
     project = Path(__file__).parents[2] / "pyproject.toml"
     assert tomllib.loads(project.read_text())["project"]["version"] == slimba.__version__
+
+
+def test_auto_without_a_usable_gpu_is_the_cpu_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available() or not load_module._has_core():
+        pytest.skip("needs the C++ core and no usable GPU")
+    assert load_module._choose("auto") is (load_module._gpu_or_cpu if load_module._has_gpu() else load_module._cpu)
+    monkeypatch.setattr(load_module, "_has_gpu", lambda: True)
+    with pytest.warns(UserWarning, match="the GPU is not used, the CPU engine runs instead: this PyTorch") as caught:
+        model = load_module.load("demo-teacher", backend="auto")
+    assert model.engine.name == "cpu" and len(caught) == 1

@@ -1,7 +1,8 @@
-"""`slimba bench MODEL`, or `--shape NAME --format F`: decode and prefill speed on this CPU as a share of its limit.
+"""`slimba bench MODEL`, or `--shape NAME --format F`: decode and prefill speed as a share of the machine's limit.
 
-Every run measures the machine's memory bandwidth with the same threads and compares the fast kernels with the naive
-ones on the same model; it prints no speed when they disagree. Run the tests: `pytest tests/cli/test_bench.py`.
+Every run measures the machine's memory bandwidth (with the same threads) and compares the fast kernels with the naive
+ones, on a GPU with the torch reference, on the same model; it prints no speed when they disagree. Run the tests:
+`pytest tests/cli/test_bench.py`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def bench(
     prompt_len: Annotated[int, typer.Option("--prompt-len", min=1, help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to decode.")] = 64,
     threads: Threads = None,
+    backend: Annotated[str, typer.Option("--backend", help="cpu or cuda.")] = "cpu",
     state_dtype: StateDtype = None,
     activations: Activations = None,
     llama_cpp: Annotated[
@@ -45,16 +47,25 @@ def bench(
         raise UserError("give either a MODEL or --shape NAME --format F")
     if (shape is None) != (format is None):
         raise UserError("--shape and --format go together; a MODEL has its own formats")
+    if backend not in ("cpu", "cuda"):
+        raise UserError(f"--backend is {backend!r}; bench measures cpu or cuda")
     batches = _batches(batch)
     from slimba.runtime.load import resolve_activations, resolve_state_dtype
 
     peers = _peers(llama_cpp)
     checkpoint = _open(model, shape, format, verify=not no_verify)
     state = resolve_state_dtype(state_dtype, checkpoint)
-    numerics = {"activations": resolve_activations(activations, checkpoint), "state": state}
-    record = _measure(checkpoint, batches, prompt_len, new_tokens, threads, numerics)
-    if peers:
-        record |= _measure_peers(checkpoint, record["machine"]["threads"], prompt_len, new_tokens, peers)
+    if backend == "cuda":
+        from slimba.runtime.backends.cuda_speed import gpu_record
+
+        if resolve_activations(activations, checkpoint) != "float32":
+            raise UserError("the cuda backend has no int8 activations; leave --activations away")
+        record = gpu_record(checkpoint, batches, prompt_len, new_tokens, state)
+    else:
+        numerics = {"activations": resolve_activations(activations, checkpoint), "state": state}
+        record = _measure(checkpoint, batches, prompt_len, new_tokens, threads, numerics)
+        if peers:
+            record |= _measure_peers(checkpoint, record["machine"]["threads"], prompt_len, new_tokens, peers)
     record = {"model": model or f"{shape} as {format} (random weights)"} | record
     _print(record)
     if json_file:
@@ -148,16 +159,23 @@ def _measure(
     }
 
 
+def _where(record: dict[str, Any]) -> str:
+    """The machine, what was computed, and how well it agreed."""
+    machine, limit = record["machine"], f"{record['bandwidth'] / 1e9:.1f} GB/s"
+    state = f"state {record['numerics']['state']}"
+    if "gpu" in machine:
+        agreed = ", ".join(f"{name} {value:.1e}" for name, value in record["difference_to_reference"].items())
+        return f"{machine['gpu']}, {state}, {limit}; the reference agrees to {agreed} of the largest logit"
+    agreed = f"naive kernels agree to {record['difference_to_naive_kernels']:.1e}"
+    return f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']} kernels, {state}, {limit}; {agreed}"
+
+
 def _print(record: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     machine, console = record["machine"], Console()
-    console.print(
-        f"{record['model']}: {machine['cpu']}, {machine['threads']} threads, {machine['isa']} kernels, "
-        f"activations {record['numerics']['activations']}, state {record['numerics']['state']}, "
-        f"{record['bandwidth'] / 1e9:.1f} GB/s; naive kernels agree to {record['difference_to_naive_kernels']:.1e}"
-    )
+    console.print(f"{record['model']}: {_where(record)}")
     table = Table(title="decode: a step is one token for every sequence")
     for name in ("batch", "MB a step", "floor ms", "measured ms", "share of the limit", "tokens/s"):
         table.add_column(name, justify="right")
@@ -175,7 +193,9 @@ def _print(record: dict[str, Any]) -> None:
             str(row.batch), str(row.prompt_len), f"{row.time_to_first_token * 1e3:.1f}", f"{row.tokens_per_second:.1f}"
         )
     console.print(table)
-    if record["resident_bytes"]:
+    if "peak_gpu_bytes" in record:
+        console.print(f"GPU memory {record['peak_gpu_bytes'] / 1e6:.0f} MB at most, beyond the CUDA context")
+    if record.get("resident_bytes"):
         resident, weights = (record[key] / 1e6 for key in ("resident_bytes", "weight_bytes"))
         console.print(f"resident memory {resident:.0f} MB, of which weights {weights:.0f} MB")
     _print_peers(record)

@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 Model = Annotated[str, typer.Argument(help="A directory, a hub id, or a bundled name such as demo-teacher.")]
-Backend = Annotated[str, typer.Option("--backend", help="auto, cpu or reference (torch).")]
+Backend = Annotated[str, typer.Option("--backend", help="auto, cpu, cuda or reference (both torch).")]
 Threads = Annotated[int | None, typer.Option("--threads", help="Threads to compute with (default: all cores).")]
 StateDtype = Annotated[
     str | None, typer.Option("--state-dtype", help="fp32, bf16 or int8 (default: what the model's config says).")

@@ -40,8 +40,25 @@ def _reference(checkpoint: Checkpoint, threads: int | None, state_dtype: str, ac
     return cast("Engine", engine)
 
 
+def _cuda(checkpoint: Checkpoint, threads: int | None, state_dtype: str, activations: str) -> Engine:
+    from slimba.runtime.backends.cuda import CudaEngine
+
+    if activations != "float32":
+        raise UserError("the cuda backend has no int8 activations; use float32, or backend cpu")
+    return cast("Engine", CudaEngine(checkpoint, state_dtype=state_dtype))
+
+
+def _gpu_or_cpu(checkpoint: Checkpoint, threads: int | None, state_dtype: str, activations: str) -> Engine:
+    """The GPU where there is one; when it cannot be used, the CPU and one line that says why."""
+    try:
+        return _cuda(checkpoint, threads, state_dtype, activations)
+    except UserError as e:
+        warnings.warn(f"the GPU is not used, the CPU engine runs instead: {e}", stacklevel=2)
+    return _cpu(checkpoint, threads, state_dtype, activations)
+
+
 Maker = Callable[[Checkpoint, int | None, str, str], Engine]
-BACKENDS: dict[str, Maker] = {"cpu": _cpu, "reference": _reference}
+BACKENDS: dict[str, Maker] = {"cpu": _cpu, "cuda": _cuda, "reference": _reference}
 
 
 def load(
@@ -57,11 +74,11 @@ def load(
     """Open a model and make it ready to run.
 
     model: a directory (packed, transformers or mamba_ssm layout), a hub id, a bundled name, or an opened Checkpoint.
-    backend: `cpu`, `reference` (torch), or `auto`: cpu where the compiled core is there. threads: None for all cores.
-    state_dtype: fp32, bf16 or int8 where the backend has it; None for what the checkpoint says. activations:
-    float32, or int8: the input of every matrix that is not all floats is rounded, one scale a token; None for what the
-    checkpoint says. tokenizer: a `tokenizer.json` for a checkpoint without one. verify: check the checksums of a packed
-    directory.
+    backend: `cpu`, `cuda` (torch), `reference` (torch), or `auto`: cuda where an NVIDIA GPU can, else cpu. threads:
+    None for all cores. state_dtype: fp32, bf16 or int8 where the backend has it; None for what the checkpoint says.
+    activations: float32, or int8: the input of every matrix that is not all floats is rounded, one scale a token; None
+    for what the checkpoint says. tokenizer: a `tokenizer.json` for a checkpoint without one. verify: check the
+    checksums of a packed directory.
     Raises UserError for an unknown backend or type, a damaged or unknown model, and too little memory.
     """
     make = _choose(backend)
@@ -87,7 +104,7 @@ def load(
 def _choose(backend: str) -> Maker:
     if backend == "auto":
         if _has_core():
-            return _cpu
+            return _gpu_or_cpu if _has_gpu() else _cpu
         warnings.warn(
             "the compiled core is missing, so the slow reference backend runs; reinstall slimba", stacklevel=3
         )
@@ -96,6 +113,11 @@ def _choose(backend: str) -> Maker:
         known = ", ".join(["auto", *BACKENDS])
         raise UserError(f"backend {backend!r} is not available in this version, known are {known}")
     return BACKENDS[backend]
+
+
+def _has_gpu() -> bool:
+    """Whether the NVIDIA driver shows a device; torch, which is slow to import, is asked only then."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _has_core() -> bool:

@@ -76,12 +76,17 @@ class Sampler:
 
     def step(self, logits: np.ndarray) -> np.ndarray:
         """float32 [B, V] -> int32 [B]: the next id of every sequence, -1 for one that met a stop id earlier."""
-        out = np.full(len(logits), -1, dtype=np.int32)
+        chosen = np.zeros(len(logits), dtype=np.int32)
         for b in np.flatnonzero(~self.ended):
-            token = sample(logits[b], self.seen[b], self.params, int(b), self.n)
-            out[b] = token
-            self.seen[b].add(token)
-            self.ended[b] = token in self.params.stop_ids
+            chosen[b] = sample(logits[b], self.seen[b], self.params, int(b), self.n)
+        return self.accept(chosen)
+
+    def accept(self, chosen: np.ndarray) -> np.ndarray:
+        """Takes ids [B] that were chosen elsewhere as this step's: int32 [B], -1 for a sequence that has ended."""
+        out = np.where(self.ended, -1, chosen).astype(np.int32)
+        for b in np.flatnonzero(~self.ended):
+            self.seen[b].add(int(out[b]))
+            self.ended[b] = int(out[b]) in self.params.stop_ids
         self.n += 1
         return out
 

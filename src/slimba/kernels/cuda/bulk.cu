@@ -1,7 +1,7 @@
 // Many tokens at once (prefill, large batches): what surrounds the matrix products, which cuBLAS does in float16 over a
 // scratch of one matrix that slimba_expand fills.
 //
-// slimba_add_norm -> slimba_expand, product -> slimba_conv, slimba_push -> slimba_scan -> slimba_gate_norm -> slimba_expand, product
+// slimba_add_norm -> slimba_expand, product -> slimba_conv, slimba_push -> slimba_scan or slimba_ssd -> slimba_gate_norm -> slimba_expand, product
 // Every kernel exists for float16 activations (_half) and, for checks, for float32 (_float). Token t of sequence b is
 // row b * L + t. Naive twin of all of them together: tests/runtime/numpy_reference.py.
 struct Half {
@@ -45,58 +45,123 @@ DEV void unpack_octet(const Segment& s, i64 row, int octet, i64 cols, float (&w)
   }
 }
 
-// Grid: columns in 256s, rows in 64s. Shared memory: rank * 256 floats.
-template <typename T>
-DEV void expand(const Expand& p, float* factors) {
+// What is added to the eight columns w of a row after its format and low rank.
+DEV void correct_octet(const Expand& p, i64 row, int c, int count, float (&w)[8]) {
   const Matrix& m = p.m;
-  const int octet = blockIdx.x * 32 + threadIdx.x % 32;
-  const i64 c0 = (i64)blockIdx.x * 256, c = (i64)octet * 8;
-  for (int i = threadIdx.x; i < m.rank * 256; i += THREADS) {
-    const i64 r = i / 256, col = c0 + i % 256;
-    const u8* b = (const u8*)m.lr_b + r * m.kpad;
-    factors[i] = col < m.cols ? half_bits_to_float(((const u16*)m.lr_b_scale)[r]) *
-                                    (float)(i8)b[(col >> 5) * 32 + (col & 7) * 4 + (col >> 3 & 3)]
-                              : 0.0f;
+  if (m.plane_cols && row >= m.plane_start && row < m.plane_stop) {
+    const u8* bits = (const u8*)m.plane_data + (row - m.plane_start) * m.plane_stride;
+    const float scale = half_bits_to_float(((const u16*)m.plane_scale)[row - m.plane_start]);
+    for (int i = 0; i < count; ++i) {
+      const i32 at = ((const i32*)p.plane_inverse)[c + i];
+      if (at >= 0) w[i] += bits[at >> 3] >> (at & 7) & 1 ? scale : -scale;
+    }
   }
+  if (m.col_scale)
+    for (int i = 0; i < count; ++i) w[i] *= ((const float*)m.col_scale)[c + i];
+}
+DEV int segment_at(const Matrix& m, i64 row) {
+  int k = 0;
+  while (k + 1 < (int)m.segments && row >= m.segment[k + 1].first) ++k;
+  return k;
+}
+DEV float factor_code(const Matrix& m, int r, int col) {  // B dequantised
+  const u8* b = (const u8*)m.lr_b + (i64)r * m.kpad;
+  const float scale = half_bits_to_float(((const u16*)m.lr_b_scale)[r]);
+  return col < (int)m.cols ? scale * (float)(i8)b[slice_at(col) - (col >> 7) * 16] : 0.0f;
+}
+
+// Grid: columns in 256s, rows in 64s; lane l of a warp has the columns 8 l .. of eight rows, 8 apart.
+// Shared memory: rank * 256 floats.
+DEV void expand_float(const Expand& p, float* factors) {
+  const Matrix& m = p.m;
+  const int octet = blockIdx.x * 32 + threadIdx.x % 32, c = octet * 8;
+  for (int i = threadIdx.x; i < (int)m.rank * 256; i += THREADS) factors[i] = factor_code(m, i / 256, blockIdx.x * 256 + i % 256);
   __syncthreads();
-  if (c >= m.cols) return;
+  if (c >= (int)m.cols) return;
   const int count = (int)least(8, m.cols - c);
   for (int k = 0; k < 8; ++k) {
     const i64 local = (i64)blockIdx.y * 64 + k * 8 + threadIdx.x / 32, row = p.row0 + local;
     if (local >= p.rows) break;
-    int seg = 0;
-    while (seg + 1 < (int)m.segments && row >= m.segment[seg + 1].first) ++seg;
+    const Segment& s = m.segment[segment_at(m, row)];
     float w[8];
-    unpack_octet(m.segment[seg], row - m.segment[seg].first, octet, m.cols, w);
+    unpack_octet(s, row - s.first, octet, m.cols, w);
     if (m.rank && row >= m.lr_start && row < m.lr_stop) {
       const i8* a = (const i8*)m.lr_a + (row - m.lr_start) * m.rank;
       const float scale = half_bits_to_float(((const u16*)m.lr_a_scale)[row - m.lr_start]);
-      float sum[8] = {};
-      for (int r = 0; r < (int)m.rank; ++r) {
-        const float ar = (float)a[r];
-        const float* f = factors + r * 256 + threadIdx.x % 32 * 8;
-        for (int i = 0; i < 8; ++i) sum[i] = fmaf(ar, f[i], sum[i]);
-      }
-      for (int i = 0; i < 8; ++i) w[i] = fmaf(scale, sum[i], w[i]);
-    }
-    if (m.plane_cols && row >= m.plane_start && row < m.plane_stop) {
-      const u8* bits = (const u8*)m.plane_data + (row - m.plane_start) * m.plane_stride;
-      const float scale = half_bits_to_float(((const u16*)m.plane_scale)[row - m.plane_start]);
-      for (int i = 0; i < count; ++i) {
-        const i32 at = ((const i32*)p.plane_inverse)[c + i];
-        if (at >= 0) w[i] += bits[at >> 3] >> (at & 7) & 1 ? scale : -scale;
+      for (int i = 0; i < 8; ++i) {
+        float sum = 0;
+        for (int r = 0; r < (int)m.rank; ++r) sum = fmaf((float)a[r], factors[r * 256 + threadIdx.x % 32 * 8 + i], sum);
+        w[i] = fmaf(scale, sum, w[i]);
       }
     }
-    if (m.col_scale)
-      for (int i = 0; i < count; ++i) w[i] *= ((const float*)m.col_scale)[c + i];
-    T* out = (T*)p.out + local * p.out_stride + c;
-    if (sizeof(T) == 2 && count == 8 && p.out_stride % 8 == 0) {
-      u32 packed[4];
+    correct_octet(p, row, c, count, w);
+    for (int i = 0; i < count; ++i) ((float*)p.out)[local * p.out_stride + c + i] = w[i];
+  }
+}
+
+// The same in float16: the low-rank product is summed in float16, which is what it is rounded to. Shared memory:
+// rank * (128 + 64) pairs of halves, B and then A, each of whose entries fills a pair.
+DEV void expand_half(const Expand& p, u32* right) {
+  const Matrix& m = p.m;
+  const int octet = blockIdx.x * 32 + threadIdx.x % 32, c = octet * 8, rank = (int)m.rank;
+  u32* left = right + rank * 128;
+  for (int i = threadIdx.x; i < rank * 128; i += THREADS) {
+    const int col = blockIdx.x * 256 + i % 128 * 2;
+    right[i] = pack_halves(factor_code(m, i / 128, col), factor_code(m, i / 128, col + 1));
+  }
+  for (int i = threadIdx.x; i < rank * 64; i += THREADS) {
+    const i64 local = (i64)blockIdx.y * 64 + i / rank, row = p.row0 + local - m.lr_start;
+    const bool there = local < p.rows && row >= 0 && row < m.lr_stop - m.lr_start;
+    const float a = there ? half_bits_to_float(((const u16*)m.lr_a_scale)[row]) *
+                                (float)((const i8*)m.lr_a)[row * rank + i % rank]
+                          : 0.0f;
+    left[i] = pack_halves(a, a);
+  }
+  __syncthreads();
+  if (c >= (int)m.cols) return;
+  const int count = (int)least(8, m.cols - c), warp = threadIdx.x / 32;
+  u32 sum[8][4] = {};
+#pragma unroll 1
+  for (int r0 = 0; r0 < rank; r0 += 8) {
+    uint4 b[8];
+#pragma unroll
+    for (int r = 0; r < 8; ++r) b[r] = *(const uint4*)(right + (r0 + r) * 128 + threadIdx.x % 32 * 4);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const u32* a = left + (k * 8 + warp) * rank + r0;
+      const uint4 a0 = *(const uint4*)a, a1 = *(const uint4*)(a + 4);
+#pragma unroll
+      for (int r = 0; r < 8; ++r)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[k][i] = fma_halves(word(r < 4 ? a0 : a1, r % 4), word(b[r], i), sum[k][i]);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    const i64 local = (i64)blockIdx.y * 64 + k * 8 + warp, row = p.row0 + local;
+    if (local >= p.rows) break;
+    const Segment& s = m.segment[segment_at(m, row)];
+    u32 out[4];
+    if (s.format == SIGN && !m.plane_cols && !m.col_scale) {
+      const u32 scale = ((const u16*)s.scale)[row - s.first] * 0x10001u;
+      const u32 minus = ~(u32)((const u8*)s.data)[(row - s.first) * s.stride + octet];
       for (int i = 0; i < 4; ++i)
-        packed[i] = (u32)float_to_half_bits(w[2 * i]) | (u32)float_to_half_bits(w[2 * i + 1]) << 16;
-      *(uint4*)out = uint4{packed[0], packed[1], packed[2], packed[3]};
+        out[i] = add_halves(scale ^ ((minus >> 2 * i & 1) << 15 | (minus >> (2 * i + 1) & 1) << 31), sum[k][i]);
     } else {
-      for (int i = 0; i < count; ++i) store(out, i, w[i]);
+      float w[8];
+      unpack_octet(s, row - s.first, octet, m.cols, w);
+      for (int i = 0; i < 4; ++i) {
+        w[2 * i] += low_half(sum[k][i]);
+        w[2 * i + 1] += high_half(sum[k][i]);
+      }
+      correct_octet(p, row, c, count, w);
+      for (int i = 0; i < 4; ++i) out[i] = pack_halves(w[2 * i], w[2 * i + 1]);
+    }
+    u16* to = (u16*)p.out + local * p.out_stride + c;
+    if (count == 8 && p.out_stride % 8 == 0) {
+      *(uint4*)to = uint4{out[0], out[1], out[2], out[3]};
+    } else {
+      for (int i = 0; i < count; ++i) to[i] = (u16)(out[i / 2] >> i % 2 * 16);
     }
   }
 }
@@ -136,7 +201,6 @@ struct Conv {
   i64 batch, length, in, in_stride, out, out_stride, weight, bias;
 };
 #define CONV_TOKENS 16
-#define MAX_TAPS 8
 template <typename T>
 DEV void conv(const Conv& p) {
   const i64 channel = (i64)blockIdx.x * THREADS + threadIdx.x, first = (i64)blockIdx.y * CONV_TOKENS;
@@ -163,6 +227,53 @@ DEV void conv(const Conv& p) {
       sum = fmaf(weight[k], window[k], sum);
     }
     store((T*)p.out, ((i64)b * p.length + t) * p.out_stride + channel, silu(sum));
+  }
+}
+
+// The same in float16 for two channels at once, CONV_AHEAD tokens in flight. Halves the accesses of conv.
+#define CONV_AHEAD 8
+DEV void conv_pairs(const Conv& p) {
+  const int channel = 2 * (blockIdx.x * THREADS + threadIdx.x), b = blockIdx.z, taps = (int)p.state.taps;
+  if (channel >= (int)p.state.channels) return;
+  const i64 first = (i64)blockIdx.y * CONV_TOKENS, slot = slot_of(p.state, b), pos = position(p.state, slot);
+  const u16 *in = (const u16*)p.in + (i64)b * p.length * p.in_stride + channel;
+  u16* out = (u16*)p.out + (i64)b * p.length * p.out_stride + channel;
+  float window[MAX_TAPS][2], weight[MAX_TAPS][2], bias[2];
+#pragma unroll
+  for (int k = 0; k < MAX_TAPS; ++k) {
+    const i64 t = first - taps + k;
+    const u32 two = k > 0 && k < taps && t >= 0 ? *(const u32*)(in + t * p.in_stride) : 0;
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      weight[k][c] = k < taps ? ((const float*)p.weight)[k * p.state.channels + channel + c] : 0.0f;
+      window[k][c] = c ? high_half(two) : low_half(two);
+      if (k > 0 && k < taps && t < 0) window[k][c] = ring_row(p.state, slot, pos + t + taps)[channel + c];
+    }
+  }
+  for (int c = 0; c < 2; ++c) bias[c] = p.bias ? ((const float*)p.bias)[channel + c] : 0.0f;
+  const i64 end = least(first + CONV_TOKENS, p.length);
+#pragma unroll 1
+  for (i64 t0 = first; t0 < end; t0 += CONV_AHEAD) {
+    u32 two[CONV_AHEAD];
+#pragma unroll
+    for (int j = 0; j < CONV_AHEAD; ++j) two[j] = t0 + j < end ? *(const u32*)(in + (t0 + j) * p.in_stride) : 0;
+#pragma unroll
+    for (int j = 0; j < CONV_AHEAD; ++j) {
+      if (t0 + j >= end) break;
+      float sum[2];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        sum[c] = bias[c];
+#pragma unroll
+        for (int k = 0; k < MAX_TAPS; ++k) {
+          if (k >= taps) break;
+          window[k][c] = k + 1 < taps ? window[k + 1 < MAX_TAPS ? k + 1 : k][c] : c ? high_half(two[j]) : low_half(two[j]);
+          sum[c] = fmaf(weight[k][c], window[k][c], sum[c]);
+        }
+        sum[c] = sum[c] / (1.0f + fast_exp(-sum[c]));
+      }
+      *(u32*)(out + (t0 + j) * p.out_stride) = pack_halves(sum[0], sum[1]);
+    }
   }
 }
 
@@ -199,17 +310,51 @@ DEV void gate_norm(const GateNorm& p, float* scratch) {
   }
 }
 
+#define GATE_WORDS 4  // 16-byte words of a token that a thread holds
+// The usual case of gate_norm in float16: one group, gated first; everything is read once.
+DEV void gate_norm_wide(const GateNorm& p, float* scratch) {
+  const i64 token = blockIdx.x;
+  const uint4 *y = (const uint4*)((const u16*)p.y + token * p.y_stride), *z = (const uint4*)((const u16*)p.z + token * p.z_stride);
+  const int words = (int)p.width / 8;
+  float g[GATE_WORDS][8], squares = 0;
+#pragma unroll
+  for (int k = 0; k < GATE_WORDS; ++k) {
+    const int at = threadIdx.x + k * THREADS;
+    if (at >= words) break;
+    const uint4 a = y[at], b = z[at];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const u32 yy = word(a, i / 2), zz = word(b, i / 2);
+      const float gate = i % 2 ? high_half(zz) : low_half(zz);
+      g[k][i] = (i % 2 ? high_half(yy) : low_half(yy)) * gate / (1.0f + fast_exp(-gate));
+      squares += g[k][i] * g[k][i];
+    }
+  }
+  const float inverse = p.groups ? 1.0f / sqrtf(block_sum(squares, scratch) / (float)p.width + param_float(p.eps)) : 1.0f;
+#pragma unroll
+  for (int k = 0; k < GATE_WORDS; ++k) {
+    const int at = threadIdx.x + k * THREADS;
+    if (at >= words) break;
+    u32 out[4];
+    for (int i = 0; i < 4; ++i) {
+      const float* w = p.weight ? (const float*)p.weight + at * 8 + 2 * i : nullptr;
+      out[i] = pack_halves(g[k][2 * i] * inverse * (w ? w[0] : 1.0f), g[k][2 * i + 1] * inverse * (w ? w[1] : 1.0f));
+    }
+    ((uint4*)((u16*)p.out + token * p.out_stride))[at] = uint4{out[0], out[1], out[2], out[3]};
+  }
+}
+
 #define INSTANCES(name, Params, body_half, body_float) \
   KERNEL(name##_half, Params, THREADS) { body_half; } \
   KERNEL(name##_float, Params, THREADS) { body_float; }
 
 KERNEL(slimba_expand_half, Expand, THREADS) {
   SHARED(smem);
-  expand<Half>(p, (float*)smem);
+  expand_half(p, (u32*)smem);
 }
 KERNEL(slimba_expand_float, Expand, THREADS) {
   SHARED(smem);
-  expand<float>(p, (float*)smem);
+  expand_float(p, (float*)smem);
 }
 KERNEL(slimba_add_norm_half, AddNorm, THREADS) {
   SHARED(smem);
@@ -221,11 +366,20 @@ KERNEL(slimba_add_norm_float, AddNorm, THREADS) {
 }
 KERNEL(slimba_gate_norm_half, GateNorm, THREADS) {
   SHARED(smem);
-  gate_norm<Half>(p, (float*)smem);
+  if (p.width <= GATE_WORDS * 8 * THREADS && p.width % 8 == 0 && p.y_stride % 8 == 0 && p.z_stride % 8 == 0 &&
+      p.groups <= 1 && !p.norm_first)
+    gate_norm_wide(p, (float*)smem);
+  else
+    gate_norm<Half>(p, (float*)smem);
 }
 KERNEL(slimba_gate_norm_float, GateNorm, THREADS) {
   SHARED(smem);
   gate_norm<float>(p, (float*)smem);
 }
-INSTANCES(slimba_conv, Conv, conv<Half>(p), conv<float>(p))
+DEV void conv_half(const Conv& p) {
+  const bool pairs = !((p.state.channels | p.in_stride | p.out_stride | p.in >> 1) & 1);  // all even, in on 4 bytes
+  if (pairs) conv_pairs(p);
+  else conv<Half>(p);
+}
+INSTANCES(slimba_conv, Conv, conv_half(p), conv<float>(p))
 INSTANCES(slimba_push, Conv, push<Half>(p), push<float>(p))

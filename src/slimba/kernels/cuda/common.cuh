@@ -17,9 +17,10 @@ typedef unsigned long long u64;
 typedef long long i64;
 #define DEV static __device__ __forceinline__
 #define DEV_MEMBER __device__ __forceinline__
-// A kernel takes one struct of 64-bit fields, which lies in constant memory and is called p.
-#define KERNEL(name, Params, threads) \
-  extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
+// A kernel takes one struct of 64-bit fields, which lies in constant memory and is called p; then its largest block,
+// and how many blocks should fit a multiprocessor.
+#define KERNEL(name, Params, ...) \
+  extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Params p)
 #define SHARED(name) extern __shared__ __align__(16) u8 name[]
 
 DEV float half_bits_to_float(u16 h) {
@@ -33,6 +34,7 @@ DEV u16 float_to_half_bits(float f) {
   return h;
 }
 DEV int dot4(u32 a, u32 b, int c) { return __dp4a((int)a, (int)b, c); }
+DEV u32 byte_perm(u32 a, u32 b, u32 pick) { return __byte_perm(a, b, pick); }
 DEV int warp_sum(int v) { return __reduce_add_sync(0xffffffffu, v); }
 DEV u32 warp_max_bits(u32 v) { return __reduce_max_sync(0xffffffffu, v); }
 DEV float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
@@ -49,6 +51,38 @@ DEV void mma_s8s8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+// d += a b in float16 with float32 sums: a [16, 16] by rows, b [16, 8] by columns
+DEV void mma_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// Four 8 x 8 matrices of 16-bit numbers from shared memory: lane 8 i + r names row r of matrix i. Lane l gets of each the
+// entries (l / 4, 2 (l % 4)) and the one after; transposed: (2 (l % 4), l / 4) and the one below.
+DEV void load_matrices(u32 (&r)[4], const u16* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"((u32)__cvta_generic_to_shared(row)));
+}
+DEV void load_transposed(u32 (&r)[4], const u16* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"((u32)__cvta_generic_to_shared(row)));
+}
+// Two float16 numbers at once
+DEV u32 fma_halves(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+DEV u32 add_halves(u32 a, u32 b) {
+  u32 d;
+  asm("add.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+DEV float shuffle_up(float v, int by) { return __shfl_up_sync(0xffffffffu, v, by); }
+DEV float fast_exp(float v) { return __expf(v); }
 // Weights are read once a step: not kept in L1. Activations come from other blocks: read from L2.
 DEV uint4 load_weights(const void* p) {
   uint4 v;
@@ -103,6 +137,9 @@ DEV float warp_sum(float v) {
   for (int m = 16; m; m >>= 1) v += shuffle_xor(v, m);
   return v;
 }
+DEV u32 pack_halves(float lo, float hi) { return (u32)float_to_half_bits(lo) | (u32)float_to_half_bits(hi) << 16; }
+DEV float low_half(u32 two) { return half_bits_to_float((u16)two); }
+DEV float high_half(u32 two) { return half_bits_to_float((u16)(two >> 16)); }
 DEV float silu(float v) { return v / (1.0f + expf(-v)); }
 // log(1 + exp(v)) without overflow, clamped
 DEV float softplus(float v, float low, float high) {

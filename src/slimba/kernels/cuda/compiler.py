@@ -22,8 +22,12 @@ from slimba.errors import UserError
 
 __all__ = ["MODULES", "CudaUnavailable", "compiled", "load_nvrtc", "source"]
 
-SHARED = ("common.cuh", "matrix.cuh", "product.cuh", "step.cuh", "decode.cu")
-MODULES = {"main": (*SHARED, "bulk.cu", "scan.cu"), "persistent": (*SHARED, "persistent.cu")}
+SHARED = ("common.cuh", "matrix.cuh", "tiles.cuh", "product.cuh", "step.cuh", "decode.cu")
+MODULES = {
+    "decode": SHARED,
+    "main": (*SHARED, "generic.cu", "bulk.cu", "scan.cu", "scan1.cu", "ssd.cu"),
+    "persistent": (*SHARED, "persistent.cu"),
+}
 OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
 
 
@@ -31,16 +35,17 @@ class CudaUnavailable(UserError):
     """This machine cannot run the CUDA engine; the message says why. `auto` falls back to the CPU engine."""
 
 
-def source(module: str = "main") -> str:
-    """A module as one translation unit, its files in an order in which everything is declared before its use."""
+def source(module: str = "main", extra: str = "") -> str:
+    """A module as one translation unit, its files in an order in which everything is declared before its use; `extra`
+    is put behind them."""
     here = Path(__file__).parent
-    return "\n".join((here / name).read_text(encoding="utf-8") for name in MODULES[module])
+    return "\n".join([*((here / name).read_text(encoding="utf-8") for name in MODULES[module]), extra])
 
 
-def compiled(arch: str, module: str = "main", cache: Path | None = None) -> bytes:
+def compiled(arch: str, module: str = "main", extra: str = "", cache: Path | None = None) -> bytes:
     """The kernels of a module as a cubin for `arch`, such as sm_90. CudaUnavailable where that cannot be had."""
     nvrtc = load_nvrtc()
-    text = source(module)
+    text = source(module, extra)
     key = hashlib.sha256("\0".join((text, arch, nvrtc_version(nvrtc), *OPTIONS)).encode()).hexdigest()
     folder = cache or cache_directory()
     file = folder / f"{arch}-{key[:40]}.cubin"

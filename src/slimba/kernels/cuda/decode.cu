@@ -1,6 +1,8 @@
 // Decoding a small batch: the kernels of one step, three a layer, launched one after another in a CUDA graph.
 //
-// slimba_embed -> (slimba_product in_proj, slimba_recur, slimba_product out_proj) * layers -> slimba_product head -> slimba_argmax
+// slimba_embed -> (product in_proj, recur, product out_proj) * layers -> product head -> slimba_argmax
+// The products and recurrences of a model are kernels of their own, in which its shape is a constant
+// (runtime/backends/cuda_bake.py); those for any shape are in generic.cu.
 
 struct Embed {
   Matrix m;
@@ -45,28 +47,10 @@ KERNEL(slimba_embed, Embed, THREADS) {
   embed(p, blockIdx.x, gridDim.x);
 }
 
-KERNEL(slimba_product_1, Product, THREADS) {
-  SHARED(smem);
-  product<1>(p, smem, blockIdx.x, gridDim.x, InOrder());
-}
-KERNEL(slimba_product_8, Product, THREADS) {
-  SHARED(smem);
-  product<8>(p, smem, blockIdx.x, gridDim.x, InOrder());
-}
-
-KERNEL(slimba_recur_1, Recurrence, THREADS) {
-  SHARED(smem);
-  recur<1>(p, smem, blockIdx.x, gridDim.x, InOrder());
-}
-KERNEL(slimba_recur_2, Recurrence, THREADS) {
-  SHARED(smem);
-  recur<2>(p, smem, blockIdx.x, gridDim.x, InOrder());
-}
-
 // Greedy choice for every sequence, fed back as the next id; the position of every sequence moves on by one.
 struct Argmax {
   StateRef state;
-  i64 batch, logits, stride, n_valid, ids, out, out_stride, count;
+  i64 batch, logits, stride, n_valid, ids, out, out_stride, count;  // n_valid: where the number of ids is that may be chosen
 };
 
 // One block a sequence. out[b][count[b]++] = ids[b] = the lowest id among the largest logits; -2 where one is not finite.
@@ -76,12 +60,22 @@ DEV void argmax(const Argmax& p, float* best_value, i32* best_id) {
   float best = -bits_to_float(INF_BITS);
   i32 id = 0x7fffffff;
   bool bad = false;
-  for (i64 i = t; i < p.n_valid; i += blockDim.x) {
-    const float v = load_fresh(x + i);
-    bad |= (float_to_bits(v) & 0x7fffffffu) >= INF_BITS;
-    if (v > best) {
-      best = v;
-      id = (i32)i;
+  constexpr int AHEAD = 8;  // loads in flight
+  const int n = *(const i32*)p.n_valid;
+  for (int i = t; i < n; i += AHEAD * (int)blockDim.x) {
+    float v[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+      const int at = i + k * (int)blockDim.x;
+      v[k] = at < n ? load_fresh(x + at) : best;
+    }
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+      bad |= i + k * (int)blockDim.x < n && (float_to_bits(v[k]) & 0x7fffffffu) >= INF_BITS;
+      if (v[k] > best) {
+        best = v[k];
+        id = i + k * (int)blockDim.x;
+      }
     }
   }
   best_value[t] = best;

@@ -13,20 +13,23 @@
 // followed by 16 bytes of padding, which keeps the reads below free of bank conflicts.
 #define THREADS 256
 #define WARPS 8
-#define TILE 16          // sign rows of one item: the rows of a tensor-core product
+#define TILE 16          // rows of a tile: the rows of a tensor-core product
 #define MAX_SEGMENTS 6
 #define LIMIT 8355000.0f  // largest fixed-point number, a little below 127 * 65536 + 127 * 256 + 127
+#define RAW 8             // 16-byte loads that a lane has in flight
 
 struct Segment {  // all fields of all structs are 64 bits wide: Python fills them as one array of int64
-  i64 format, first, rows, item0, data, scale, stride, groups;
+  i64 format, first, rows, item0, each, scale, stride, groups, data;  // each: rows of an item, TILE or 1
 };
 struct Matrix {
   i64 rows, cols, kpad, segments, items, split;  // kpad: columns in whole 512s; split: warps that share an item
-  i64 rank, lr_start, lr_stop, lr_a, lr_a_scale, lr_b, lr_b_scale;  // rank in whole 16s; int8, float16
-  i64 plane_cols, plane_kpad, plane_start, plane_stop, plane_stride, plane_data, plane_scale, plane_index;
-  i64 col_scale, bias;  // float32 or 0
-  i64 has_int4, has_float;
+  i64 rank, lr_start, lr_stop;  // rank in whole 16s
+  i64 plane_cols, plane_kpad, plane_start, plane_stop, plane_stride;
+  i64 has_float, formats;  // formats: bit f is set where a segment has format f
   Segment segment[MAX_SEGMENTS];
+  i64 lr_a, lr_a_scale, lr_b, lr_b_scale;  // int8, float16
+  i64 plane_data, plane_scale, plane_index;
+  i64 col_scale, bias;  // float32 or 0
 };
 struct Input {  // e = x * silu(gate) * weight; then divided by the RMS of x over each of `groups` parts (0: not)
   i64 x, x_stride, gate, gate_stride, weight, groups, eps;
@@ -58,21 +61,20 @@ DEV float* ring_row(const StateRef& s, i64 slot, i64 time) {
 }
 DEV i64 position(const StateRef& s, i64 slot) { return ((const i32*)state_array(s, 3))[slot]; }
 
-DEV int slice_stride(i64 kpad) {  // bytes of one slice; 64 mod 128, so that two slices side by side use other banks
-  const int bytes = (int)(kpad + kpad / 8);
+DEV int slice_stride(int kpad) {  // bytes of one slice; 64 mod 128, so that two slices side by side use other banks
+  const int bytes = kpad + kpad / 8;
   return bytes % 128 ? bytes : bytes + 64;
 }
-DEV int slice_at(i64 c) { return (int)((c >> 5) * 32 + (c & 7) * 4 + ((c >> 3) & 3) + (c >> 7) * 16); }
+DEV int slice_at(int c) { return (c >> 5) * 32 + (c & 7) * 4 + ((c >> 3) & 3) + (c >> 7) * 16; }
 
 template <int NB>
 struct View {  // the block's shared memory; row s * NB + b of q is slice s of token b
   u8 *q, *q2;
   int stride, stride2;
   int *red, *red2;      // [WARPS][TILE][3 NB] partial sums
-  int *part, *part2;    // [WARPS][3] sums of the slices, see total()
+  int *part, *part2;    // [3][WARPS] sums of the slices, see total()
   float *scale;         // [NB]
   float *factor;        // [NB][rank], B x
-  int *chunk;           // [3 NB][kpad / 32] sums of 32 columns, for int4
   float *plain;         // [NB][kpad] natural order, for float rows
   float *group_inverse; // [NB][groups]
   float *scratch;       // [4][WARPS]
@@ -82,13 +84,13 @@ struct View {  // the block's shared memory; row s * NB + b of q is slice s of t
 template <int NB>
 DEV View<NB> carve(const Matrix& m, const Input& in, u8* at) {
   View<NB> v;
-  auto take = [&](i64 bytes) {
+  auto take = [&](int bytes) {
     u8* p = at;
     at += (bytes + 15) / 16 * 16;
     return p;
   };
-  v.stride = slice_stride(m.kpad);
-  v.stride2 = slice_stride(m.plane_kpad);
+  v.stride = slice_stride((int)m.kpad);
+  v.stride2 = slice_stride((int)m.plane_kpad);
   v.q = take(3 * NB * v.stride);
   v.q2 = take(m.plane_cols ? 3 * NB * v.stride2 : 0);
   v.red = (int*)take(WARPS * TILE * 3 * NB * 4);
@@ -96,10 +98,9 @@ DEV View<NB> carve(const Matrix& m, const Input& in, u8* at) {
   v.part = (int*)take(WARPS * 3 * 4);
   v.part2 = (int*)take(WARPS * 3 * 4);
   v.scale = (float*)take(NB * 4);
-  v.factor = (float*)take(NB * m.rank * 4);
-  v.chunk = (int*)take(m.has_int4 ? 3 * NB * (m.kpad / 32) * 4 : 0);
-  v.plain = (float*)take(m.has_float ? NB * m.kpad * 4 : 0);
-  v.group_inverse = (float*)take(in.groups > 1 ? NB * in.groups * 4 : 0);
+  v.factor = (float*)take(NB * (int)m.rank * 4);
+  v.plain = (float*)take(m.has_float ? NB * (int)m.kpad * 4 : 0);
+  v.group_inverse = (float*)take(in.groups > 1 ? NB * (int)in.groups * 4 : 0);
   v.scratch = (float*)take(4 * WARPS * 4);
   v.ring = (i64*)take(NB * 8);
   return v;
@@ -127,190 +128,167 @@ DEV void reduce_token(View<NB>& v, float& sum, u32& top, int turn) {
   }
 }
 
-DEV void put_slices(u8* q, int stride, int rows_apart, int at, int v, int (&sum)[3]) {
-  const int d2 = (i8)(v & 255), v1 = (v - d2) >> 8, d1 = (i8)(v1 & 255), d0 = (v1 - d1) >> 8;
-  q[at] = (u8)d0;
-  q[rows_apart * stride + at] = (u8)d1;
-  q[2 * rows_apart * stride + at] = (u8)d2;
-  sum[0] += d0;
-  sum[1] += d1;
-  sum[2] += d2;
-}
-
 // Sum of slice s over the columns of token b.
 template <int NB>
 DEV int total(const int* part, int s, int b) {
-  if (NB > 1) return part[b * 3 + s];
+  if (NB > 1) return part[s * WARPS + b];
   int sum = 0;
-  for (int w = 0; w < WARPS; ++w) sum += part[w * 3 + s];
+  for (int w = 0; w < WARPS; ++w) sum += part[s * WARPS + w];
   return sum;
+}
+template <int NB>
+DEV void put_totals(int* part, int (&sum)[3]) {
+  for (int s = 0; s < 3; ++s) {
+    sum[s] = warp_sum(sum[s]);
+    if (threadIdx.x % WARP == 0) part[s * WARPS + threadIdx.x / WARP] = sum[s];
+  }
+}
+
+// The columns of word w of a slice are column_of(w) + 8 b, b = 0..3; it lies at word_at(w).
+DEV int column_of(int w) { return (w >> 3) * 32 + (w & 7); }
+DEV int word_at(int w) { return w * 4 + (w >> 5) * 16; }
+
+// Four fixed-point numbers as a word of each slice. Adding and flipping 0x8080 turns the low bytes into signed digits.
+DEV void slice_words(const int (&v)[4], u32 (&d)[3]) {
+  u32 u[4];
+  for (int b = 0; b < 4; ++b) u[b] = ((u32)v[b] + 0x8080u) ^ 0x8080u;
+  for (int s = 0; s < 3; ++s) {  // slice 0 holds the highest digits
+    const u32 pick = (u32)(2 - s) | (u32)(6 - s) << 4;
+    d[s] = byte_perm(byte_perm(u[0], u[1], pick), byte_perm(u[2], u[3], pick), 0x5410u);
+  }
+}
+
+#define KEEP_WORDS 4  // words of a slice that a thread keeps in registers when NB is 1 (up to 4096 columns); else 8
+// What multiplies the input, asked for before the input is there.
+template <int NB>
+struct Weights {
+  float w[KEEP_WORDS][4];
+};
+template <int NB>
+DEV Weights<NB> load_norm(const Matrix& m, const Input& in) {
+  Weights<NB> out;
+#pragma unroll
+  for (int k = 0; k < KEEP_WORDS; ++k)
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      const int w = (int)threadIdx.x + k * THREADS, c = column_of(w) + 8 * b;
+      const bool there = NB == 1 && w < (int)m.kpad / 4 && (m.cols == m.kpad || c < (int)m.cols);
+      out.w[k][b] = there && in.weight ? ((const float*)in.weight)[c] : 1.0f;
+    }
+  return out;
 }
 
 // Reads the input, norms it, and leaves the slices of all tokens in shared memory. Ends with a barrier.
 template <int NB>
-DEV void stage(const Matrix& m, const Input& in, i64 batch, View<NB>& v) {
-  constexpr int LANES = THREADS / NB, KEEP = NB == 1 ? 16 : 1;
-  const int b = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-  const bool on = b < batch;
+DEV void stage(const Matrix& m, const Input& in, int batch, const Weights<NB>& norm_weight, View<NB>& v) {
+  constexpr int LANES = THREADS / NB, KEEP = NB == 1 ? KEEP_WORDS : 8;
+  const int b = threadIdx.x / LANES, lane = threadIdx.x % LANES, cols = (int)m.cols, words = (int)m.kpad / 4;
+  const bool on = b < batch, whole = m.cols == m.kpad;
   const float* x = (const float*)in.x + (on ? b : 0) * in.x_stride;
   const float* gate = in.gate ? (const float*)in.gate + (on ? b : 0) * in.gate_stride : nullptr;
   const float *weight = (const float*)in.weight, *col_scale = (const float*)m.col_scale;
-  const i64 size = in.groups > 1 ? m.cols / in.groups : m.cols;
+  const int groups = (int)in.groups, size = groups > 1 ? cols / groups : cols;
   const float eps = param_float(in.eps);
-  float* inverse = v.group_inverse + b * in.groups;
+  float* inverse = v.group_inverse + b * groups;
   int turn = 0;
-  for (i64 g = 0; in.groups > 1 && g < in.groups; ++g) {  // rare: several groups, each with its own RMS
+  for (int g = 0; groups > 1 && g < groups; ++g) {  // rare: several groups, each with its own RMS
     float squares = 0;
     u32 unused = 0;
-    for (i64 i = g * size + lane; i < (g + 1) * size; i += LANES) {
+    for (int i = g * size + lane; i < (g + 1) * size; i += LANES) {
       const float e = load_fresh(x + i);
       squares += e * e;
     }
     reduce_token(v, squares, unused, turn++);
     if (lane == 0) inverse[g] = 1.0f / sqrtf(squares / (float)size + eps);
   }
-  if (in.groups > 1) __syncthreads();
-  float keep[KEEP], squares = 0;
+  if (groups > 1) __syncthreads();
+  float keep[KEEP][4], squares = 0;
   u32 top = 0;
-  auto element = [&](i64 i) {
-    float e = load_fresh(x + i);
+  auto finish = [&](float e, int c, float w) {
     squares += e * e;
-    if (weight) e *= weight[i];
-    if (col_scale) e *= col_scale[i];
-    if (gate) e *= silu(load_fresh(gate + i));
-    if (in.groups > 1) e *= inverse[i / size];
+    e *= w;
+    if (col_scale) e *= col_scale[c];
+    if (gate) e *= silu(load_fresh(gate + c));
+    if (groups > 1) e *= inverse[c / size];
     const u32 bits = float_to_bits(e) & 0x7fffffffu;
     top = bits > top ? bits : top;
     return e;
   };
+  auto word = [&](int w, float (&e)[4]) {  // the elements of a word
+    for (int i = 0; i < 4; ++i) {
+      const int c = column_of(w) + 8 * i;
+      e[i] = whole || c < cols ? finish(load_fresh(x + c), c, weight ? weight[c] : 1.0f) : 0.0f;
+    }
+  };
 #pragma unroll
-  for (int k = 0; k < KEEP; ++k) keep[k] = lane + k * LANES < m.cols ? element(lane + k * LANES) : 0.0f;
+  for (int k = 0; k < KEEP; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int w = lane + k * LANES, c = column_of(w) + 8 * i;
+      keep[k][i] = w < words && (whole || c < cols) ? load_fresh(x + c) : 0.0f;
+    }
+#pragma unroll
+  for (int k = 0; k < KEEP; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int w = lane + k * LANES, c = column_of(w) + 8 * i;
+      const float wanted = NB == 1 ? norm_weight.w[k % KEEP_WORDS][i] : weight && w < words && c < cols ? weight[c] : 1.0f;
+      if (w < words && (whole || c < cols)) keep[k][i] = finish(keep[k][i], c, wanted);
+    }
+  float unused[4];
 #pragma unroll NB == 1 ? 1 : 4
-  for (i64 i = lane + KEEP * LANES; i < m.cols; i += LANES) element(i);
+  for (int w = lane + KEEP * LANES; w < words; w += LANES) word(w, unused);
   reduce_token(v, squares, top, turn++);
 
   const float most = bits_to_float(top);
   const bool damaged = top >= INF_BITS, zero = most < 1e-30f;
-  const float norm = in.groups == 1 ? 1.0f / sqrtf(squares / (float)m.cols + eps) : 1.0f;
+  const float norm = groups == 1 ? 1.0f / sqrtf(squares / (float)cols + eps) : 1.0f;
   const float to_fixed = damaged || zero ? 0.0f : LIMIT / most;
   if (lane == 0) v.scale[b] = damaged ? bits_to_float(0x7fc00000u) : zero ? 0.0f : most * norm / LIMIT;
   int sum[3] = {0, 0, 0};
   u8* q = v.q + b * v.stride;
-  auto put = [&](i64 i, float e) {
-    put_slices(q, v.stride, NB, slice_at(i), damaged ? 0 : __float2int_rn(e * to_fixed), sum);
-    if (m.has_float) v.plain[b * m.kpad + i] = e * norm;
+  auto put = [&](int w, const float (&e)[4]) {
+    int fixed[4];
+    u32 d[3];
+    for (int i = 0; i < 4; ++i) fixed[i] = damaged ? 0 : __float2int_rn(e[i] * to_fixed);
+    slice_words(fixed, d);
+    for (int s = 0; s < 3; ++s) {
+      *(u32*)(q + s * NB * v.stride + word_at(w)) = d[s];
+      sum[s] = dot4(d[s], 0x01010101u, sum[s]);
+    }
+    if (m.has_float)
+      for (int i = 0; i < 4; ++i) v.plain[b * (int)m.kpad + column_of(w) + 8 * i] = e[i] * norm;
   };
 #pragma unroll
   for (int k = 0; k < KEEP; ++k)
-    if (lane + k * LANES < m.kpad) put(lane + k * LANES, keep[k]);
+    if (lane + k * LANES < words) put(lane + k * LANES, keep[k]);
 #pragma unroll NB == 1 ? 1 : 4
-  for (i64 i = lane + KEEP * LANES; i < m.kpad; i += LANES) put(i, i < m.cols ? element(i) : 0.0f);
-  for (int s = 0; s < 3; ++s) {
-    sum[s] = warp_sum(sum[s]);
-    if (threadIdx.x % WARP == 0) v.part[threadIdx.x / WARP * 3 + s] = sum[s];
+  for (int w = lane + KEEP * LANES; w < words; w += LANES) {
+    float e[4];
+    word(w, e);
+    put(w, e);
   }
+  put_totals<NB>(v.part, sum);
   __syncthreads();
-  if (m.plane_cols) {  // the chosen columns once more, side by side
-    const i32* index = (const i32*)m.plane_index;
-    int sum2[3] = {0, 0, 0};
-    for (i64 i = lane; i < m.plane_kpad; i += LANES) {
-      const int from = i < m.plane_cols ? slice_at(index[i]) : 0, to = slice_at(i);
-      for (int s = 0; s < 3; ++s) {
-        const u8 d = i < m.plane_cols ? q[s * NB * v.stride + from] : (u8)0;
-        v.q2[(s * NB + b) * v.stride2 + to] = d;
-        sum2[s] += (i8)d;
-      }
+  if (!m.plane_cols) return;
+  const i32* index = (const i32*)m.plane_index;  // the chosen columns once more, side by side
+  int sum2[3] = {0, 0, 0};
+  for (int w = lane; w < (int)m.plane_kpad / 4; w += LANES) {
+    u32 d[3] = {0, 0, 0};
+    for (int i = 0; i < 4; ++i) {
+      const int c = column_of(w) + 8 * i;
+      if (c >= (int)m.plane_cols) continue;
+      const int from = slice_at(index[c]);
+      for (int s = 0; s < 3; ++s) d[s] |= (u32)q[s * NB * v.stride + from] << 8 * i;
     }
     for (int s = 0; s < 3; ++s) {
-      sum2[s] = warp_sum(sum2[s]);
-      if (threadIdx.x % WARP == 0) v.part2[threadIdx.x / WARP * 3 + s] = sum2[s];
+      *(u32*)(v.q2 + (s * NB + b) * v.stride2 + word_at(w)) = d[s];
+      sum2[s] = dot4(d[s], 0x01010101u, sum2[s]);
     }
   }
-  if (m.has_int4) {
-    const int chunks = (int)(m.kpad / 32);
-    for (int i = threadIdx.x; i < 3 * NB * chunks; i += THREADS) {
-      const u32* words = (const u32*)(v.q + i / chunks * v.stride + slice_at(i % chunks * 32));
-      int s = 0;
-      for (int k = 0; k < 8; ++k) s = dot4(words[k], 0x01010101u, s);
-      v.chunk[i] = s;
-    }
-  }
-  if (m.plane_cols || m.has_int4) __syncthreads();
+  put_totals<NB>(v.part2, sum2);
+  __syncthreads();
 }
 
-DEV float combine(int d0, int d1, int d2) {
-  return fmaf((float)d0, 65536.0f, fmaf((float)d1, 256.0f, (float)d2));
-}
+DEV float combine(float d0, float d1, float d2) { return fmaf(d0, 65536.0f, fmaf(d1, 256.0f, d2)); }
 DEV u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
-// acc[s NB + b] += codes (16 bytes each chunk, chunks first, first + step, ...) times the slices.
-template <int NB>
-DEV void dot_int8(const u8* row, i64 kpad, i64 first, i64 step, const View<NB>& v, int (&acc)[3 * NB]) {
-#pragma unroll NB == 1 ? 4 : 1
-  for (i64 c = first; c < kpad / 16; c += step) {
-    const uint4 w = load_weights(row + c * 16);
-    const u8* x = v.q + c * 16 + (c >> 3) * 16;
-#pragma unroll
-    for (int n = 0; n < 3 * NB; ++n) {
-      const uint4 d = *(const uint4*)(x + n * v.stride);
-      acc[n] = dot4(w.x, d.x, dot4(w.y, d.y, dot4(w.z, d.z, dot4(w.w, d.w, acc[n]))));
-    }
-  }
-}
-
-// Partial sums of TILE sign rows over the 512-column steps kw, kw + split, ... to red[TILE][3 NB]: the sum of the slices
-// where a bit is set.
-template <int NB>
-DEV void sign_tile(const u8* data, i64 stride, i64 row0, i64 row1, i64 rows, i64 kpad, int kw, int split, const u8* q,
-                   int q_stride, int* red) {
-  const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-  constexpr int ACC = NB == 1 ? 8 : 3;  // NB 1: one sum a bit position, slices in the columns; else one a slice
-  int acc[ACC][4] = {};
-  const bool has0 = row0 + g >= 0 && row0 + g < rows, has1 = row1 + g >= 0 && row1 + g < rows;
-  const u8 *p0 = data + (has0 ? row0 + g : 0) * stride + t * 16, *p1 = data + (has1 ? row1 + g : 0) * stride + t * 16;
-  const uint4 none = {0, 0, 0, 0};
-#pragma unroll 2
-  for (i64 s = kw; s < kpad / 512; s += split) {
-    const uint4 wa = has0 ? load_weights(p0 + s * 64) : none, wb = has1 ? load_weights(p1 + s * 64) : none;
-    const u8* x = q + (s * 4 + t) * 144;
-#pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-      const u32 w0 = word(wa, 2 * pair), w1 = word(wa, 2 * pair + 1), u0 = word(wb, 2 * pair), u1 = word(wb, 2 * pair + 1);
-#pragma unroll
-      for (int n = 0; n < (NB == 1 ? 1 : 3); ++n) {
-        uint4 lo[2] = {none, none}, hi[2] = {none, none};
-        if (NB > 1 || g < 3) {
-          const u8* row = x + (NB == 1 ? g : n * NB + g) * q_stride + pair * 64;
-          lo[0] = *(const uint4*)row;
-          lo[1] = *(const uint4*)(row + 16);
-          hi[0] = *(const uint4*)(row + 32);
-          hi[1] = *(const uint4*)(row + 48);
-        }
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const u32 b0 = word(lo[j / 4], j % 4), b1 = word(hi[j / 4], j % 4);
-          if (NB == 1) {
-            const u32 mask = 0x01010101u << j;
-            mma_u8s8(acc[j % ACC], w0 & mask, u0 & mask, w1 & mask, u1 & mask, b0, b1);
-          } else {
-            const u32 mask = 0x01010101u;
-            mma_u8s8(acc[n % ACC], (w0 >> j) & mask, (u0 >> j) & mask, (w1 >> j) & mask, (u1 >> j) & mask, b0, b1);
-          }
-        }
-      }
-    }
-  }
-  if (NB == 1) {
-    int sum[4] = {0, 0, 0, 0};
-    for (int j = 0; j < ACC; ++j)
-      for (int k = 0; k < 4; ++k) sum[k] += acc[j][k] >> j;
-    for (int k = 0; k < 4; ++k) {
-      const int n = 2 * t + (k & 1);
-      if (n < 3) red[(g + (k >> 1) * 8) * 3 + n] = sum[k];
-    }
-  } else {
-    for (int n = 0; n < 3; ++n)
-      for (int k = 0; k < 4; ++k)
-        red[(g + (k >> 1) * 8) * 3 * NB + n * NB + 2 * t + (k & 1)] = acc[n % ACC][k];
-  }
-}

@@ -1,209 +1,275 @@
-// y = W x, second half: the items of a matrix (tiles of sign rows, single rows of other formats) over blocks and warps,
-// what is added to them, and where the results go. The first half, and what the numbers mean, is in matrix.cuh.
+// y = W x: the items of a matrix (tiles of 16 rows on the tensor cores, or single rows) over blocks and warps, what is
+// added to them, and where the results go. What the numbers mean is in matrix.cuh; tiles are in tiles.cuh.
+//
+// Everything that a product can be asked for before its input is there (weights of the first round, factors of the low
+// rank, scales) is loaded into registers before `ready`, which waits for the kernel before.
 
-// Row of int4 codes: float partial sums, one a token. A group of 128 columns has a scale; codes are stored plus 8.
+// acc[s NB + b] += codes times slices; `raw` holds the chunks first, first + step, ... of the row, RAW at a time.
 template <int NB>
-DEV void dot_int4(const u8* row, const u16* scales, const Matrix& m, i64 first, i64 step, const View<NB>& v,
-                  float (&sum)[NB]) {
-  const int chunks = (int)(m.kpad / 32), last = (int)((m.cols - 1) / 128);
-#pragma unroll NB == 1 ? 2 : 1
-  for (int c = (int)first; c < chunks; c += (int)step) {
-    const uint4 w = load_weights(row + c * 16);
-    const float scale = half_bits_to_float(scales[c / 4 < last ? c / 4 : last]);
-    const u8* x = v.q + slice_at(c * 32);
+DEV void dot_chunk(const uint4& w, int chunk, const View<NB>& v, int (&acc)[3 * NB]) {
+  const u8* x = v.q + chunk * 16 + (chunk >> 3) * 16;
 #pragma unroll
-    for (int b = 0; b < NB; ++b) {
-      int d[3];
-#pragma unroll
-      for (int s = 0; s < 3; ++s) {
-        const uint4 lo = *(const uint4*)(x + (s * NB + b) * v.stride), hi = *(const uint4*)(x + (s * NB + b) * v.stride + 16);
-        int a = -8 * v.chunk[(s * NB + b) * chunks + c];
-        a = dot4(w.x & 0x0f0f0f0fu, lo.x, dot4(w.x >> 4 & 0x0f0f0f0fu, lo.y, a));
-        a = dot4(w.y & 0x0f0f0f0fu, lo.z, dot4(w.y >> 4 & 0x0f0f0f0fu, lo.w, a));
-        a = dot4(w.z & 0x0f0f0f0fu, hi.x, dot4(w.z >> 4 & 0x0f0f0f0fu, hi.y, a));
-        d[s] = dot4(w.w & 0x0f0f0f0fu, hi.z, dot4(w.w >> 4 & 0x0f0f0f0fu, hi.w, a));
-      }
-      sum[b] = fmaf(scale, combine(d[0], d[1], d[2]), sum[b]);
-    }
+  for (int n = 0; n < 3 * NB; ++n) {
+    const uint4 d = *(const uint4*)(x + n * v.stride);
+    acc[n] = dot4(w.x, d.x, dot4(w.y, d.y, dot4(w.z, d.z, dot4(w.w, d.w, acc[n]))));
   }
 }
 
 template <int NB>
-DEV void dot_float(const Segment& s, i64 row, const Matrix& m, i64 first, i64 step, const View<NB>& v, float (&sum)[NB]) {
+DEV void dot_float(const Segment& s, int row, const Matrix& m, int first, int step, const View<NB>& v, float (&sum)[NB]) {
   const u8* at = (const u8*)s.data + row * s.stride;
   const int each = s.format == F32 ? 4 : 8;  // numbers in 16 bytes
-  for (i64 c = first; c < m.kpad / each; c += step) {
+#pragma unroll 1
+  for (int c = first; c < (int)m.kpad / each; c += step) {
     const uint4 w = load_weights(at + c * 16);
     for (int k = 0; k < each; ++k) {
       const u32 two = word(w, s.format == F32 ? k : k / 2);
       const u16 one = (u16)(k & 1 ? two >> 16 : two);
       const float f = s.format == F32 ? bits_to_float(two) : s.format == F16 ? half_bits_to_float(one) : bfloat_to_float(one);
-      for (int b = 0; b < NB; ++b) sum[b] = fmaf(f, v.plain[b * m.kpad + c * each + k], sum[b]);
+      for (int b = 0; b < NB; ++b) sum[b] = fmaf(f, v.plain[b * (int)m.kpad + c * each + k], sum[b]);
     }
   }
 }
 
-// An item's share of warp kw of `split`, to this warp's part of v.red (and v.red2).
+// The segment of an item. Written as choices, so that nothing is indexed at run time when a matrix is known at compile time.
+DEV Segment segment_of(const Matrix& m, int item) {
+  Segment s = m.segment[0];
+#pragma unroll
+  for (int k = 1; k < MAX_SEGMENTS; ++k)
+    if (k < (int)m.segments && item >= (int)m.segment[k].item0) s = m.segment[k];
+  return s;
+}
+DEV bool is(const Matrix& m, const Segment& s, int format) { return (m.formats >> format & 1) && s.format == format; }
+DEV bool is_tile(const Segment& s) { return s.each == TILE; }
+
+// What an item's lanes hold before the input is known.
+struct Asked {
+  uint4 raw[RAW];
+  uint4 a;  // low-rank codes of the row that this lane finishes
+  float scale, a_scale, bias;
+};
+
+DEV TileRows tile_rows(const Segment& s, int local) {
+  return {(const u8*)s.data, (int)s.stride, local * TILE, (int)s.rows, (int)s.stride / 64};
+}
+
+DEV float row_scale(const Matrix& m, const Segment& s, int local) {
+  return is(m, s, SIGN) || is(m, s, INT8) ? half_bits_to_float(((const u16*)s.scale)[local]) : 1.0f;
+}
+
+// Loads of item `local` of s: this warp's first weights, and what lane l needs to finish row l (NB = 1).
+DEV void ask(const Matrix& m, const Segment& s, int local, int kw, Asked& out) {
+  const int lane = threadIdx.x % WARP, split = (int)m.split;
+  if (is_tile(s)) {
+    load_tile(tile_rows(s, local), kw, split, 0, out.raw);
+  } else if (is(m, s, INT8)) {
+    const u8* row = (const u8*)s.data + (i64)local * s.stride;
+#pragma unroll
+    for (int i = 0; i < RAW; ++i) {
+      const int chunk = (kw + split * i) * WARP + lane;
+      out.raw[i] = chunk < (int)m.kpad / 16 ? load_weights(row + chunk * 16) : uint4{0, 0, 0, 0};
+    }
+  }
+  const int own = local * (int)s.each + lane, row = (int)s.first + own;
+  out.scale = 1, out.a_scale = 0, out.bias = 0;
+  out.a = uint4{0, 0, 0, 0};
+  if (kw || lane >= (int)s.each || own >= (int)s.rows) return;
+  out.scale = row_scale(m, s, own);
+  if (m.bias) out.bias = ((const float*)m.bias)[row];
+  if (m.rank && row >= (int)m.lr_start && row < (int)m.lr_stop) {
+    out.a = load_weights((const u8*)m.lr_a + (row - (int)m.lr_start) * (int)m.rank);
+    out.a_scale = half_bits_to_float(((const u16*)m.lr_a_scale)[row - (int)m.lr_start]);
+  }
+}
+
+// An item's share of warp kw, to this warp's part of v.red (and v.red2).
 template <int NB>
-DEV void item_partial(const Matrix& m, const Segment& s, i64 item, int kw, View<NB>& v) {
+DEV void item_partial(const Matrix& m, const Segment& s, int local, int kw, Asked& asked, View<NB>& v) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, split = (int)m.split;
   int* red = v.red + warp * TILE * 3 * NB;
-  const i64 first = kw * WARP + lane, step = split * WARP;
-  if (s.format == SIGN) {
-    const i64 row = item * TILE;
-    sign_tile<NB>((const u8*)s.data, s.stride, row, row + 8, s.rows, m.kpad, kw, split, v.q, v.stride, red);
-    if (m.plane_cols) {  // rows of the plane count from plane_start
-      const i64 from = s.first + row - m.plane_start;
-      if (from + TILE > 0 && from < m.plane_stop - m.plane_start)
-        sign_tile<NB>((const u8*)m.plane_data, m.plane_stride, from, from + 8, m.plane_stop - m.plane_start, m.plane_kpad, kw,
-                      split, v.q2, v.stride2, v.red2 + warp * TILE * 3 * NB);
-    }
-  } else if (s.format == INT8) {
+  if (is(m, s, SIGN)) {
+    sign_tile<NB>(tile_rows(s, local), kw, split, asked.raw, true, v.q, v.stride, red);
+    if (!m.plane_cols) return;
+    const int rows = (int)(m.plane_stop - m.plane_start), from = (int)(s.first - m.plane_start) + local * TILE;
+    const TileRows plane = {(const u8*)m.plane_data, (int)m.plane_stride, from, rows, (int)m.plane_stride / 64};
+    if (from + TILE > 0 && from < rows)
+      sign_tile<NB>(plane, kw, split, asked.raw, false, v.q2, v.stride2, v.red2 + warp * TILE * 3 * NB);
+  } else if (is(m, s, INT8) && is_tile(s)) {
+    int8_tile<NB>(tile_rows(s, local), kw, split, asked.raw, true, v.q, v.stride, red);
+  } else if (is(m, s, INT4)) {
+    const u16* scales = (const u16*)s.scale + (i64)local * TILE * s.groups;
+    int4_tile<NB>(tile_rows(s, local), kw, split, asked.raw, true, scales, (int)s.groups, v.q, v.stride, (float*)red);
+  } else if (is(m, s, INT8)) {
     int acc[3 * NB] = {};
-    dot_int8<NB>((const u8*)s.data + item * s.stride, m.kpad, first, step, v, acc);
+    const u8* row = (const u8*)s.data + (i64)local * s.stride;
+#pragma unroll
+    for (int i = 0; i < RAW; ++i) {
+      const int chunk = (kw + split * i) * WARP + lane;
+      if (chunk < (int)m.kpad / 16) dot_chunk<NB>(asked.raw[i], chunk, v, acc);
+    }
+#pragma unroll 1
+    for (int chunk = (kw + split * RAW) * WARP + lane; chunk < (int)m.kpad / 16; chunk += split * WARP)
+      dot_chunk<NB>(load_weights(row + chunk * 16), chunk, v, acc);
     for (int n = 0; n < 3 * NB; ++n) {
       acc[n] = warp_sum(acc[n]);
       if (lane == 0) red[n] = acc[n];
     }
-  } else {
+  } else if (m.has_float) {
     float sum[NB] = {};
-    if (s.format == INT4)
-      dot_int4<NB>((const u8*)s.data + item * s.stride, (const u16*)s.scale + item * s.groups, m, first, step, v, sum);
-    else
-      dot_float<NB>(s, item, m, first, step, v, sum);
+    dot_float<NB>(s, local, m, kw * WARP + lane, split * WARP, v, sum);
     for (int b = 0; b < NB; ++b) {
       sum[b] = warp_sum(sum[b]);
-      if (lane == 0) red[b] = (int)float_to_bits(sum[b]);
+      if (lane == 0) ((float*)red)[b] = sum[b];
     }
   }
 }
 
-// The product of one row and token from the partial sums of `split` warps, `local` being the row within its item.
+// Sums of a row's slices over the warps of an item: d[i] is what slice i contributes.
 template <int NB>
-DEV float item_value(const Matrix& m, const Segment& s, i64 row, int local, int b, const View<NB>& v) {
-  const int split = (int)m.split, warp = threadIdx.x / WARP;
-  const int* red = v.red + warp * TILE * 3 * NB + local * 3 * NB;
-  float y = 0;
-  if (s.format == SIGN || s.format == INT8) {
-    int d[3] = {0, 0, 0};
-    for (int w = 0; w < split; ++w)
-      for (int i = 0; i < 3; ++i) d[i] += red[w * TILE * 3 * NB + i * NB + b];
-    if (s.format == SIGN)
-      for (int i = 0; i < 3; ++i) d[i] = 2 * d[i] - total<NB>(v.part, i, b);
-    y = half_bits_to_float(((const u16*)s.scale)[row - s.first]) * combine(d[0], d[1], d[2]) * v.scale[b];
-  } else {
-    for (int w = 0; w < split; ++w) y += bits_to_float((u32)red[w * TILE * 3 * NB + b]);
-    if (s.format == INT4) y *= v.scale[b];
+DEV void gather(const int* red, int split, int row, int b, bool floats, float (&d)[3]) {
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    int whole = 0;
+    float part = 0;
+    for (int w = 0; w < split; ++w) {
+      const int* at = red + (w * TILE + row) * 3 * NB + i * NB + b;
+      if (floats) part += *(const float*)at;
+      else whole += *at;
+    }
+    d[i] = floats ? part : (float)whole;
   }
-  if (m.plane_cols && s.format == SIGN && row >= m.plane_start && row < m.plane_stop) {
-    const int* red2 = v.red2 + warp * TILE * 3 * NB + local * 3 * NB;
-    int d[3] = {0, 0, 0};
-    for (int w = 0; w < split; ++w)
-      for (int i = 0; i < 3; ++i) d[i] += red2[w * TILE * 3 * NB + i * NB + b];
-    for (int i = 0; i < 3; ++i) d[i] = 2 * d[i] - total<NB>(v.part2, i, b);
-    y += half_bits_to_float(((const u16*)m.plane_scale)[row - m.plane_start]) * combine(d[0], d[1], d[2]) * v.scale[b];
+}
+
+// The product of row `own` of segment s and token b.
+template <int NB>
+DEV float item_value(const Matrix& m, const Segment& s, int own, int in_item, int b, const Asked& asked, const View<NB>& v) {
+  const int split = (int)m.split, base = (int)threadIdx.x / WARP * TILE * 3 * NB, row = (int)s.first + own;
+  float d[3], y = 0;
+  if (is(m, s, SIGN) || is(m, s, INT8) || is(m, s, INT4)) {
+    gather<NB>(v.red + base, split, in_item, b, is(m, s, INT4), d);
+    if (is(m, s, SIGN))
+      for (int i = 0; i < 3; ++i) d[i] = 2 * d[i] - (float)total<NB>(v.part, i, b);
+    y = (NB == 1 ? asked.scale : row_scale(m, s, own)) * combine(d[0], d[1], d[2]) * v.scale[b];
+  } else if (m.has_float) {
+    for (int w = 0; w < split; ++w) y += ((const float*)v.red)[base + w * TILE * 3 * NB + b];
   }
-  if (m.rank && row >= m.lr_start && row < m.lr_stop) {
-    const uint4* a = (const uint4*)(m.lr_a + (row - m.lr_start) * m.rank);
+  if (m.plane_cols && is(m, s, SIGN) && row >= (int)m.plane_start && row < (int)m.plane_stop) {
+    gather<NB>(v.red2 + base, split, in_item, b, false, d);
+    for (int i = 0; i < 3; ++i) d[i] = 2 * d[i] - (float)total<NB>(v.part2, i, b);
+    y += half_bits_to_float(((const u16*)m.plane_scale)[row - (int)m.plane_start]) * combine(d[0], d[1], d[2]) * v.scale[b];
+  }
+  if (m.rank && row >= (int)m.lr_start && row < (int)m.lr_stop) {
+    const int at = row - (int)m.lr_start;
+    const uint4* a = (const uint4*)((const u8*)m.lr_a + (i64)at * m.rank);
     float sum = 0;
+#pragma unroll 1
     for (int r = 0; r < (int)m.rank; r += 16) {
-      const uint4 codes = a[r / 16];
-      const float* t = v.factor + b * m.rank + r;
+      const uint4 codes = NB == 1 && r == 0 ? asked.a : load_weights(a + r / 16);
+      const float* t = v.factor + b * (int)m.rank + r;
 #pragma unroll
       for (int k = 0; k < 16; ++k) sum = fmaf((float)(i8)(word(codes, k / 4) >> (k % 4 * 8)), t[k], sum);
     }
-    y = fmaf(half_bits_to_float(((const u16*)m.lr_a_scale)[row - m.lr_start]), sum, y);
+    y = fmaf(NB == 1 ? asked.a_scale : half_bits_to_float(((const u16*)m.lr_a_scale)[at]), sum, y);
   }
-  return m.bias ? y + ((const float*)m.bias)[row] : y;
+  return m.bias ? y + (NB == 1 ? asked.bias : ((const float*)m.bias)[row]) : y;
 }
 
-DEV void put_output(const Product& p, i64 ring, i64 row, int b, float y) {
-  const Output& o = p.out;
+DEV void put_output(const Output& o, i64 ring, int row, int b, float y) {
   if (o.mode == STORE) {
     ((float*)o.y)[b * o.stride + row] = y;
   } else if (o.mode == ADD) {
     float* u = (float*)o.y + b * o.stride + row;
     *u = load_fresh(u) + y;
-  } else if (row >= o.z0 && row < o.z1) {
-    ((float*)o.z)[b * o.z_stride + row - o.z0] = y;
-  } else if (row >= o.ring0 && row < o.ring1) {
-    ((float*)ring)[row - o.ring0] = y;
+  } else if (row >= (int)o.z0 && row < (int)o.z1) {
+    ((float*)o.z)[b * o.z_stride + row - (int)o.z0] = y;
+  } else if (row >= (int)o.ring0 && row < (int)o.ring1) {
+    ((float*)ring)[row - (int)o.ring0] = y;
   } else {
-    ((float*)o.y)[b * o.stride + row - o.rest0] = y;
+    ((float*)o.y)[b * o.stride + row - (int)o.rest0] = y;
   }
 }
 
-DEV int segment_of(const Matrix& m, i64 item) {
-  int k = 0;
-  while (k + 1 < (int)m.segments && item >= m.segment[k + 1].item0) ++k;
-  return k;
+// The right low-rank factor B, in tiles of 16 ranks whose columns all warps of a block share.
+struct AskedFactors {
+  uint4 raw[RAW];
+  float scale;  // of the rank that this thread finishes in the first tile
+};
+DEV TileRows factor_rows(const Matrix& m, int tile) {
+  return {(const u8*)m.lr_b, (int)m.kpad, tile * TILE, (int)m.rank, (int)m.kpad / 64};
 }
-
-// Item of this warp in a round: consecutive items go to different blocks, so that every block gets the same mix.
-DEV i64 item_of(const Matrix& m, i64 round, int block, int blocks) {
-  const i64 groups = WARPS / m.split, group = threadIdx.x / WARP / m.split;
-  return (round * groups + group) * blocks + block;
+template <int NB>
+DEV float factor_scale(const Matrix& m, int tile) {
+  const int r = tile * TILE + (int)threadIdx.x / NB;
+  return (int)threadIdx.x < TILE * NB ? half_bits_to_float(((const u16*)m.lr_b_scale)[r]) : 0.0f;
 }
-
-// Asks for the weights of this block's first round, which do not depend on the kernel before.
-DEV void prefetch_product(const Matrix& m, int block, int blocks) {
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, kw = warp % (int)m.split;
-  const i64 item = item_of(m, 0, block, blocks);
-  for (i64 r = warp; r < m.rank; r += WARPS)
-    for (i64 at = lane * 128; at < m.kpad; at += WARP * 128) prefetch((const u8*)m.lr_b + r * m.kpad + at);
-  if (item >= m.items) return;
-  const Segment& s = m.segment[segment_of(m, item)];
-  const i64 own = item - s.item0;
-  if (s.format == SIGN) {
-    for (i64 step = kw; step < m.kpad / 512; step += m.split)
-      for (int half = 0; half < 2; ++half) {
-        const i64 row = own * TILE + lane / 4 + half * 8;
-        if (row < s.rows && lane % 2 == 0) prefetch((const u8*)s.data + row * s.stride + step * 64 + lane % 4 * 16);
-      }
-    if (m.rank && lane < TILE) prefetch((const u8*)m.lr_a + least(own * TILE + lane, m.lr_stop - m.lr_start - 1) * m.rank);
-  } else {
-    for (i64 at = (kw * WARP + lane) * 128; at < s.stride; at += m.split * WARP * 128)
-      prefetch((const u8*)s.data + own * s.stride + at);
+template <int NB>
+DEV void ask_factors(const Matrix& m, AskedFactors& out) {
+  load_tile(factor_rows(m, 0), threadIdx.x / WARP, WARPS, 0, out.raw);
+  out.scale = factor_scale<NB>(m, 0);
+}
+// B x to v.factor. Ends with a barrier.
+template <int NB>
+DEV void factors(const Matrix& m, AskedFactors& asked, View<NB>& v) {
+  const int warp = threadIdx.x / WARP, r = (int)threadIdx.x / NB, b = (int)threadIdx.x % NB;
+#pragma unroll 1
+  for (int tile = 0; tile * TILE < (int)m.rank; ++tile) {
+    int8_tile<NB>(factor_rows(m, tile), warp, WARPS, asked.raw, tile == 0, v.q, v.stride, v.red + warp * TILE * 3 * NB);
+    __syncthreads();
+    if ((int)threadIdx.x < TILE * NB) {
+      float d[3];
+      gather<NB>(v.red, WARPS, r, b, false, d);
+      const float scale = tile ? factor_scale<NB>(m, tile) : asked.scale;
+      v.factor[b * (int)m.rank + tile * TILE + r] = scale * combine(d[0], d[1], d[2]) * v.scale[b];
+    }
+    __syncthreads();
   }
 }
 
-// All of this block's share of the product. `ready` waits for the kernel before; it is called once, after the weights
-// have been asked for.
+// All of this block's share of the product for the sequences first .. first + NB. Consecutive items go to different blocks,
+// so that every block gets the same mix. `ready` is called exactly once.
 template <int NB, typename Ready>
-DEV void product(const Product& p, u8* smem, int block, int blocks, Ready ready) {
+DEV void product(const Product& p, u8* smem, int first, int block, int blocks, Ready ready) {
   const Matrix& m = p.m;
-  prefetch_product(m, block, blocks);
-  if (block >= m.items) return ready();
+  if (block >= (int)m.items) return ready();
   View<NB> v = carve<NB>(m, p.in, smem);
-  if (p.out.mode == IN_PROJ && threadIdx.x < p.batch) {
-    const i64 slot = slot_of(p.state, threadIdx.x);
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, split = (int)m.split, kw = warp % split;
+  const int groups = WARPS / split, batch = (int)least(NB, p.batch - first);
+  int item = warp / split * blocks + block;
+  Segment s = segment_of(m, item);
+  Asked asked;
+  if (item < (int)m.items) ask(m, s, item - (int)s.item0, kw, asked);
+  AskedFactors asked_factors;
+  if (m.rank) ask_factors<NB>(m, asked_factors);
+  const Weights<NB> norm_weight = load_norm<NB>(m, p.in);
+  if (p.out.mode == IN_PROJ && (int)threadIdx.x < batch) {
+    const i64 slot = slot_of(p.state, first + threadIdx.x);
     v.ring[threadIdx.x] = (i64)ring_row(p.state, slot, position(p.state, slot));
   }
   ready();
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, split = (int)m.split, batch = (int)p.batch;
-  stage<NB>(m, p.in, p.batch, v);
-  for (int r = warp; r < (int)m.rank; r += WARPS) {
-    int acc[3 * NB] = {};
-    dot_int8<NB>((const u8*)m.lr_b + r * m.kpad, m.kpad, lane, WARP, v, acc);
-    const float scale = half_bits_to_float(((const u16*)m.lr_b_scale)[r]);
-    for (int b = 0; b < NB; ++b) {
-      const int d0 = warp_sum(acc[b]), d1 = warp_sum(acc[NB + b]), d2 = warp_sum(acc[2 * NB + b]);
-      if (lane == 0) v.factor[b * m.rank + r] = scale * combine(d0, d1, d2) * v.scale[b];
-    }
-  }
-  for (i64 round = 0; round * (WARPS / split) * blocks + block < m.items; ++round) {
-    const i64 item = item_of(m, round, block, blocks);
-    const bool some = item < m.items;
-    const Segment& s = m.segment[some ? segment_of(m, item) : 0];
-    if (some) item_partial<NB>(m, s, item - s.item0, warp % split, v);
-    __syncthreads();  // partial sums, and in the first round the factors
-    if (some && warp % split == 0) {
-      const int rows = s.format == SIGN ? (int)least(TILE, s.rows - (item - s.item0) * TILE) : 1;
-      const i64 row0 = s.first + (item - s.item0) * (s.format == SIGN ? TILE : 1);
+  Input in = p.in;
+  in.x += first * in.x_stride * 4;
+  in.gate += in.gate ? first * in.gate_stride * 4 : 0;
+  stage<NB>(m, in, batch, norm_weight, v);
+  if (m.rank) factors<NB>(m, asked_factors, v);
+#pragma unroll 1
+  for (int round = 0; round * groups * blocks + block < (int)m.items; ++round) {
+    const bool some = item < (int)m.items;
+    const int local = item - (int)s.item0;
+    if (some) item_partial<NB>(m, s, local, kw, asked, v);
+    __syncthreads();
+    if (some && kw == 0) {
+      const int row0 = local * (int)s.each, rows = (int)least(s.each, s.rows - row0);
+#pragma unroll 1
       for (int o = lane; o < rows * NB; o += WARP) {
-        const int local = o / NB, b = o % NB;
-        if (b < batch) put_output(p, v.ring[b], row0 + local, b, item_value<NB>(m, s, row0 + local, local, b, v));
+        const int row = row0 + o / NB, b = o % NB;
+        if (b < batch)
+          put_output(p.out, v.ring[b], (int)s.first + row, first + b, item_value<NB>(m, s, row, o / NB, b, asked, v));
       }
+    }
+    item += groups * blocks;
+    if (item < (int)m.items) {
+      s = segment_of(m, item);
+      ask(m, s, item - (int)s.item0, kw, asked);
     }
     __syncthreads();
   }

@@ -20,7 +20,7 @@ DEV float rounded(i64 type, float v, const Int8Scale& code) {
   return v;
 }
 
-template <typename T, int VEC>
+template <typename T, int VEC, bool QUAD>
 DEV void scan(const Scan& p, u8* smem) {
   constexpr int ROWS = 4, EACH = 4 * VEC;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n = (int)p.d_state, span = (int)p.span;
@@ -39,11 +39,7 @@ DEV void scan(const Scan& p, u8* smem) {
     const int r = j * WARPS + warp;
     const float scale = type == STATE_INT8 && r < span ? scales[row0 + r] : 0.0f;
     code[j] = {scale, 0.0f};
-#pragma unroll
-    for (int k = 0; k < EACH; ++k) {
-      const int i = k * WARP + lane;
-      s[j][k] = r < span && i < n ? open_entry(type, ssm, (row0 + r) * n + i, scale) : 0.0f;
-    }
+    open_row<QUAD>(type, ssm, row0 + r, n, scale, r < span, s[j]);
   }
   for (i64 t0 = 0; t0 < p.length; t0 += SCAN_TOKENS) {
     const int tokens = (int)least(SCAN_TOKENS, p.length - t0);
@@ -73,8 +69,8 @@ DEV void scan(const Scan& p, u8* smem) {
         sum[j] = 0;
 #pragma unroll
         for (int k = 0; k < EACH; ++k) {
-          const int i = k * WARP + lane;
-          if (i >= n) continue;
+          const int i = entry_of<QUAD>(lane, k);
+          if (!QUAD && i >= n) continue;
           s[j][k] = fmaf(decay, s[j][k], dx * bs[i]);
           sum[j] = fmaf(s[j][k], cs[i], sum[j]);
           const u32 bits = float_to_bits(s[j][k]) & 0x7fffffffu;
@@ -101,20 +97,18 @@ DEV void scan(const Scan& p, u8* smem) {
     const int r = j * WARPS + warp;
     if (r >= span) break;
     if (type == STATE_INT8 && lane == 0) scales[row0 + r] = code[j].step;
-#pragma unroll
-    for (int k = 0; k < EACH; ++k) {
-      const int i = k * WARP + lane;
-      if (i < n) close_entry(type, ssm, (row0 + r) * n + i, s[j][k], code[j].to_code);
-    }
+    close_row<QUAD>(type, ssm, row0 + r, n, s[j], code[j].to_code);
   }
 }
 
-#define SCAN_INSTANCE(name, T, VEC) \
+#define SCAN_INSTANCE(name, T, VEC, QUAD) \
   KERNEL(name, Scan, THREADS) { \
     SHARED(smem); \
-    scan<T, VEC>(p, smem); \
+    scan<T, VEC, QUAD>(p, smem); \
   }
-SCAN_INSTANCE(slimba_scan_half_1, Half, 1)
-SCAN_INSTANCE(slimba_scan_half_2, Half, 2)
-SCAN_INSTANCE(slimba_scan_float_1, float, 1)
-SCAN_INSTANCE(slimba_scan_float_2, float, 2)
+SCAN_INSTANCE(slimba_scan_half_1, Half, 1, false)
+SCAN_INSTANCE(slimba_scan_half_quad, Half, 1, true)
+SCAN_INSTANCE(slimba_scan_half_2, Half, 2, false)
+SCAN_INSTANCE(slimba_scan_float_1, float, 1, false)
+SCAN_INSTANCE(slimba_scan_float_quad, float, 1, true)
+SCAN_INSTANCE(slimba_scan_float_2, float, 2, false)

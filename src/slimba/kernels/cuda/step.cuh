@@ -22,6 +22,64 @@ DEV void close_entry(i64 type, i64 ssm, i64 index, float value, float to_code) {
   else if (type == STATE_BF16) ((u16*)ssm)[index] = float_to_bfloat(value);
   else ((i8*)ssm)[index] = (i8)__float2int_rn(value * to_code);
 }
+// Four consecutive entries at once; index is a multiple of four.
+DEV void open_quad(i64 type, i64 ssm, i64 index, float scale, float (&v)[4]) {
+  if (type == STATE_F32) {
+    const float4 f = *(const float4*)((const float*)ssm + index);
+    v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
+  } else if (type == STATE_BF16) {
+    const uint2 two = *(const uint2*)((const u16*)ssm + index);
+    v[0] = bits_to_float(two.x << 16), v[1] = bits_to_float(two.x & 0xffff0000u);
+    v[2] = bits_to_float(two.y << 16), v[3] = bits_to_float(two.y & 0xffff0000u);
+  } else {
+    const u32 codes = *(const u32*)((const i8*)ssm + index);
+    for (int k = 0; k < 4; ++k) v[k] = scale * (float)(i8)(codes >> 8 * k);
+  }
+}
+DEV void close_quad(i64 type, i64 ssm, i64 index, const float (&v)[4], float to_code) {
+  if (type == STATE_F32) {
+    *(float4*)((float*)ssm + index) = float4{v[0], v[1], v[2], v[3]};
+  } else if (type == STATE_BF16) {
+    const u32 lo = float_to_bfloat(v[0]) | (u32)float_to_bfloat(v[1]) << 16;
+    *(uint2*)((u16*)ssm + index) = uint2{lo, float_to_bfloat(v[2]) | (u32)float_to_bfloat(v[3]) << 16};
+  } else {
+    u32 codes = 0;
+    for (int k = 0; k < 4; ++k) codes |= (u32)(u8)(i8)__float2int_rn(v[k] * to_code) << 8 * k;
+    *(u32*)((i8*)ssm + index) = codes;
+  }
+}
+// A lane's entries of a row: k-th of EACH. QUAD (N = 128): four side by side, in one access.
+template <bool QUAD>
+DEV int entry_of(int lane, int k) {
+  return QUAD ? lane * 4 + k : k * WARP + lane;
+}
+template <bool QUAD, int EACH>
+DEV void open_row(i64 type, i64 ssm, i64 row, int n, float scale, bool there, float (&s)[EACH]) {
+  const int lane = threadIdx.x % WARP;
+  if constexpr (QUAD) {
+    for (int k = 0; k < 4; ++k) s[k] = 0.0f;
+    if (there) open_quad(type, ssm, row * n + lane * 4, scale, s);
+  } else {
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+      const int i = k * WARP + lane;
+      s[k] = there && i < n ? open_entry(type, ssm, row * n + i, scale) : 0.0f;
+    }
+  }
+}
+template <bool QUAD, int EACH>
+DEV void close_row(i64 type, i64 ssm, i64 row, int n, const float (&s)[EACH], float to_code) {
+  const int lane = threadIdx.x % WARP;
+  if constexpr (QUAD) {
+    close_quad(type, ssm, row * n + lane * 4, s, to_code);
+  } else {
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+      const int i = k * WARP + lane;
+      if (i < n) close_entry(type, ssm, row * n + i, s[k], to_code);
+    }
+  }
+}
 struct Int8Scale {
   float step, to_code;  // a code is round(s * to_code), its value code * step
 };
@@ -32,53 +90,86 @@ DEV Int8Scale int8_scale(u32 top) {  // top: the bits of the largest magnitude o
   return {most / 127.0f, 127.0f / most};
 }
 
-// The convolution's sum for a channel at token `time`, from the ring, which holds the token's own input too.
-DEV float convolve(const StateRef& s, i64 slot, i64 time, i64 weight, i64 bias, i64 channel) {
-  float sum = bias ? ((const float*)bias)[channel] : 0.0f;
-  for (i64 k = 0; k < s.taps; ++k)
-    sum = fmaf(((const float*)weight)[k * s.channels + channel], load_fresh(ring_row(s, slot, time + 1 + k) + channel), sum);
-  return sum;
+#define MAX_TAPS 8
+// A channel of the convolution: its weights are asked for before the new input is there.
+struct ConvChannel {
+  float weight[MAX_TAPS], bias;
+};
+DEV ConvChannel ask_channel(const StateRef& s, i64 weight, i64 bias, int channel) {
+  ConvChannel c;
+#pragma unroll
+  for (int k = 0; k < MAX_TAPS; ++k)
+    c.weight[k] = k < (int)s.taps ? ((const float*)weight)[k * (int)s.channels + channel] : 0.0f;
+  c.bias = bias ? ((const float*)bias)[channel] : 0.0f;
+  return c;
+}
+// silu of the convolution's sum at token `time`; `ring` is the sequence's, which holds the token's own input too.
+DEV float convolve(const StateRef& s, const float* ring, int time, const ConvChannel& c, int channel) {
+  float in[MAX_TAPS], sum = c.bias;
+#pragma unroll
+  for (int k = 0; k < MAX_TAPS; ++k)
+    in[k] = k < (int)s.taps ? load_fresh(ring + (time + 1 + k) % (int)s.taps * (int)s.channels + channel) : 0.0f;
+#pragma unroll
+  for (int k = 0; k < MAX_TAPS; ++k) sum = fmaf(c.weight[k], in[k], sum);
+  return silu(sum);
 }
 
-// `ready` waits for the kernel before; it is called once, after the first states have been asked for.
-template <int VEC, typename Ready>
+// `ready` waits for the kernel before; it is called once, after everything that does not depend on it has been asked for.
+template <int VEC, bool QUAD, typename Ready>
 DEV void recur(const Recurrence& p, u8* smem, int block, int blocks, Ready ready) {
   constexpr int ROWS = 4, EACH = 4 * VEC;  // rows in flight in a warp, entries of a row in a lane
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n = (int)p.d_state, span = (int)p.span;
   float *xs = (float*)smem, *bs = xs + span, *cs = bs + n;
-  const i64 per_sequence = p.inner / p.span, ssm = state_array(p.state, 0), type = p.state_type;
+  const int inner = (int)p.inner, per_sequence = inner / span, units = (int)p.batch * per_sequence;
+  const i64 ssm = state_array(p.state, 0), slots = state_array(p.state, 4), type = p.state_type;
   float* scales = (float*)state_array(p.state, 1);
-  if (block >= p.batch * per_sequence) ready();
-  for (i64 unit = block; unit < p.batch * per_sequence; unit += blocks) {
-    const int b = (int)(unit / per_sequence);
-    const i64 first = unit % per_sequence * p.span, head = first / p.headdim, group = head / (p.heads / p.groups);
-    const i64 slot = slot_of(p.state, b);
-    const i64 row0 = (p.state.layer * state_array(p.state, 4) + slot) * p.inner + first;
+  if (block >= units) ready();
+#pragma unroll 1
+  for (int unit = block; unit < units; unit += blocks) {
+    const int b = unit / per_sequence, first = unit % per_sequence * span, head = first / (int)p.headdim;
+    const int group = head / (int)(p.heads / p.groups);
+    const i64 slot = slot_of(p.state, b), row0 = (p.state.layer * slots + slot) * inner + first;
+    const int time = (int)position(p.state, slot);
+    const float* ring = (const float*)state_array(p.state, 2) + (p.state.layer * slots + slot) * p.state.taps * p.state.channels;
+    auto channel_of = [&](int i) {  // of the convolution: this block's of x, then B and C of its group
+      const int of_b = inner + group * n + i - span, of_c = of_b + (int)(p.groups - 1) * n;
+      return i < span ? first + i : i < span + n ? of_b : of_c;
+    };
+    const float a = ((const float*)p.a)[head], dt_bias = ((const float*)p.dt_bias)[head];
+    float dt = 0, decay = 0;
+#pragma unroll 1
     for (int r0 = 0; r0 < span; r0 += ROWS * WARPS) {
-      float s[ROWS][EACH];
+      float s[ROWS][EACH], d[ROWS], z[ROWS];
 #pragma unroll
       for (int j = 0; j < ROWS; ++j) {
         const int r = r0 + j * WARPS + warp;
         const float scale = type == STATE_INT8 && r < span ? scales[row0 + r] : 0.0f;
-#pragma unroll
-        for (int k = 0; k < EACH; ++k) {
-          const int i = k * WARP + lane;
-          s[j][k] = r < span && i < n ? open_entry(type, ssm, (row0 + r) * n + i, scale) : 0.0f;
-        }
+        open_row<QUAD>(type, ssm, row0 + r, n, scale, r < span, s[j]);
+        d[j] = r < span ? ((const float*)p.d)[p.d_per_channel ? first + r : head] : 0.0f;
       }
       if (r0 == 0) {
+        const int mine = threadIdx.x, width = span + 2 * n;
+        const int second = mine + THREADS < width ? mine + THREADS : 0;
+        const ConvChannel c0 = ask_channel(p.state, p.conv_weight, p.conv_bias, channel_of(mine < width ? mine : 0));
+        const ConvChannel c1 = ask_channel(p.state, p.conv_weight, p.conv_bias, channel_of(second));
         if (unit == block) ready();
-        const i64 time = position(p.state, slot);
-        for (int i = threadIdx.x; i < span + 2 * n; i += THREADS) {
-          const i64 of_b = p.inner + group * n + i - span, of_c = of_b + (p.groups - 1) * n;
-          const i64 channel = i < span ? first + i : i < span + n ? of_b : of_c;
-          xs[i] = silu(convolve(p.state, slot, time, p.conv_weight, p.conv_bias, channel));
+        const float raw = load_fresh((const float*)p.dt + b * (int)p.dt_stride + head);
+        if (mine < width) xs[mine] = convolve(p.state, ring, time, c0, channel_of(mine));
+        if (second) xs[second] = convolve(p.state, ring, time, c1, channel_of(second));
+#pragma unroll 1
+        for (int i = mine + 2 * THREADS; i < width; i += THREADS) {
+          const ConvChannel c = ask_channel(p.state, p.conv_weight, p.conv_bias, channel_of(i));
+          xs[i] = convolve(p.state, ring, time, c, channel_of(i));
         }
-        __syncthreads();
+        dt = softplus(raw + dt_bias, param_float(p.dt_low), param_float(p.dt_high));
+        decay = expf(dt * a);
       }
-      const float raw = load_fresh((const float*)p.dt + b * p.dt_stride + head) + ((const float*)p.dt_bias)[head];
-      const float dt = softplus(raw, param_float(p.dt_low), param_float(p.dt_high));
-      const float decay = expf(dt * ((const float*)p.a)[head]);
+#pragma unroll
+      for (int j = 0; j < ROWS; ++j) {
+        const int r = r0 + j * WARPS + warp;
+        z[j] = p.gated && r < span ? load_fresh((const float*)p.z + b * (int)p.z_stride + first + r) : 0.0f;
+      }
+      if (r0 == 0) __syncthreads();
 #pragma unroll
       for (int j = 0; j < ROWS; ++j) {
         const int r = r0 + j * WARPS + warp;
@@ -88,8 +179,8 @@ DEV void recur(const Recurrence& p, u8* smem, int block, int blocks, Ready ready
         u32 top = 0;
 #pragma unroll
         for (int k = 0; k < EACH; ++k) {
-          const int i = k * WARP + lane;
-          if (i >= n) continue;
+          const int i = entry_of<QUAD>(lane, k);
+          if (!QUAD && i >= n) continue;
           s[j][k] = fmaf(decay, s[j][k], dx * bs[i]);
           sum = fmaf(s[j][k], cs[i], sum);
           const u32 bits = float_to_bits(s[j][k]) & 0x7fffffffu;
@@ -100,17 +191,12 @@ DEV void recur(const Recurrence& p, u8* smem, int block, int blocks, Ready ready
           code = int8_scale(warp_max_bits(top));
           if (lane == 0) scales[row0 + r] = code.step;
         }
-#pragma unroll
-        for (int k = 0; k < EACH; ++k) {
-          const int i = k * WARP + lane;
-          if (i < n) close_entry(type, ssm, (row0 + r) * n + i, s[j][k], code.to_code);
-        }
+        close_row<QUAD>(type, ssm, row0 + r, n, s[j], code.to_code);
         sum = warp_sum(sum);
         if (lane) continue;
-        const i64 channel = first + r;
-        float y = fmaf(((const float*)p.d)[p.d_per_channel ? channel : head], x, sum);
-        if (p.gated) y *= silu(load_fresh((const float*)p.z + b * p.z_stride + channel));
-        ((float*)p.y)[b * p.y_stride + channel] = y;
+        float y = fmaf(d[j], x, sum);
+        if (p.gated) y *= silu(z[j]);
+        ((float*)p.y)[b * (int)p.y_stride + first + r] = y;
       }
     }
     __syncthreads();

@@ -54,10 +54,9 @@ class CudaEngine:
             raise UserError(f"backend cuda computes with float32 activations, {activations} is not available")
         if state_dtype not in STATE_CODES:
             raise UserError(f"state dtype {state_dtype!r} is unknown, known are {', '.join(STATE_CODES)}")
-        if checkpoint.spec.architecture != "mamba2" or checkpoint.spec.d_state > 256 or checkpoint.spec.d_conv > 8:
-            raise CudaUnavailable(
-                "backend cuda runs Mamba-2 with a state of at most 256 and at most 8 convolution taps"
-            )
+        most = 256 if checkpoint.spec.architecture == "mamba2" else 128
+        if checkpoint.spec.d_state > most or checkpoint.spec.d_conv > 8:
+            raise CudaUnavailable(f"backend cuda takes states of at most {most} entries and at most 8 convolution taps")
         self.gpu = gpu or open_gpu()
         self.spec: ModelSpec = checkpoint.spec
         self.state_dtype = state_dtype
@@ -80,7 +79,6 @@ class CudaEngine:
             )
         return CudaState(self.spec, batch, self.state_dtype, self.gpu.device)
 
-    @torch.inference_mode()
     def forward(self, ids: np.ndarray, state: CudaState) -> np.ndarray:
         """int32 [B, L] -> float32 logits [B, L, V]."""
         x = self._ids(ids, state)
@@ -90,12 +88,10 @@ class CudaEngine:
             out[:, at : at + piece.shape[1]] = logits.cpu().numpy()
         return out
 
-    @torch.inference_mode()
     def prefill(self, ids: np.ndarray, state: CudaState) -> np.ndarray:
         """int32 [B, L] -> float32 logits of the last position [B, V], in bounded memory for any L."""
         return np.asarray(self._prefill(self._ids(ids, state), state).cpu().numpy())
 
-    @torch.inference_mode()
     def nll(self, ids: np.ndarray, targets: np.ndarray, state: CudaState) -> np.ndarray:
         """int32 [B, L] twice -> float64 negative log-likelihoods [B, L] in nats."""
         if np.shape(ids) != np.shape(targets):
@@ -111,7 +107,6 @@ class CudaEngine:
             out[:, at : at + piece.shape[1]] = loss.view(piece.shape).cpu().numpy()
         return out
 
-    @torch.inference_mode()
     def generate(
         self, prompt: np.ndarray, state: CudaState, params: SamplingParams, *, stride: int = 1
     ) -> Iterator[np.ndarray]:
@@ -123,18 +118,49 @@ class CudaEngine:
         logits = self._prefill(self._ids(prompt, state), state)
         sampler = Sampler(params, prompt)
         ids = sampler.step(logits.cpu().numpy())
+        greedy = params.temperature == 0 and params.repetition_penalty == 1
         piece = [ids]
         while not sampler.done:
             if len(piece) == stride:
                 yield np.stack(piece, axis=1)
                 piece = []
-            with torch.inference_mode():
-                logits = self.step(np.maximum(ids, 0), state)
-            ids = sampler.step(logits.cpu().numpy())
-            piece.append(ids)
+            if greedy:
+                piece += self._greedy(piece[-1] if piece else ids, state, sampler, stride - len(piece))
+            else:
+                piece.append(sampler.step(self.step(np.maximum(ids, 0), state).cpu().numpy()))
+            ids = piece[-1]
         yield np.stack(piece, axis=1)
 
-    @torch.inference_mode()
+    def _greedy(self, ids: np.ndarray, state: CudaState, sampler: Sampler, most: int) -> list[np.ndarray]:
+        """Up to `most` steps without a look in between. Steps beyond the last stop id are taken back, so that the state
+        has seen every new id but the last."""
+        params = sampler.params
+        count = min(most, params.max_new_tokens - sampler.n, Step.ROOM)
+        saved = state.clone() if params.stop_ids and count > 1 else None
+        chosen = self._steps_ahead(ids, state, count, params.n_valid)
+        out: list[np.ndarray] = []
+        for column in chosen.T:
+            out.append(sampler.accept(column))
+            if sampler.done:
+                break
+        if saved is not None and len(out) < count:
+            state.restore(saved)
+            self._steps_ahead(ids, state, len(out), params.n_valid)
+        return out
+
+    def _steps_ahead(self, ids: np.ndarray, state: CudaState, count: int, n_valid: int) -> np.ndarray:
+        """The most likely ids of `count` steps after `ids`: int32 [B, count]. UserError where logits are not finite."""
+        step = self.stepper(state)
+        step.allow(n_valid)
+        step.count.zero_()
+        step.ids.copy_(torch.from_numpy(np.maximum(ids, 0).astype(np.int32)))
+        for _ in range(count):
+            self.run(step, choose=True)
+        chosen: np.ndarray = step.chosen[:, :count].cpu().numpy()
+        if (chosen < 0).any():
+            raise UserError("the logits hold NaN or infinity: the weights are damaged or the state has overflowed")
+        return chosen
+
     def step(self, ids: np.ndarray, state: CudaState) -> torch.Tensor:
         """int32 [B] -> float32 logits [B, V] on the device (overwritten by the next step); one token each."""
         step = self.stepper(state)
@@ -164,18 +190,18 @@ class CudaEngine:
     def _prefill(self, x: torch.Tensor, state: CudaState) -> torch.Tensor:
         if not x.shape[1]:
             raise UserError("the prompt is empty: prefill needs at least one token")
-        for _, piece, u in self._pieces(x, state, CHUNK):
+        for _, piece, u in self._pieces(x, state, CHUNK, chunked=True):
             last = u.view(*piece.shape, -1)[:, -1]
         return self._bulk.logits(last)
 
     def _pieces(
-        self, x: torch.Tensor, state: CudaState, tokens: int
+        self, x: torch.Tensor, state: CudaState, tokens: int, chunked: bool = False
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """(first position, ids, residual stream) of pieces of at most `tokens` tokens of all sequences."""
         length = max(1, min(CHUNK, tokens) // max(1, state.batch))
         for at in range(0, x.shape[1], length):
             piece = x[:, at : at + length]
-            yield at, piece, self._bulk.residual(piece, state.pointers)
+            yield at, piece, self._bulk.residual(piece, state.pointers, chunked=chunked)
 
     def _ids(self, ids: np.ndarray, state: CudaState) -> torch.Tensor:
         ids = np.asarray(ids)

@@ -10,10 +10,12 @@ Products run in cuBLAS over a scratch of one matrix, expanded from the packed bi
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from slimba.runtime.backends.cuda_device import Gpu
-from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, span_of
+from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
 from slimba.runtime.backends.cuda_state import STATE_CODES, StatePointers
 from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits
 
@@ -22,7 +24,15 @@ __all__ = ["CHUNK", "Bulk"]
 CHUNK = 8192  # tokens of all sequences in one pass
 SCAN_TOKENS = 16  # of kernels/cuda/scan.cu
 CONV_TOKENS = 16  # of kernels/cuda/bulk.cu
+IN, OUT = 0, 1  # the two scratches: that of out_proj may be filled while that of in_proj is in use
+SSD_FROM = 8  # shortest call that is worth a chunk of 64
+EXPAND_BYTES = {"half": 4 * (128 + 64), "float": 4 * 256}  # shared memory of slimba_expand for each rank
 HEAD_ROWS = 8192  # rows of the head expanded at a time
+
+
+def ssd_bytes(n: int) -> int:
+    """Shared memory of slimba_ssd: SsdShared in kernels/cuda/ssd.cu."""
+    return 2 * (2 * 64 * 72 + 3 * 64 * (n + 8)) + 4 * 2 * 64 + 4 * 2 * 64
 
 
 class Bulk:
@@ -31,20 +41,41 @@ class Bulk:
         self._type = STATE_CODES[state_dtype]
         self.dtype = torch.float32 if exact else torch.float16
         self._suffix = "float" if exact else "half"
-        self._scratch = torch.empty(0, dtype=self.dtype, device=gpu.device)
+        matrices = [m for layer in model.layers for m in layer.matrices.values()]
+        head = min(HEAD_ROWS, model.head.rows) * model.head.cols
+        most = max(head, *(m.rows * m.cols for m in matrices))
+        out = max(layer.matrices["out_proj"].rows * layer.matrices["out_proj"].cols for layer in model.layers)
+        self._scratch = [torch.empty(n, dtype=self.dtype, device=gpu.device) for n in (most, out)]
+        self._side = torch.cuda.Stream(gpu.device) if gpu.device.type == "cuda" else None
+        self._pending: dict[int, torch.cuda.Event] = {}
+        self._expansions: dict[tuple[int, int], np.ndarray] = {}
 
-    def residual(self, ids: torch.Tensor, state: StatePointers, *, advance: bool = True) -> torch.Tensor:
-        """int32 [B, L] on the device -> what the final norm takes, float32 [B * L, D]. advance: count the tokens."""
+    def residual(
+        self, ids: torch.Tensor, state: StatePointers, *, advance: bool = True, chunked: bool = False
+    ) -> torch.Tensor:
+        """int32 [B, L] on the device -> what the final norm takes, float32 [B * L, D].
+
+        advance: count the tokens. chunked: a state that is stored in fewer bits may be rounded once, after the last
+        token, instead of after each.
+        """
         spec, (batch, length) = self._model.spec, ids.shape
         tokens = batch * length
         flat = ids.reshape(-1).contiguous()
         u = self._empty(tokens, spec.d_model, dtype=torch.float32)
         self._launch_embed(flat, u)
         delta: torch.Tensor | None = None
-        for i, layer in enumerate(self._model.layers):
+        mixer = self._mixer2 if spec.architecture == "mamba2" else self._mixer1
+        layers = self._model.layers
+        self._pending.clear()
+        self._ahead(layers[0].matrices["in_proj"], IN)
+        self._ahead(layers[0].matrices["out_proj"], OUT)
+        for i, layer in enumerate(layers):
             x = self._empty(tokens, spec.d_model)
             self._add_norm(u, delta, x, layer.norm)
-            delta = self._mixer(layer, x, state.fields(spec, i), batch, length)
+            following = layers[i + 1] if i + 1 < len(layers) else None
+            delta = mixer(layer, x, state.fields(spec, i), batch, length, chunked, following)
+            if following is not None:
+                self._ahead(following.matrices["out_proj"], OUT)
         self._add_norm(u, delta, None, None)
         if advance:
             fields = fields_of(state.fields(spec, 0), batch, length)
@@ -62,25 +93,29 @@ class Bulk:
             out[:, first : first + rows] = self._product32(x, self._expand(model.head, first, rows))
         return out
 
-    def _mixer(self, layer: LayerWeights, x: torch.Tensor, state: list[int], batch: int, length: int) -> torch.Tensor:
+    def _mixer2(
+        self,
+        layer: LayerWeights,
+        x: torch.Tensor,
+        state: list[int],
+        batch: int,
+        length: int,
+        chunked: bool,
+        following: LayerWeights | None,
+    ) -> torch.Tensor:
+        """A Mamba-2 mixer: normed x [T, D] -> what is added to the residual stream."""
         spec, tokens = self._model.spec, batch * length
         inner, channels, heads = spec.d_inner, spec.d_conv_channels, spec.n_heads
         wide = inner + channels
-        w = self._expand(layer.matrices["in_proj"])
+        w = self._weights(layer.matrices["in_proj"], IN)
         p = x @ w[:wide].T
         dt = self._product32(x, w[wide:])
-        if (bias := self._bias(layer, "in_proj")) is not None:
+        if following is not None:
+            self._ahead(following.matrices["in_proj"], IN)
+        if (bias := layer.matrices["in_proj"].bias) is not None:
             p += bias[:wide].to(p.dtype)
             dt += bias[wide:]
-        size = p.element_size()
-        xbc = self._empty(tokens, channels)
-        conv = fields_of(
-            state, batch, length, p.data_ptr() + inner * size, wide, xbc.data_ptr(), channels, layer.conv.data_ptr(),
-            layer.conv_bias.data_ptr() if layer.conv_bias is not None else 0,
-        )  # fmt: skip
-        blocks = -(-channels // 256)
-        self._launch("conv", (blocks, -(-length // CONV_TOKENS), batch), conv)
-        self._launch("push", (blocks, batch), conv)
+        xbc = self._convolve(layer, p[:, inner:], state, batch, length)
         y = self._empty(tokens, inner)
         span, n = span_of(spec.headdim), spec.d_state
         low, high = spec.dt_limit
@@ -89,9 +124,11 @@ class Bulk:
             layer.a.data_ptr(), layer.d.data_ptr(), layer.dt_bias.data_ptr(), xbc.data_ptr(), channels, dt.data_ptr(),
             heads, y.data_ptr(), inner, float_bits(low), float_bits(high),
         )  # fmt: skip
-        shared = 4 * SCAN_TOKENS * (span + 2 * n + 2)
-        name = f"slimba_scan_{self._suffix}_{1 if n <= 128 else 2}"
-        self._gpu.launch(name, (batch * (inner // span),), scan, shared)
+        if self._by_chunks(length, chunked):
+            self._gpu.launch(f"slimba_ssd_{n}", (batch * heads,), scan, ssd_bytes(n))
+        else:
+            name = f"slimba_scan_{self._suffix}_{entries_of(n)}"
+            self._gpu.launch(name, (batch * (inner // span),), scan, 4 * SCAN_TOKENS * (span + 2 * n + 2))
         gated = self._empty(tokens, inner)
         groups = inner // spec.norm_group_size if spec.gated_norm else 0
         fields = fields_of(
@@ -100,12 +137,68 @@ class Bulk:
             float_bits(spec.norm_eps), int(spec.norm_before_gate),
         )  # fmt: skip
         self._launch("gate_norm", (tokens,), fields, 32)
-        delta = gated @ self._expand(layer.matrices["out_proj"]).T
-        if (bias := self._bias(layer, "out_proj")) is not None:
-            delta += bias.to(delta.dtype)
-        return delta
+        return self._out(layer, gated)
+
+    def _mixer1(
+        self,
+        layer: LayerWeights,
+        x: torch.Tensor,
+        state: list[int],
+        batch: int,
+        length: int,
+        chunked: bool,
+        following: LayerWeights | None,
+    ) -> torch.Tensor:
+        """A Mamba-1 mixer: normed x [T, D] -> what is added to the residual stream."""
+        spec, tokens = self._model.spec, batch * length
+        inner, n, rank = spec.d_inner, spec.d_state, spec.dt_rank
+        p = x @ self._expand(layer.matrices["in_proj"]).T
+        if (bias := layer.matrices["in_proj"].bias) is not None:
+            p += bias.to(p.dtype)
+        xs = self._convolve(layer, p[:, :inner], state, batch, length)
+        selected = self._product32(xs, self._expand(layer.matrices["x_proj"]))
+        if spec.bcdt_norm_eps is not None:
+            parts = torch.split(selected, [rank, n, n], dim=1)
+            selected = torch.cat([F.rms_norm(t, t.shape[1:], None, spec.bcdt_norm_eps) for t in parts], dim=1)
+        dt = self._product32(selected[:, :rank].to(self.dtype), self._expand(layer.matrices["dt_proj"]))
+        y = self._empty(tokens, inner)
+        fields = fields_of(
+            state, batch, length, n, inner, self._type, layer.a.data_ptr(), layer.d.data_ptr(),
+            layer.dt_bias.data_ptr(), xs.data_ptr(), inner, p[:, inner:].data_ptr(), 2 * inner, y.data_ptr(), inner,
+            dt.data_ptr(), inner, selected[:, rank:].data_ptr(), rank + 2 * n,
+        )  # fmt: skip
+        self._launch("scan1", (-(-inner // 16), batch), fields)
+        return self._out(layer, y)
 
     # ------------------------------------------------------------ the pieces
+
+    def _convolve(
+        self, layer: LayerWeights, given: torch.Tensor, state: list[int], batch: int, length: int
+    ) -> torch.Tensor:
+        """silu of the causal convolution of the columns `given` [T, channels], whose last rows go into the ring."""
+        channels = given.shape[1]
+        out = self._empty(*given.shape)
+        fields = fields_of(
+            state, batch, length, given.data_ptr(), given.stride(0), out.data_ptr(), channels, layer.conv.data_ptr(),
+            layer.conv_bias.data_ptr() if layer.conv_bias is not None else 0,
+        )  # fmt: skip
+        blocks = -(-channels // 256)
+        self._launch("conv", (blocks, -(-length // CONV_TOKENS), batch), fields)
+        self._launch("push", (blocks, batch), fields)
+        return out
+
+    def _out(self, layer: LayerWeights, y: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = y @ self._weights(layer.matrices["out_proj"], OUT).T
+        if (bias := layer.matrices["out_proj"].bias) is not None:
+            out += bias.to(out.dtype)
+        return out
+
+    def _by_chunks(self, length: int, chunked: bool) -> bool:
+        """Whether the chunked kernel computes this recurrence, and does so faster than token by token."""
+        spec = self._model.spec
+        shape = spec.headdim == 64 and spec.d_state in (64, 128) and spec.d_inner % 8 == 0
+        rounds = self._type == STATE_CODES["float32"] or chunked
+        return shape and rounds and length >= SSD_FROM and self.dtype == torch.float16
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype or self.dtype, device=self._gpu.device)
@@ -124,18 +217,32 @@ class Bulk:
         fields = fields_of(pointers, u.shape[1], float_bits(self._model.spec.norm_eps))
         self._launch("add_norm", (len(u),), fields, 32)
 
-    def _expand(self, m: DeviceMatrix, first: int = 0, rows: int | None = None) -> torch.Tensor:
-        """Rows of the matrix that `Matrix.dequantize` describes, in the scratch: [rows, cols]."""
-        rows = m.rows if rows is None else rows
-        if self._scratch.numel() < rows * m.cols:
-            self._scratch = self._empty(rows * m.cols)
-        out = self._scratch[: rows * m.cols].view(rows, m.cols)
-        fields = fields_of(m.fields, first, rows, out.data_ptr(), m.cols, m.plane_inverse)
-        self._launch("expand", (-(-m.cols // 256), -(-rows // 64)), fields, m.rank * 1024)
-        return out
+    def _ahead(self, m: DeviceMatrix, place: int) -> None:
+        """Begins to expand a matrix beside what the stream does next; what lay in that scratch has been used."""
+        if self._side is None or self._model.spec.architecture != "mamba2":
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self._gpu.device))
+        with torch.cuda.stream(self._side):
+            self._expand(m, place=place)
+            self._pending[place] = self._side.record_event()
 
-    def _bias(self, layer: LayerWeights, name: str) -> torch.Tensor | None:
-        return layer.matrices[name].bias
+    def _weights(self, m: DeviceMatrix, place: int) -> torch.Tensor:
+        """The expanded matrix, waiting for what `_ahead` began."""
+        if (done := self._pending.pop(place, None)) is None:
+            return self._expand(m, place=place)
+        torch.cuda.current_stream(self._gpu.device).wait_event(done)
+        return self._scratch[place][: m.rows * m.cols].view(m.rows, m.cols)
+
+    def _expand(self, m: DeviceMatrix, first: int = 0, rows: int | None = None, place: int = IN) -> torch.Tensor:
+        """Rows of the matrix that `Matrix.dequantize` describes, in a scratch: [rows, cols]."""
+        rows = m.rows if rows is None else rows
+        out = self._scratch[place][: rows * m.cols].view(rows, m.cols)
+        key = id(m), first
+        if key not in self._expansions:
+            self._expansions[key] = fields_of(m.fields, first, rows, out.data_ptr(), m.cols, m.plane_inverse)
+        grid = -(-m.cols // 256), -(-rows // 64)
+        self._launch("expand", grid, self._expansions[key], m.rank * EXPAND_BYTES[self._suffix])
+        return out
 
     def _product32(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """x w^T with a float32 result."""

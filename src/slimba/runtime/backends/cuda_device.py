@@ -24,14 +24,30 @@ OVERLAPS = (9, 0)  # first with programmatic dependent launch
 
 
 class Gpu:
-    """One device with the loaded kernels. `blocks`: multiprocessors; `shared`: bytes of shared memory for a block."""
+    """One device with its kernels. `blocks`: multiprocessors; `shared`: bytes of shared memory for a block; `build`
+    makes a module of kernels from its name and text behind it; `bakes`: whether a model gets kernels of its own.
+    """
 
-    def __init__(self, device: torch.device, modules: dict[str, Any], blocks: int, shared: int, overlap: bool) -> None:
-        self.device = device
-        self.blocks = blocks
-        self.shared = shared
-        self.overlap = overlap
-        self._modules = modules
+    def __init__(
+        self,
+        device: torch.device,
+        build: Callable[[str, str], Any],
+        blocks: int,
+        shared: int,
+        *,
+        overlap: bool = False,
+        bakes: bool = False,
+    ) -> None:
+        self.device, self.blocks, self.shared, self.bakes = device, blocks, shared, bakes
+        self._overlap = overlap
+        self._build = build
+        self._modules: dict[tuple[str, str], Any] = {}
+
+    def module(self, name: str, extra: str = "") -> Any:
+        """The module `name` with `extra` behind it, compiled at first use."""
+        if (name, extra) not in self._modules:
+            self._modules[name, extra] = self._build(name, extra)
+        return self._modules[name, extra]
 
     def launch(
         self,
@@ -42,14 +58,11 @@ class Gpu:
         *,
         threads: int = 256,
         overlap: bool = False,
-        module: str = "main",
+        module: Any = None,
     ) -> None:
         """Puts a kernel into torch's current stream; `overlap` where the GPU can and the kernel knows how."""
-        if module not in self._modules:
-            self._modules[module] = Module(compiled(architecture(self.device), module))
-        self._modules[module].launch(
-            name, grid, threads, shared, fields, self._stream(), overlap=overlap and self.overlap
-        )
+        module = module or self.module("main")
+        module.launch(name, grid, threads, shared, fields, self._stream(), overlap=overlap and self._overlap)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """What `work` puts into the stream, to be repeated at will: one CUDA graph. `work` must have run before, and is
@@ -92,7 +105,13 @@ def open_gpu(index: int = 0) -> Gpu:
             f"{name} has compute capability {capability[0]}.{capability[1]}; 8.0 is the oldest that will do"
         )
     torch.zeros(1, device=device)  # makes torch's context the current one
-    main = Module(compiled(architecture(device)))
+    arch = architecture(device)
     about = torch.cuda.get_device_properties(device)
     shared = int(getattr(about, "shared_memory_per_block_optin", 99 * 1024))
-    return Gpu(device, {"main": main}, about.multi_processor_count, shared, capability >= OVERLAPS)
+
+    def build(module: str, extra: str) -> Module:
+        return Module(compiled(arch, module, extra))
+
+    gpu = Gpu(device, build, about.multi_processor_count, shared, overlap=capability >= OVERLAPS, bakes=True)
+    gpu.module("main")
+    return gpu

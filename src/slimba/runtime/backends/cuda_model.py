@@ -12,7 +12,7 @@ from slimba.models.spec import ModelSpec
 from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_weights import DeviceMatrix
 
-__all__ = ["CudaModel", "LayerWeights", "span_of"]
+__all__ = ["CudaModel", "LayerWeights", "entries_of", "span_of"]
 
 SPAN = 32  # most channels of a block of slimba_recur and slimba_scan: 4 rows in each of 8 warps
 
@@ -20,6 +20,11 @@ SPAN = 32  # most channels of a block of slimba_recur and slimba_scan: 4 rows in
 def span_of(channels: int) -> int:
     """The largest divisor of `channels` that is at most SPAN."""
     return next(n for n in range(min(SPAN, channels), 0, -1) if channels % n == 0)
+
+
+def entries_of(d_state: int) -> str:
+    """Ending of the kernels for rows of so many state entries."""
+    return "quad" if d_state == 128 else "1" if d_state < 128 else "2"
 
 
 @dataclass(slots=True)

@@ -1,21 +1,30 @@
 """Recurrent states in GPU memory. A state is a set of slots; the sequences of a batch name theirs.
 
+    pool = CudaState(spec, 64, "int8", device)     # room for 64 sequences
+    pool.view([5]).reset()                         # a sequence joins in slot 5: prefill it through this view
+    batch = pool.view([0, 3, 5])                   # and steps on with those that are running
+    saved = pool.view([5]).save()                  # a prefix, of the same size whatever its length
+
 Layout: ssm [layer][slot][I][N] in the state's type, scale float32 [layer][slot][I] (int8 only), conv float32
 [layer][slot][K][channels], a ring in which token t of a sequence lies at t % K, and pos int32 [slot], tokens seen.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from slimba.errors import UserError
 from slimba.models.spec import ModelSpec
 
 __all__ = ["STATE_CODES", "CudaState", "StatePointers"]
 
 STATE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2}  # enum StateType in kernels/cuda/common.cuh
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+PARTS = ("ssm", "scale", "conv", "pos")
 
 
 @dataclass(slots=True)
@@ -34,14 +43,13 @@ class CudaState:
     """State of `batch` sequences; `pointers` is what the kernels read."""
 
     def __init__(self, spec: ModelSpec, batch: int, dtype: str, device: torch.device) -> None:
-        self.batch = batch
-        self.dtype = dtype
         rows = (spec.n_layer, batch, spec.d_inner)
+        self.dtype = dtype
         self.ssm = torch.zeros(*rows, spec.d_state, dtype=TYPES[dtype], device=device)
-        self.scale = torch.zeros(*rows if dtype == "int8" else (1,), device=device)
+        self.scale = torch.zeros(*(rows if dtype == "int8" else (1, batch, 1)), device=device)
         self.conv = torch.zeros(spec.n_layer, batch, spec.d_conv, spec.d_conv_channels, device=device)
         self.pos = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.pointers = self._point(torch.arange(batch, dtype=torch.int32, device=device))
+        self._take(range(batch))
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -53,22 +61,69 @@ class CudaState:
         ssm = spec.d_inner * (spec.d_state * entry + (4 if dtype == "int8" else 0))
         return batch * (spec.n_layer * (ssm + spec.d_conv * spec.d_conv_channels * 4) + 8)
 
+    def view(self, slots: Sequence[int]) -> CudaState:
+        """The sequences in these of its slots, in this order, sharing its memory. UserError for what is not a slot."""
+        have = self.pos.shape[0]
+        if not slots or len(set(slots)) < len(slots) or not all(0 <= s < have for s in slots):
+            raise UserError(f"slots are {list(slots)}; they must be different numbers below {have}, and at least one")
+        out = object.__new__(CudaState)
+        out.dtype = self.dtype
+        out.ssm, out.scale, out.conv, out.pos = self.tensors
+        out._take(slots)
+        return out
+
     def clone(self) -> CudaState:
-        copy = object.__new__(CudaState)
-        copy.batch, copy.dtype = self.batch, self.dtype
-        copy.ssm, copy.scale, copy.conv, copy.pos = (t.clone() for t in self.tensors)
-        copy.pointers = copy._point(self.pointers.slots.clone())
-        return copy
+        """A copy with memory for its own sequences only."""
+        out = object.__new__(CudaState)
+        out.dtype = self.dtype
+        out.ssm, out.scale, out.conv, out.pos = self._own()
+        out._take(range(self.batch))
+        return out
 
     def restore(self, other: CudaState) -> None:
-        """Takes over the numbers of a clone."""
-        for own, saved in zip(self.tensors, other.tensors, strict=True):
-            own.copy_(saved)
-
-    def _point(self, slots: torch.Tensor) -> StatePointers:
-        arrays = [*(t.data_ptr() for t in self.tensors), self.pos.shape[0]]
-        return StatePointers(torch.tensor(arrays, dtype=torch.int64, device=self.pos.device), slots)
+        """Takes over the numbers of another state of as many sequences."""
+        self._put(other._own())
 
     def reset(self) -> None:
-        for t in self.tensors:
-            t.zero_()
+        """Forgets everything."""
+        self._put([torch.zeros_like(t) for t in self._own()] if self._partly else None)
+
+    def save(self) -> dict[str, np.ndarray]:
+        """The state as arrays in host memory; bfloat16 as its bits."""
+        parts = zip(PARTS, self._own(), strict=True)
+        return {n: (t.view(torch.int16) if t.dtype == torch.bfloat16 else t).cpu().numpy() for n, t in parts}
+
+    def load(self, saved: dict[str, np.ndarray]) -> None:
+        """Takes over what `save` made of a state of as many sequences of the same model and type."""
+        own, parts = self._own(), []
+        for name, t in zip(PARTS, own, strict=True):
+            given = torch.from_numpy(np.ascontiguousarray(saved[name])).to(t.device)
+            given = given.view(torch.bfloat16) if t.dtype == torch.bfloat16 else given
+            if given.shape != t.shape or given.dtype != t.dtype:
+                raise UserError(f"the saved state's {name} is {list(given.shape)}, this one's {list(t.shape)}")
+            parts.append(given)
+        self._put(parts)
+
+    def _take(self, slots: Sequence[int]) -> None:
+        """Makes these slots the sequences of this state."""
+        device = self.pos.device
+        self.batch = len(slots)
+        self._partly = list(slots) != list(range(self.pos.shape[0]))
+        self._index = torch.tensor(list(slots), dtype=torch.int64, device=device)
+        arrays = [*(t.data_ptr() for t in self.tensors), self.pos.shape[0]]
+        self.pointers = StatePointers(
+            torch.tensor(arrays, dtype=torch.int64, device=device), self._index.to(torch.int32)
+        )  # fmt: skip
+
+    def _own(self) -> list[torch.Tensor]:
+        """Copies of the parts of these sequences; slots are the second dimension, of pos the first."""
+        *layered, pos = self.tensors
+        return [*(t.index_select(1, self._index) for t in layered), pos.index_select(0, self._index)]
+
+    def _put(self, parts: Sequence[torch.Tensor] | None) -> None:
+        if parts is None:
+            for t in self.tensors:
+                t.zero_()
+            return
+        for t, part in zip(self.tensors, parts, strict=True):
+            t.index_copy_(0 if t is self.pos else 1, self._index, part)

@@ -5,24 +5,30 @@ FusedStep: few sequences, three launches a layer, nothing expanded in memory. Bu
     step = FusedStep(model, gpu, batch=1, state_dtype="int8")
     step.point_to(state); step.ids[:] = ...; step.work(choose=True)     # logits, next ids, positions moved on
 
-Batches of 2 to 8 use the kernels of 8. Which models fit is `FusedStep.fits`.
+Larger batches than 1 run in groups of 8. Which models fit is `FusedStep.fits`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
 
 from slimba.models.spec import ModelSpec
+from slimba.runtime.backends.cuda_bake import Baked
 from slimba.runtime.backends.cuda_bulk import Bulk
 from slimba.runtime.backends.cuda_device import Gpu
-from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, span_of
+from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
 from slimba.runtime.backends.cuda_state import STATE_CODES, CudaState, StatePointers
 from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits, up_to
 
 __all__ = ["BulkStep", "FusedStep", "PersistentStep", "Step"]
 
 STORE, ADD, IN_PROJ = 0, 1, 2  # enum OutputMode in kernels/cuda/matrix.cuh
+RECUR = {"1": "1, false", "quad": "1, true", "2": "2, false"}  # arguments of the template in kernels/cuda/step.cuh
+MOST_KERNELS = 16  # of one model: a layout a layer would take minutes to compile
+LARGEST_BATCH = 32  # beyond it the bulk pass, which expands every matrix, is faster
 LARGEST_STATE = 256  # entries of a row of the state that a warp holds
 
 
@@ -34,16 +40,17 @@ class Step:
 
     ROOM = 4096
 
-    def __init__(self, model: CudaModel, gpu: Gpu, batch: int, n_valid: int) -> None:
+    def __init__(self, model: CudaModel, gpu: Gpu, batch: int) -> None:
         spec = model.spec
         self.batch, self._gpu, self._model = batch, gpu, model
         self.ids = self._zeros(batch, dtype=torch.int32)
         self.chosen = self._zeros(batch, self.ROOM, dtype=torch.int32)
         self.count = self._zeros(batch, dtype=torch.int32)
         self.logits = self._zeros(batch, spec.vocab_size)
+        self._valid = torch.full((1,), spec.vocab_size, dtype=torch.int32, device=gpu.device)
         self.pointers = StatePointers(self._zeros(5, dtype=torch.int64), self._zeros(batch, dtype=torch.int32))
         self._argmax = fields_of(
-            self._state(0), batch, self.logits.data_ptr(), spec.vocab_size, n_valid or spec.vocab_size,
+            self._state(0), batch, self.logits.data_ptr(), spec.vocab_size, self._valid.data_ptr(),
             self.ids.data_ptr(), self.chosen.data_ptr(), self.ROOM, self.count.data_ptr(),
         )  # fmt: skip
 
@@ -56,6 +63,10 @@ class Step:
 
     def _state(self, layer: int) -> list[int]:
         return self.pointers.fields(self._model.spec, layer)
+
+    def allow(self, n_valid: int) -> None:
+        """Ids from `n_valid` on are not chosen; 0 allows all."""
+        self._valid.fill_(n_valid or self._model.spec.vocab_size)
 
     def point_to(self, state: CudaState) -> None:
         """The next steps move this state on."""
@@ -75,8 +86,8 @@ class Step:
 class BulkStep(Step):
     """One token for each of many sequences by the bulk pass."""
 
-    def __init__(self, model: CudaModel, gpu: Gpu, batch: int, bulk: Bulk, n_valid: int = 0) -> None:
-        super().__init__(model, gpu, batch, n_valid)
+    def __init__(self, model: CudaModel, gpu: Gpu, batch: int, bulk: Bulk) -> None:
+        super().__init__(model, gpu, batch)
         self._bulk = bulk
 
     def work(self, *, choose: bool) -> None:
@@ -87,10 +98,10 @@ class BulkStep(Step):
 
 
 class FusedStep(Step):
-    """One token for each of up to 8 sequences by the fused kernels."""
+    """One token for each of up to LARGEST_BATCH sequences by the fused kernels."""
 
-    def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str, n_valid: int = 0) -> None:
-        super().__init__(model, gpu, batch, n_valid)
+    def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str) -> None:
+        super().__init__(model, gpu, batch)
         spec, zeros = model.spec, self._zeros
         self._tokens = self.tokens_of(batch)
         self.u = zeros(batch, spec.d_model)
@@ -102,6 +113,7 @@ class FusedStep(Step):
             self.products += [self._in_proj(layer, i), self._out_proj(layer, i)]
             self.recurrences.append(self._recurrence(layer, i, STATE_CODES[state_dtype]))
         self.products.append(self._head())
+        self._kernels, self._own = self._bake() if gpu.bakes else self._generic()
         self.embed = fields_of(
             model.embedding.fields, self._state(0), batch, self.ids.data_ptr(), self.u.data_ptr()
         )  # fmt: skip
@@ -114,7 +126,7 @@ class FusedStep(Step):
     @classmethod
     def fits(cls, model: CudaModel, gpu: Gpu, batch: int) -> bool:
         spec = model.spec
-        if spec.architecture != "mamba2" or not 1 <= batch <= 8 or spec.d_state > LARGEST_STATE:
+        if spec.architecture != "mamba2" or not 1 <= batch <= LARGEST_BATCH or spec.d_state > LARGEST_STATE:
             return False
         groups = max(1, cls._norm_groups(spec))
         matrices = [m for layer in model.layers for m in layer.matrices.values()]
@@ -128,19 +140,41 @@ class FusedStep(Step):
         """Launches one step. choose: the most likely ids become the next ids. overlap: by dependent launch."""
         gpu, spec = self._gpu, self._model.spec
         gpu.launch("slimba_embed", (gpu.blocks,), self.embed)
-        units = self.batch * (spec.d_inner // span_of(spec.headdim))
-        shared = 4 * (span_of(spec.headdim) + 2 * spec.d_state)
-        recur = "slimba_recur_1" if spec.d_state <= 128 else "slimba_recur_2"
         for i, layer in enumerate(self._model.layers):
-            self._product(layer.matrices["in_proj"], self.products[2 * i], 1, overlap)
-            gpu.launch(recur, (min(units, 8 * gpu.blocks),), self.recurrences[i], shared, overlap=overlap)
-            self._product(layer.matrices["out_proj"], self.products[2 * i + 1], self._norm_groups(spec), overlap)
-        self._product(self._model.head, self.products[-1], 1, overlap)
+            self.product(layer.matrices["in_proj"], 2 * i, 1, overlap)
+            self.recur(i, overlap)
+            self.product(layer.matrices["out_proj"], 2 * i + 1, self._norm_groups(spec), overlap)
+        self.product(self._model.head, len(self.products) - 1, 1, overlap)
         self.after(choose, overlap)
 
-    def _product(self, m: DeviceMatrix, fields: np.ndarray, groups: int, overlap: bool) -> None:
-        grid, shared = (min(self._gpu.blocks, m.items),), m.shared_bytes(self._tokens, groups)
-        self._gpu.launch(f"slimba_product_{self._tokens}", grid, fields, shared, overlap=overlap)
+    def product(self, m: DeviceMatrix, i: int, groups: int, overlap: bool) -> None:
+        """Launches the i-th product; `groups` of its input's norm."""
+        grid = min(self._gpu.blocks, m.items), -(-self.batch // self._tokens)
+        shared = m.shared_bytes(self._tokens, groups)
+        self._gpu.launch(self._kernels[i], grid, self.products[i], shared, overlap=overlap, module=self._own)
+
+    def recur(self, i: int, overlap: bool) -> None:
+        """Launches the recurrence of layer i."""
+        spec, name = self._model.spec, self._kernels[len(self.products) + i]
+        units = self.batch * (spec.d_inner // span_of(spec.headdim))
+        shared = 4 * (span_of(spec.headdim) + 2 * spec.d_state)
+        grid = (min(units, 8 * self._gpu.blocks),)
+        self._gpu.launch(name, grid, self.recurrences[i], shared, overlap=overlap, module=self._own)
+
+    def _generic(self) -> tuple[list[str], Any]:
+        """Names of the kernels of products and recurrences, and their module: kernels for any shape."""
+        recur = "slimba_recur_" + entries_of(self._model.spec.d_state)
+        names = [f"slimba_product_{self._tokens}"] * len(self.products) + [recur] * len(self.recurrences)
+        return names, self._gpu.module("main")
+
+    def _bake(self) -> tuple[list[str], Any]:
+        """The same, made for this model's shape."""
+        baked, instance = Baked(), RECUR[entries_of(self._model.spec.d_state)]
+        names = [baked.product(fields, self._tokens) for fields in self.products]
+        names += [baked.recurrence(fields, instance) for fields in self.recurrences]
+        if len(set(names)) > MOST_KERNELS:
+            return self._generic()
+        return names, self._gpu.module("decode", baked.source)
 
     def _in_proj(self, layer: LayerWeights, i: int) -> np.ndarray:
         spec = self._model.spec
@@ -180,12 +214,15 @@ class FusedStep(Step):
 
 
 class PersistentStep(FusedStep):
-    """One token for one sequence by one kernel with barriers of the whole grid."""
+    """One token for one sequence by one kernel with barriers of the whole grid. All layers must be alike."""
 
-    def __init__(self, model: CudaModel, gpu: Gpu, state_dtype: str, n_valid: int = 0) -> None:
-        super().__init__(model, gpu, 1, state_dtype, n_valid)
-        spec = model.spec
-        device = gpu.device
+    def __init__(self, model: CudaModel, gpu: Gpu, state_dtype: str) -> None:
+        super().__init__(model, gpu, 1, state_dtype)
+        spec, device = model.spec, gpu.device
+        baked = Baked()
+        kinds = [self.products[0], self.recurrences[0], self.products[1], self.products[-1]]
+        self._name = baked.persistent(kinds, RECUR[entries_of(spec.d_state)])
+        self._whole = gpu.module("persistent", baked.source)
         self._arrived = self._zeros(1, dtype=torch.int32)
         self._all_products = torch.from_numpy(np.stack(self.products)).to(device)
         self._all_recurrences = torch.from_numpy(np.stack(self.recurrences)).to(device)
@@ -197,10 +234,10 @@ class PersistentStep(FusedStep):
         matrices = [m for layer in model.layers for m in layer.matrices.values()]
         work = max(m.shared_bytes(1, groups) for m in [*matrices, model.head])
         work = max(work, 4 * (span_of(spec.headdim) + 2 * spec.d_state))
-        self._shared = up_to(self.products[0].nbytes + self.recurrences[0].nbytes, 16) + work
+        self._shared = up_to(2 * self.products[0].nbytes + self.recurrences[0].nbytes, 16) + work
 
     def work(self, *, choose: bool, overlap: bool = False) -> None:
         """Launches one step. choose: the most likely ids become the next ids."""
         self._arrived.zero_()
-        self._gpu.launch("slimba_persistent", (self._gpu.blocks,), self._fields, self._shared, module="persistent")
+        self._gpu.launch(self._name, (self._gpu.blocks,), self._fields, self._shared, module=self._whole)
         self.after(choose)

@@ -77,7 +77,7 @@ class DeviceMatrix:
         self.kpad = up_to(layout.cols, 512)
         self._keep: list[torch.Tensor] = []
         self._device = device
-        self.has_int4 = any(s.format == "int4" for s in layout.segments)
+        self._blocks = blocks
         self.has_float = any(s.format in ("float32", "float16", "bfloat16") for s in layout.segments)
         segments, items = self._segments(matrix)
         rank, lowrank = self._lowrank(matrix)
@@ -87,10 +87,11 @@ class DeviceMatrix:
         self.items = items
         self.bias = tensor(bias.astype(np.float32), device) if bias is not None else None
         self.split = split_of(items, blocks, self.kpad // 512)
+        codes = {FORMAT_CODES[s.format] for s in layout.segments}
         self.fields = [
-            self.rows, self.cols, self.kpad, len(layout.segments), items, self.split, *lowrank, *plane, col_scale,
-            self.bias.data_ptr() if self.bias is not None else 0, int(self.has_int4), int(self.has_float),
-            *segments,
+            self.rows, self.cols, self.kpad, len(layout.segments), items, self.split, *lowrank[:3], *plane[:5],
+            int(self.has_float), sum(1 << c for c in codes), *segments, *lowrank[3:], *plane[5:], col_scale,
+            self.bias.data_ptr() if self.bias is not None else 0,
         ]  # fmt: skip
 
     @property
@@ -105,7 +106,7 @@ class DeviceMatrix:
         parts = [
             3 * tokens * slice_stride(self.kpad), 3 * tokens * slice_stride(k2) if k2 else 0, red, red if k2 else 0,
             WARPS * 12, WARPS * 12, tokens * 4, tokens * self.rank * 4,
-            3 * tokens * (self.kpad // 32) * 4 if self.has_int4 else 0, tokens * self.kpad * 4 if self.has_float else 0,
+            tokens * self.kpad * 4 if self.has_float else 0,
             tokens * groups * 4 if groups > 1 else 0, 4 * WARPS * 4, tokens * 8,
         ]  # fmt: skip
         return sum(up_to(p, 16) for p in parts)
@@ -118,7 +119,7 @@ class DeviceMatrix:
         return t.data_ptr()
 
     def _segments(self, matrix: Matrix) -> tuple[list[int], int]:
-        """The structs Segment, and the number of items: tiles of sign rows, and single rows of all else."""
+        """The structs Segment, and the number of items: tiles of rows or single rows."""
         fields: list[int] = []
         first = item = 0
         for i, s in enumerate(matrix.layout.segments):
@@ -126,10 +127,16 @@ class DeviceMatrix:
             data, stride = self._data(parts["packed"] if "packed" in parts else parts["weight"], s.format)
             scale = self._upload(parts["scale"]) if "scale" in parts else 0
             groups = parts["scale"].shape[1] if s.format == "int4" else 0
-            fields += [FORMAT_CODES[s.format], first, s.rows, item, data, scale, stride, groups]
+            each = self._each(s.format, s.rows)
+            fields += [FORMAT_CODES[s.format], first, s.rows, item, each, scale, stride, groups, data]
             first += s.rows
-            item += -(-s.rows // TILE) if s.format == "sign" else s.rows
-        return fields + [0] * (8 * MAX_SEGMENTS - len(fields)), item
+            item += -(-s.rows // each)
+        return fields + [0] * (9 * MAX_SEGMENTS - len(fields)), item
+
+    def _each(self, format: str, rows: int) -> int:
+        """Rows of an item. int8 rows go one by one where tiles of 16 would leave most of the GPU idle."""
+        many = rows >= TILE * self._blocks * 2
+        return TILE if format in ("sign", "int4") or (format == "int8" and many) else 1
 
     def _data(self, array: np.ndarray, format: str) -> tuple[int, int]:
         """Pointer and bytes a row of a segment's main part."""

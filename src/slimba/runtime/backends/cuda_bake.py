@@ -1,0 +1,81 @@
+"""Kernels of one model: descriptions become constants, so that the compiler removes every case that does not occur.
+
+    baked = Baked()
+    name = baked.product(fields, tokens=1)      # "slimba_product_1_0"; equal shapes share a kernel
+    gpu.launch(name, ..., module="decode", extra=baked.source)
+
+A kernel copies its struct and overwrites all fields but pointers, and what differs between launches, with numbers.
+Without this the arithmetic of indices takes longer than the products.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["Baked"]
+
+MATRIX = 79  # fields of struct Matrix in kernels/cuda/matrix.cuh, whose pointers follow the numbers
+SEGMENT0, SEGMENT, SEGMENTS = 16, 9, 6
+POINTERS = {
+    *(SEGMENT0 + SEGMENT * k + i for k in range(SEGMENTS) for i in (5, 8)), *range(MATRIX - 9, MATRIX),
+    *(MATRIX + i for i in (0, 2, 4)), *(MATRIX + 7 + i for i in (1, 5)), MATRIX + 17, MATRIX + 18,
+}  # fmt: skip
+VARYING = {MATRIX + 19, MATRIX + 22}  # layer, batch
+RECURRENCE_POINTERS = {0, 1, 15, 16, 17, 18, 19, 20, 22, 24}
+RECURRENCE_VARYING = {2, 5}
+
+
+class Baked:
+    """Collects kernels; `source` is their text."""
+
+    def __init__(self) -> None:
+        self._names: dict[tuple[str, str], str] = {}
+
+    @property
+    def source(self) -> str:
+        return "\n".join(text.replace("NAME", name) for (_, text), name in self._names.items())
+
+    def product(self, fields: np.ndarray, tokens: int) -> str:
+        """The kernel for a struct Product and 1 or 8 tokens a block."""
+        sets = constants(fields, POINTERS, VARYING)
+        bounds = "THREADS, 2" if tokens == 1 else "THREADS"
+        first = "0" if tokens == 1 else f"{tokens} * blockIdx.y"
+        call = f"product<{tokens}>(s, smem, {first}, blockIdx.x, gridDim.x, InOrder());"
+        return self._add(f"slimba_product_{tokens}", kernel("Product", bounds, sets, call))
+
+    def recurrence(self, fields: np.ndarray, instance: str) -> str:
+        """The kernel for a struct Recurrence; `instance` are the arguments of the template recur."""
+        sets = constants(fields, RECURRENCE_POINTERS, RECURRENCE_VARYING)
+        call = f"recur<{instance}>(s, smem, blockIdx.x, gridDim.x, InOrder());"
+        return self._add("slimba_recur", kernel("Recurrence", "THREADS, 2", sets, call))
+
+    def persistent(self, fields: list[np.ndarray], instance: str) -> str:
+        """The kernel for a whole step; fields of in_proj, recurrence, out_proj (of any layer) and head."""
+        first, recurrence, last, head = fields
+        fixes = [
+            fix("Product", constants(first, POINTERS, VARYING)),
+            fix("Recurrence", constants(recurrence, RECURRENCE_POINTERS, RECURRENCE_VARYING)),
+            fix("Product", constants(last, POINTERS, VARYING)),
+            fix("Product", constants(head, POINTERS, VARYING)),
+        ]
+        call = f"persistent<{instance}>(p, smem, {', '.join(fixes)});"
+        return self._add("slimba_persistent", f"KERNEL(NAME, Persistent, THREADS) {{ SHARED(smem); {call} }}")
+
+    def _add(self, name: str, text: str) -> str:
+        return self._names.setdefault((name, text), f"{name}_{len(self._names)}")
+
+
+def constants(fields: np.ndarray, pointers: set[int], varying: set[int]) -> str:
+    """Assignments of what is the same in every launch; a pointer only where it is null."""
+    fixed = [
+        (i, int(v)) for i, v in enumerate(fields.tolist()) if i not in varying and (i not in pointers or v == 0)
+    ]  # fmt: skip
+    return " ".join(f"f[{i}] = {v};" for i, v in fixed)
+
+
+def fix(struct: str, sets: str) -> str:
+    return f"[]({struct}& s) {{ i64* f = (i64*)&s; {sets} }}"
+
+
+def kernel(struct: str, bounds: str, sets: str, call: str) -> str:
+    return f"KERNEL(NAME, {struct}, {bounds}) {{ SHARED(smem); {struct} s = p; i64* f = (i64*)&s; {sets} {call} }}"
