@@ -167,6 +167,7 @@ def _where(record: dict[str, Any]) -> str:
         agreed = ", ".join(f"{name} {value:.1e}" for name, value in record["difference_to_reference"].items())
         return f"{machine['gpu']}, {state}, {limit}; the reference agrees to {agreed} of the largest logit"
     agreed = f"naive kernels agree to {record['difference_to_naive_kernels']:.1e}"
+    state = f"activations {record['numerics']['activations']}, {state}"
     return f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']} kernels, {state}, {limit}; {agreed}"
 
 
