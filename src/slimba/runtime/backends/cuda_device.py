@@ -96,7 +96,7 @@ def open_gpu(index: int = 0) -> Gpu:
     """GPU number `index` with its kernels compiled and loaded."""
     if not torch.cuda.is_available():
         built = "finds no usable NVIDIA GPU" if torch.version.cuda else "was built without CUDA"
-        raise CudaUnavailable(f"this PyTorch {built}")
+        raise CudaUnavailable(f"this PyTorch {built}; --backend cpu needs none")
     device = torch.device("cuda", index)
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
