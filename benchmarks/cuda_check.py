@@ -42,27 +42,14 @@ from cuda_measure import (  # noqa: E402
     results,
 )  # fmt: skip
 
-from kernels.cuda_cases import LAYOUTS, expanded, product, random_matrix  # noqa: E402
-from runtime.numpy_reference import NumpyModel, mamba1_spec, mamba2_spec, random_checkpoint  # noqa: E402
+from kernels.cuda_cases import LAYOUTS, SPECS, expanded, product  # noqa: E402
+from runtime.numpy_reference import NumpyModel, mamba2_spec, random_checkpoint, random_matrix  # noqa: E402
 from slimba.checkpoints.checkpoint import Checkpoint  # noqa: E402
 from slimba.models.configs import named_spec  # noqa: E402
 from slimba.runtime import measure  # noqa: E402
 from slimba.runtime.backends.cuda import CudaEngine  # noqa: E402
 from slimba.runtime.backends.cuda_device import open_gpu  # noqa: E402
 from slimba.runtime.backends.cuda_speed import gpu_check  # noqa: E402
-
-SPECS = {
-    "plain": mamba2_spec(),
-    "two-groups": mamba2_spec(n_groups=2, headdim=32, d_state=64, proj_bias=True),
-    "four-groups": mamba2_spec(n_groups=4, headdim=16, d_state=128, norm_group_size=32, conv_bias=False),
-    "headdim-64": mamba2_spec(headdim=64, d_state=128, d_inner=256, tie_embeddings=False),
-    "odd": mamba2_spec(d_model=37, d_inner=72, headdim=12, d_state=7, n_groups=3, d_conv=3, vocab_size=41),
-    "norm-first": mamba2_spec(norm_before_gate=True, norm_group_size=64, dt_limit=(0.02, 0.1), d_has_hdim=True),
-    "no-norm": mamba2_spec(gated_norm=False),
-    "wide-state": mamba2_spec(d_state=200),
-    "mamba1": mamba1_spec(),
-    "falcon": mamba1_spec(bcdt_norm_eps=1e-6, proj_bias=True, d_inner=75, d_state=40, conv_bias=False, d_conv=5),
-}
 
 
 def close(got: np.ndarray, want: np.ndarray, atol: float) -> float:

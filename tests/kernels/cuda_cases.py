@@ -9,11 +9,24 @@ from typing import Any
 
 import numpy as np
 
+from runtime.numpy_reference import mamba1_spec, mamba2_spec
 from slimba.formats import FORMATS, LowRank, Matrix, MatrixLayout, Plane, Segment
-from slimba.formats.int8 import quantize_rows
-from slimba.formats.sign import pack_signs
+from slimba.models.spec import ModelSpec
 
 STORE, ADD = 0, 1
+
+SPECS: dict[str, ModelSpec] = {
+    "plain": mamba2_spec(),
+    "two-groups": mamba2_spec(n_groups=2, headdim=32, d_state=64, proj_bias=True),
+    "four-groups": mamba2_spec(n_groups=4, headdim=16, d_state=128, norm_group_size=32, conv_bias=False),
+    "headdim-64": mamba2_spec(headdim=64, d_state=128, d_inner=256, tie_embeddings=False),
+    "odd": mamba2_spec(d_model=37, d_inner=72, headdim=12, d_state=7, n_groups=3, d_conv=3, vocab_size=41),
+    "norm-first": mamba2_spec(norm_before_gate=True, norm_group_size=64, dt_limit=(0.02, 0.1), d_has_hdim=True),
+    "no-norm": mamba2_spec(gated_norm=False),
+    "wide-state": mamba2_spec(d_state=200),
+    "mamba1": mamba1_spec(),
+    "falcon": mamba1_spec(bcdt_norm_eps=1e-6, proj_bias=True, d_inner=75, d_state=40, conv_bias=False, d_conv=5),
+}
 
 LAYOUTS: dict[str, MatrixLayout] = {
     "sign": MatrixLayout(512, (Segment(32, "sign"),)),
@@ -35,31 +48,6 @@ LAYOUTS: dict[str, MatrixLayout] = {
         col_scale=True,
     ),
 }
-
-
-def random_matrix(rng: np.random.Generator, layout: MatrixLayout) -> Matrix:
-    """Gaussian weights rounded into any layout, with random corrections."""
-    rows, cols = layout.rows, layout.cols
-    w = rng.standard_normal((rows, cols)).astype(np.float32) / np.float32(np.sqrt(cols))
-    out, row = Matrix(layout), 0
-    for i, s in enumerate(layout.segments):
-        for part, a in FORMATS[s.format].pack(w[row : row + s.rows]).items():
-            out.arrays[layout.part_name(i, part)] = a
-        row += s.rows
-    if lr := layout.lowrank:
-        a = rng.standard_normal((lr.stop - lr.start, lr.rank)).astype(np.float32) * np.float32(0.3 / lr.rank)
-        b = rng.standard_normal((lr.rank, cols)).astype(np.float32) / np.float32(np.sqrt(cols))
-        out.arrays["lowrank_a"], out.arrays["lowrank_a_scale"] = quantize_rows(a)
-        out.arrays["lowrank_b"], out.arrays["lowrank_b_scale"] = quantize_rows(b)
-    if p := layout.plane:
-        n = p.stop - p.start
-        out.arrays["plane_packed"] = pack_signs(rng.standard_normal((n, p.cols)))
-        out.arrays["plane_scale"] = (rng.uniform(0.2, 0.6, n) / np.sqrt(cols)).astype(np.float16)
-        if p.cols < cols:
-            out.arrays["plane_index"] = np.sort(rng.permutation(cols)[: p.cols]).astype(np.int32)
-    if layout.col_scale:
-        out.arrays["col_scale"] = rng.uniform(0.5, 1.5, cols).astype(np.float16)
-    return out
 
 
 def product(gpu: Any, matrix: Matrix, x: np.ndarray) -> np.ndarray:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kernels.cuda_cases import LAYOUTS, expanded, product, random_matrix
+from kernels.cuda_cases import LAYOUTS, expanded, product
 from kernels.cuda_host import host_gpu
+from runtime.numpy_reference import random_matrix
 
 torch = pytest.importorskip("torch")
 

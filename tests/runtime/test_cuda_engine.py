@@ -8,24 +8,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kernels.cuda_cases import SPECS
 from kernels.cuda_host import host_gpu
 from runtime.numpy_reference import NumpyModel, mamba1_spec, mamba2_spec, random_checkpoint
-from slimba.models.spec import ModelSpec
 
 torch = pytest.importorskip("torch")
-
-SPECS: dict[str, ModelSpec] = {
-    "plain": mamba2_spec(),
-    "two-groups": mamba2_spec(n_groups=2, headdim=32, d_state=64, proj_bias=True),
-    "four-groups": mamba2_spec(n_groups=4, headdim=16, d_state=128, norm_group_size=32, conv_bias=False),
-    "headdim-64": mamba2_spec(headdim=64, d_state=128, d_inner=256, tie_embeddings=False),
-    "odd": mamba2_spec(d_model=37, d_inner=72, headdim=12, d_state=7, n_groups=3, d_conv=3, vocab_size=41),
-    "norm-first": mamba2_spec(norm_before_gate=True, norm_group_size=64, dt_limit=(0.02, 0.1), d_has_hdim=True),
-    "no-norm": mamba2_spec(gated_norm=False),
-    "wide-state": mamba2_spec(d_state=200),
-    "mamba1": mamba1_spec(),
-    "falcon": mamba1_spec(bcdt_norm_eps=1e-6, proj_bias=True, d_inner=75, d_state=40, conv_bias=False, d_conv=5),
-}
 
 
 def engine(checkpoint: object, **settings: object):

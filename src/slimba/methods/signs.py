@@ -13,11 +13,12 @@ variants. On a GPU one kernel does each direction: kernels/triton/signs.py. Test
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+
+from slimba.kernels import triton
 
 __all__ = ["Estimator", "Kind", "PlaneScale", "sign_weights"]
 
@@ -49,16 +50,7 @@ class PlaneScale:
 
 def fused(latent: torch.Tensor, estimator: Estimator) -> Any:
     """The module with the Triton kernels where they can run."""
-    return triton_signs() if latent.is_cuda and estimator.kind == "clip" else None
-
-
-@functools.cache
-def triton_signs() -> Any:
-    try:
-        from slimba.kernels.triton import signs
-    except ImportError:  # a torch without Triton
-        return None
-    return signs
+    return triton.optional("signs") if latent.is_cuda and estimator.kind == "clip" else None
 
 
 def _values(

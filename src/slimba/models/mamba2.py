@@ -9,14 +9,13 @@ Tests: `pytest tests/models`.
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from slimba.kernels import triton
 from slimba.models.norms import GatedRMSNorm
 from slimba.models.scan import causal_conv1d, ssd_chunked, ssd_recurrence
 from slimba.models.spec import ModelSpec
@@ -25,16 +24,6 @@ from slimba.models.state import LayerState
 __all__ = ["Mamba2Mixer"]
 
 DEFAULT_CHUNK = 64  # the spec's chunk (256) is the choice of fused GPU kernels; see ssd_chunked
-
-
-@functools.cache
-def triton_mixer() -> Any:
-    """The module of the kernels, or None where Triton is missing."""
-    try:
-        from slimba.kernels.triton import mixer
-    except ImportError:
-        return None
-    return mixer
 
 
 class Mamba2Mixer(nn.Module):
@@ -86,7 +75,7 @@ class Mamba2Mixer(nn.Module):
 
     def fused(self, u: torch.Tensor) -> torch.Tensor | None:
         """What goes into out_proj, by the Triton kernels; None where they do not apply (they are for training)."""
-        kernels = triton_mixer() if u.is_cuda else None
+        kernels = triton.optional("mixer") if u.is_cuda else None
         narrow = torch.is_autocast_enabled("cuda") or u.dtype != torch.float32
         if kernels is None or not narrow or not kernels.usable(self.spec):
             return None

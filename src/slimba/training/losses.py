@@ -7,12 +7,12 @@ features and of the head while it has them, so neither memory nor a recomputatio
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from slimba.kernels import triton
 from slimba.training import distributed
 
 __all__ = ["cross_entropy", "distillation", "hidden_loss"]
@@ -79,17 +79,8 @@ def plain_kl(
 def fused(logits_like: torch.Tensor) -> Any:
     """The module with the Triton kernel where it can run: 16-bit logits on a GPU."""
     if logits_like.is_cuda and logits_like.dtype in (torch.bfloat16, torch.float16):
-        return triton_kl()
+        return triton.optional("kl")
     return None
-
-
-@functools.cache
-def triton_kl() -> Any:
-    try:
-        from slimba.kernels.triton import kl
-    except ImportError:  # a torch without Triton
-        return None
-    return kl
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """The inside of a Mamba-2 mixer, between in_proj and out_proj, as one function with gradients on a GPU.
 
-    if usable(spec, zxbcdt): out = inner(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, spec)
+    if usable(spec): out = inner(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, spec)
 
 z, x, B, C and dt are read where in_proj left them, and their gradients are written side by side, as in_proj's backward
 wants them: no slice is ever copied. Naive twin: `models/mamba2.py`. Tests: `pytest tests/kernels/test_triton.py`.
