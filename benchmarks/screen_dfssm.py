@@ -15,7 +15,6 @@ on the packed file, which `keep=1` writes to --keep. The teacher's own figures, 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import tempfile
@@ -193,11 +192,10 @@ def main() -> None:
         for name, settings in list(read_arms(a.arms).items())[i::n]:
             if name in done or time.time() - started > a.seconds:
                 continue
-            with contextlib.suppress(KeyboardInterrupt):
-                try:
-                    write(screen.run(name, settings))
-                except UserError as e:  # a diverged arm is a result too
-                    write({"arm": name, "settings": settings, "error": str(e)})
+            try:
+                write(screen.run(name, settings))
+            except UserError as e:  # a diverged arm is a result too
+                write({"arm": name, "settings": settings, "error": str(e)})
 
 
 if __name__ == "__main__":
