@@ -11,6 +11,7 @@ import pytest
 from kernels.cuda_cases import SPECS
 from kernels.cuda_host import host_gpu
 from runtime.numpy_reference import NumpyModel, mamba1_spec, mamba2_spec, random_checkpoint
+from slimba.errors import UserError
 
 torch = pytest.importorskip("torch")
 
@@ -139,7 +140,6 @@ def test_nll_is_log_softmax() -> None:
 
 
 def test_what_cannot_run_is_refused_by_name() -> None:
-    from slimba.errors import UserError
 
     with pytest.raises(UserError, match="at most 128 entries"):
         engine(random_checkpoint(mamba1_spec(d_state=130)))
@@ -233,7 +233,6 @@ def test_sequences_join_leave_and_are_saved(state_dtype: str) -> None:
 
 
 def test_slots_are_checked() -> None:
-    from slimba.errors import UserError
 
     pool = engine(random_checkpoint(SPECS["plain"])).new_state(2)
     for slots in ([], [0, 0], [2], [-1]):
@@ -242,3 +241,13 @@ def test_slots_are_checked() -> None:
     other = engine(random_checkpoint(SPECS["odd"])).new_state(1)
     with pytest.raises(UserError, match="the saved state's ssm"):
         pool.view([1]).load(other.save())
+
+
+def test_int8_activations_are_refused_unless_float32_is_asked_for() -> None:
+    checkpoint = random_checkpoint(SPECS["plain"], 1, "float32")
+    checkpoint.numerics = {"activations": "int8"}
+    with pytest.raises(UserError, match="float32 activations, int8 is not available"):
+        engine(checkpoint)
+    with pytest.raises(UserError, match="float32 activations, int8 is not available"):
+        engine(random_checkpoint(SPECS["plain"], 1, "float32"), activations="int8")
+    assert engine(checkpoint, activations="float32").name == "cuda"

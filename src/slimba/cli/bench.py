@@ -54,15 +54,15 @@ def bench(
 
     peers = _peers(llama_cpp)
     checkpoint = _open(model, shape, format, verify=not no_verify)
-    state = resolve_state_dtype(state_dtype, checkpoint)
+    numerics = {
+        "activations": resolve_activations(activations, checkpoint),
+        "state": resolve_state_dtype(state_dtype, checkpoint),
+    }
     if backend == "cuda":
         from slimba.runtime.backends.cuda_speed import gpu_record
 
-        if resolve_activations(activations, checkpoint) != "float32":
-            raise UserError("the cuda backend has no int8 activations; leave --activations away")
-        record = gpu_record(checkpoint, batches, prompt_len, new_tokens, state)
+        record = gpu_record(checkpoint, batches, prompt_len, new_tokens, numerics)
     else:
-        numerics = {"activations": resolve_activations(activations, checkpoint), "state": state}
         record = _measure(checkpoint, batches, prompt_len, new_tokens, threads, numerics)
         if peers:
             record |= _measure_peers(checkpoint, record["machine"]["threads"], prompt_len, new_tokens, peers)

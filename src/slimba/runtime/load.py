@@ -43,9 +43,7 @@ def _reference(checkpoint: Checkpoint, threads: int | None, state_dtype: str, ac
 def _cuda(checkpoint: Checkpoint, threads: int | None, state_dtype: str, activations: str) -> Engine:
     from slimba.runtime.backends.cuda import CudaEngine
 
-    if activations != "float32":
-        raise UserError("the cuda backend has no int8 activations; use float32, or backend cpu")
-    return cast("Engine", CudaEngine(checkpoint, state_dtype=state_dtype))
+    return cast("Engine", CudaEngine(checkpoint, state_dtype=state_dtype, activations=activations))
 
 
 def _gpu_or_cpu(checkpoint: Checkpoint, threads: int | None, state_dtype: str, activations: str) -> Engine:

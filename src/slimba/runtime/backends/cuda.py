@@ -39,7 +39,8 @@ LOGIT_FLOATS = 1 << 27  # most logits made at once by `nll`
 class CudaEngine:
     """Implements `runtime.engine.Engine`.
 
-    state_dtype: float32, bfloat16 or int8, the recurrent state between tokens. gpu: a device other than the first one.
+    state_dtype: float32, bfloat16 or int8, the recurrent state between tokens. activations: float32, the only kind
+    that this engine has; by default what the checkpoint says. gpu: a device other than the first one.
     exact: products of bulk passes in float32, for checks. UserError for what the engine cannot run, CudaUnavailable
     (a UserError) where there is no GPU that can.
     """
@@ -47,11 +48,20 @@ class CudaEngine:
     name = "cuda"
 
     def __init__(
-        self, checkpoint: Checkpoint, *, state_dtype: str = "float32", gpu: Gpu | None = None, exact: bool = False
+        self,
+        checkpoint: Checkpoint,
+        *,
+        state_dtype: str = "float32",
+        activations: str | None = None,
+        gpu: Gpu | None = None,
+        exact: bool = False,
     ) -> None:
-        activations = checkpoint.numerics.get("activations", "float32")
+        activations = activations or checkpoint.numerics.get("activations", "float32")
         if activations != "float32":
-            raise UserError(f"backend cuda computes with float32 activations, {activations} is not available")
+            raise UserError(
+                f"backend cuda computes with float32 activations, {activations} is not available;"
+                " use --activations float32 or --backend cpu"
+            )
         if state_dtype not in STATE_CODES:
             raise UserError(f"state dtype {state_dtype!r} is unknown, known are {', '.join(STATE_CODES)}")
         most = 256 if checkpoint.spec.architecture == "mamba2" else 128

@@ -1,6 +1,6 @@
 """Speed of the CUDA engine as a share of the GPU's limit; the GPU twin of runtime/measure.py.
 
-    record = gpu_record(checkpoint, batches=[1, 8], prompt_len=512, new_tokens=64, state_dtype="int8")
+    record = gpu_record(checkpoint, batches=[1, 8], prompt_len=512, new_tokens=64, numerics=numerics)
 
 The engine is compared first with the torch reference on the same GPU, at every batch and with the state type that is
 measured; UserError when they differ, and nothing is timed. `slimba bench --backend cuda` prints the record.
@@ -29,14 +29,14 @@ TOLERANCE = {"steps": 2e-3, "prompt": 2e-2}
 
 
 def gpu_record(
-    checkpoint: Checkpoint, batches: list[int], prompt_len: int, new_tokens: int, state_dtype: str
+    checkpoint: Checkpoint, batches: list[int], prompt_len: int, new_tokens: int, numerics: dict[str, str]
 ) -> dict[str, Any]:
-    """Everything that is printed, JSON-ready: seconds, bytes, tokens a second."""
-    engine = CudaEngine(checkpoint, state_dtype=state_dtype)
+    """Everything that is printed, JSON-ready: seconds, bytes, tokens a second. numerics: `activations` and `state`."""
+    engine = CudaEngine(checkpoint, state_dtype=numerics["state"], activations=numerics["activations"])
     difference = gpu_check(engine, checkpoint, batches)
     torch.cuda.empty_cache()
     limit = bandwidth()
-    moved = traffic(checkpoint, state_dtype)
+    moved = traffic(checkpoint, numerics["state"])
     torch.cuda.reset_peak_memory_stats()
     decode, prefill = [], []
     for batch in batches:
@@ -53,7 +53,7 @@ def gpu_record(
         "difference_to_reference": difference,
         "weight_bytes": checkpoint.nbytes(),
         "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
-        "numerics": {"activations": "float32", "state": state_dtype},
+        "numerics": numerics,
         "decode": decode,
         "prefill": prefill,
     }
@@ -61,7 +61,8 @@ def gpu_record(
 
 def gpu_check(engine: CudaEngine, checkpoint: Checkpoint, batches: list[int]) -> dict[str, float]:
     """Largest relative differences of steps and prompts to the reference. UserError above TOLERANCE."""
-    reference = ReferenceEngine(checkpoint, state_dtype=engine.state_dtype, device=str(engine.gpu.device))
+    device = str(engine.gpu.device)
+    reference = ReferenceEngine(checkpoint, state_dtype=engine.state_dtype, activations="float32", device=device)
     worst = {"steps": 0.0, "prompt": 0.0}
     rng = np.random.default_rng(0)
     for batch in batches:
