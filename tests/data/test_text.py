@@ -31,7 +31,7 @@ def write(path, kind):
     elif kind == "zst":
         path.write_bytes(zstandard.compress(text.encode()))
     elif kind == "gz":
-        path.write_bytes(gzip.compress(text.encode(, mtime=0)))
+        path.write_bytes(gzip.compress(text.encode(), mtime=0))
     elif kind == "jsonl":
         path.write_text("\n".join(json.dumps({"text": d}) for d in DOCS) + "\n", "utf-8")
     else:

@@ -31,7 +31,7 @@ def compress(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new model is complete.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the run's record there.")] = None,
 ) -> None:
-    """Make a float model small: signs and an int8 low-rank correction, found by distillation."""
+    """Make a float model small: one sign a weight and a second one in the busiest columns, found by distillation."""
     from slimba.cli.options import write_json
     from slimba.methods.run import compress as run
     from slimba.training.recipes import parse_overrides

@@ -1,6 +1,6 @@
 """Speed of an engine as a share of the machine's limit: bytes that must move, bandwidth, floor, measured time.
 
-    model = random_model(named_spec("mamba2-1.3b"), "dfssm", rank=16)
+    model = random_model(named_spec("mamba2-1.3b"), "dfssm")
     check(model, threads=2)                              # the chosen kernels against the naive ones; UserError when red
     row = decode_speed(engine, traffic(model, "float32"), bandwidth(2), batch=1, new_tokens=64)
 
@@ -75,7 +75,7 @@ class PrefillRow:
     tokens_per_second: float
 
 
-def random_model(spec: ModelSpec, format: str, *, rank: int = 16, seed: int = 0) -> Checkpoint:
+def random_model(spec: ModelSpec, format: str, *, rank: int | None = None, seed: int = 0) -> Checkpoint:
     """Random weights in the preset `format`, with scales that keep the activations near one."""
     rng = np.random.default_rng(seed)
     layouts = preset_layouts(spec, format, rank=rank)
