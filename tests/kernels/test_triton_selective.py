@@ -1,6 +1,6 @@
 """The Triton kernels of the Mamba-1 mixer against the plain PyTorch functions, values and every gradient.
 
-Run: `pytest tests/kernels/test_triton_selective.py`. Without a GPU they run in Triton's interpreter, see test_triton.py.
+Run: `pytest tests/kernels/test_triton_selective.py`. Without a GPU in Triton's interpreter, see test_triton.py.
 """
 
 from __future__ import annotations

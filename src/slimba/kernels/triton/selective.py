@@ -7,8 +7,8 @@
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t;  y_t = <h_t, C_t> + D x_t;  out_t = y_t silu(z_t)
 
 Every channel has N decays of its own at every token, so there is no matrix form as in `ssd.py`. A program takes a chunk
-of Q tokens of some channels and walks through it with the states [N, W] of W channels in registers. Forward: every chunk from an
-empty state, for the state at its end; the states at the chunk starts, by a scan over chunks; every chunk again from its
+of Q tokens of some channels and walks through it with their states in registers. Forward: every chunk from an empty
+state, for the state at its end; the states at the chunk starts, by a scan over chunks; every chunk again from its
 start, for the outputs. Only those starts are kept. Backward: the states before every token once more, into memory that
 is free afterwards; from behind what every chunk's outputs ask of the state before it; the scan over chunks; the rest.
 
