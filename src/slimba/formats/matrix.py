@@ -6,8 +6,8 @@ optional column scale, an optional Hadamard transform of its input.
          + plane_scale * S2 on the rows plane.start .. plane.stop and the columns plane_index) * col_scale * H
 
 H is the block Hadamard transform of `hadamard.py`: an engine transforms the input, then scales its columns. Where the
-model has int8 activations, what is rounded is that transformed and scaled input: one scale a token, or with `input_scale` one
-float32 scale for all tokens; a matrix with `activations` float32 keeps float inputs.
+model has int8 activations, what is rounded is that transformed and scaled input: one scale a token, or with
+`input_scale` one float32 scale for all tokens; a matrix with `activations` float32 keeps float inputs.
 
 Tensor names, for a matrix called `m`: a matrix of one float segment without extras is stored as `m.weight`; otherwise
 segment i has `m.i.<part>` with the parts of its format, the correction `m.lowrank_a` int8 [stop - start, R],

@@ -100,13 +100,18 @@ def round_to_nearest(w: torch.Tensor, grid: Grid, group: int | None = GROUP) -> 
 
 
 def gptq(
-    w: torch.Tensor, hessian: torch.Tensor, grid: Grid, group: int | None = GROUP, damping: float = DAMPING
+    w: torch.Tensor,
+    hessian: torch.Tensor,
+    grid: Grid,
+    group: int | None = GROUP,
+    damping: float = DAMPING,
+    scale: torch.Tensor | None = None,
 ) -> Quantised:
     """w float32 [rows, cols], hessian [cols, cols] = sum of x x^T over the calibration inputs (any factor).
 
     Columns one by one; the error of each is taken up by those that follow, weighted by the inverse Hessian's Cholesky
     factor. A column that is never active is set to zero first. `group` columns share a scale, GROUP or None: all of a
-    row. damping: added to the Hessian's diagonal, as a part of its mean.
+    row. damping: added to the Hessian's diagonal, as a part of its mean. scale [rows, 1]: given, not searched.
     """
     w, h = w.clone(), hessian.double().clone()
     dead = h.diagonal() <= 0
@@ -115,7 +120,7 @@ def gptq(
     h.diagonal().add_(damping * h.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
-    codes, scales = torch.empty_like(w), []
+    codes, scales = torch.empty_like(w), [] if scale is None else [scale]
     for at in range(0, w.shape[1], GROUP):
         end = min(at + GROUP, w.shape[1])
         if group or not scales:

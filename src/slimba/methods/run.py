@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from slimba.errors import UserError
 
 __all__ = ["METHODS", "compress"]
 
-METHODS = ("dfssm",)
+METHODS = ("dfssm", "quamba2")
 
 
 def compress(
@@ -50,11 +50,8 @@ def compress(
     from slimba.checkpoints.reader import open_checkpoint
     from slimba.data.tokenizer import Tokenizer
     from slimba.data.tokens import are_ids, open_tokens
-    from slimba.methods.dfssm.recipe import DfssmRecipe
-    from slimba.methods.dfssm.run import run
-    from slimba.training.recipes import load_recipe
 
-    chosen = load_recipe(DfssmRecipe, "dfssm.yaml", recipe, {**(settings or {}), **more})
+    chosen, run = _method(method, recipe, {**(settings or {}), **more})
     checkpoint = open_checkpoint(teacher, tokenizer=tokenizer)
     words = None
     if not are_ids(data):
@@ -77,3 +74,20 @@ def compress(
             resume=resume,
             overwrite=overwrite,
         )
+
+
+def _method(
+    name: str, file: str | Path | None, settings: Mapping[str, Any]
+) -> tuple[Any, Callable[..., dict[str, Any]]]:
+    """The checked settings of a method and the function that runs it."""
+    from slimba.training.recipes import load_recipe
+
+    if name == "quamba2":
+        from slimba.methods.quamba2.recipe import QuambaRecipe
+        from slimba.methods.quamba2.run import run as run_quamba2
+
+        return load_recipe(QuambaRecipe, "quamba2.yaml", file, settings), run_quamba2
+    from slimba.methods.dfssm.recipe import DfssmRecipe
+    from slimba.methods.dfssm.run import run as run_dfssm
+
+    return load_recipe(DfssmRecipe, "dfssm.yaml", file, settings), run_dfssm

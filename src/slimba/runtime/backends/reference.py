@@ -64,8 +64,8 @@ ROUND = {"float32": None, "bfloat16": round_bfloat16, "int8": round_int8}
 class InputRounding:
     """A forward pre-hook: x [..., cols] to int8 and back, one scale a token, as QuantArgs in kernels.h lays it down.
 
-    With a Hadamard transform H and a column scale c, (H x) c is what is rounded; the module's weights hold both already,
-    so they are undone again. With a stored scale that one is used for all tokens, and codes saturate.
+    With a Hadamard transform H and a column scale c, (H x) c is what is rounded; the module's weights hold both, so
+    they are undone again. With a stored scale that one is used for all tokens, and codes saturate.
     """
 
     def __init__(self, layout: MatrixLayout, arrays: dict[str, np.ndarray], device: str) -> None:
