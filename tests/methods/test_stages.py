@@ -67,6 +67,7 @@ def test_two_stages_are_the_two_methods_one_after_the_other(here: Path, capsys: 
     assert not Path("out.work").exists() and Path("out/training.jsonl").is_file()
     card = Path("out/README.md").read_text()
     assert "## Stage 1: dfssm" in card and "## Stage 2: ptq" in card
+    assert "rank 2; B, C, dt at int8; out at float16" in card and "out at int4" in card
     assert len(load("out", backend="cpu").generate("The sea", max_new_tokens=3).ids) >= 1
 
 

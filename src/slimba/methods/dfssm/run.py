@@ -155,10 +155,20 @@ def narrow_projections(network: SSMForCausalLM) -> None:
 
 def card(record: dict[str, Any]) -> str:
     """The model card's body."""
-    hours = time.strftime("%H:%M:%S", time.gmtime(record["seconds"]))
+    hours, recipe = time.strftime("%H:%M:%S", time.gmtime(record["seconds"])), record["recipe"]
+    projections = "signs with row and column scales"
+    if recipe["plane"]:
+        projections += (
+            f", a second sign plane in {recipe['plane']:.0%} of the columns ({', '.join(recipe['plane_rows'])})"
+        )
+    if recipe["rank"]:
+        projections += f", int8 low-rank correction of rank {recipe['rank']}"
+    for key in ("int8", "int4", "float"):
+        if rows := recipe[f"{key}_rows"]:
+            projections += f"; {', '.join(rows)} at {key.replace('float', 'float16')}"
     return f"""One-bit state-space model made with `slimba compress --method dfssm`.
 
-- Projections: signs with row and column scales, int8 low-rank correction of rank {record["recipe"]["rank"]}
+- Projections: {projections}
 - Distilled on {record["tokens"]:,} tokens in {record["steps"]:,} steps, {hours} on {record["device"]}
 - Training text: {", ".join(record["data"].get("sources", [])) or "token ids given by the caller"}
 - Last training figures: {", ".join(f"{k} {v}" for k, v in record["final"].items())}
