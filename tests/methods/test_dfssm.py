@@ -344,8 +344,8 @@ def test_a_killed_run_resumes_to_the_same_file(tmp_path):
 def test_resume_with_other_settings_is_refused(tmp_path):
     _, teacher = teacher_of(SPECS["mamba2"])
     work = tmp_path / "m.work"
-    work.mkdir()
-    (work / "checkpoint.pt").write_bytes(b"x")
+    (work / "checkpoint-7").mkdir(parents=True)
+    (work / "checkpoint-7" / ".metadata").write_bytes(b"x")
     (work / "settings.json").write_text(json.dumps({"method": "dfssm", "seed": 5}))
     with pytest.raises(UserError, match="differs from the interrupted run"):
         distil(teacher, tmp_path / "m", resume=True)

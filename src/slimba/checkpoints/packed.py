@@ -281,7 +281,7 @@ def _check_layouts(spec: ModelSpec, layouts: Mapping[str, MatrixLayout]) -> None
         if name not in shapes:
             raise UserError(f"a format is given for {name!r}, which the model does not have")
     table = layouts["backbone.embeddings"]
-    if len(table.segments) > 1 or table.lowrank or table.plane or table.col_scale:
+    if len(table.segments) > 1 or table.lowrank or table.plane or table.col_scale or table.hadamard:
         raise UserError(f"backbone.embeddings is {table.describe()}; an embedding is one segment without corrections")
 
 

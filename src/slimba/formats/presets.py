@@ -87,7 +87,7 @@ def sign_layouts(
                 cols,
                 _segments(names, kinds),
                 _lowrank(short, names, kinds, rank, cols),
-                column_scale and spec.norm_before(short) is None,
+                column_scale and "sign" in kinds.values() and spec.norm_before(short) is None,
                 _plane(names, kinds, plane, plane_rows, cols),
             )
         else:  # x_proj and dt_proj of a Mamba-1: 6 % of its weights, and the most sensitive ones

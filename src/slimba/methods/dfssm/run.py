@@ -161,9 +161,9 @@ def parts(recipe: dict[str, Any]) -> str:
         said.append(f"a second sign plane on {recipe['plane']:.0%} of the columns in the rows {rows}")
     if recipe["rank"]:
         said.append(f"an int8 low-rank correction of rank {recipe['rank']}")
-    for kind in ("int8", "int4"):
+    for kind in ("int8", "int4", "float"):
         if rows := ", ".join(recipe[f"{kind}_rows"]):
-            said.append(f"{kind} in the rows {rows}")
+            said.append(f"{kind.replace('float', 'float16')} in the rows {rows}")
     return "; ".join(said)
 
 

@@ -243,7 +243,10 @@ def _fill(core: Any, checkpoint: Checkpoint) -> None:
             signs, scale = _bytes(m.arrays["plane_packed"]), _bytes(m.arrays["plane_scale"])
             plane = (p.cols, p.start, p.stop, signs, scale, index)
         col_scale = m.arrays["col_scale"].astype(np.float32) if m.layout.col_scale else None
-        core.set_matrix(short, layer, m.layout.rows, m.layout.cols, segments, lowrank, plane, col_scale, bias)
+        step = float(m.arrays["input_scale"][0]) if m.layout.input_scale else 0.0
+        shape = short, layer, m.layout.rows, m.layout.cols
+        keep = m.layout.activations == "float32"
+        core.set_matrix(*shape, segments, lowrank, plane, col_scale, bias, m.layout.hadamard, step, keep)
 
     def vector(name: str, short: str, layer: int) -> None:
         core.set_vector(short, layer, np.ascontiguousarray(checkpoint.vector(name).reshape(-1)))

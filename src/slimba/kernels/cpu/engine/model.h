@@ -24,8 +24,8 @@ struct Segment {
   const std::uint8_t* scale;
 };
 
-// W = (segments stacked; rows lowrank_start.. += A B; rows plane_start.., columns plane_index += plane) * col_scale, see
-// docs/file-format.md.
+// W = (segments stacked; rows lowrank_start.. += A B; rows plane_start.., columns plane_index += plane) * col_scale *
+// Hadamard, see docs/file-format.md.
 struct Matrix {
   std::int64_t rows = 0, cols = 0;
   std::vector<Segment> segments;
@@ -36,10 +36,14 @@ struct Matrix {
   std::vector<std::int32_t> plane_index;  // [plane_cols]; empty: all columns
   std::vector<float> col_scale;  // empty: none
   std::vector<float> bias;       // empty: none
+  std::int64_t hadamard = 0;     // block of the transform of the input; 0: none
+  float input_scale = 0;         // of int8 inputs, the same for all tokens; 0: one a token
+  bool float_input = false;      // whatever the model's activations are
 
   bool present() const { return rows > 0; }
   // Whether int8 activations, where the model asks for them, apply: not to a matrix of floats alone.
   bool takes_int8() const {
+    if (float_input) return false;
     for (const Segment& s : segments)
       if (s.format == kInt8 || s.format == kInt4 || s.format == kSign) return true;
     return false;

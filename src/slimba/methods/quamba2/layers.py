@@ -1,0 +1,188 @@
+"""One layer while it is quantised: its float block, the inputs of its projections, each replaced by its packed twin.
+
+    layer = Layer(spec, tensors, device)              # float
+    for short, layout in layouts.items():
+        matrix = quantise(layer, short, layout, streams, settings)
+        layer.use(short, matrix)                      # what comes later sees the quantised one
+    layer.advance(streams)                            # streams: residual streams [B, L, D], changed in place
+
+Inputs are transformed and rounded as the engines do it, so the calibration of a matrix sees what it will meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from slimba.formats import Matrix, MatrixLayout
+from slimba.methods.gptq import Grid, Quantised, gptq, round_to_nearest
+from slimba.methods.quamba2.fold import rotate
+from slimba.models.lm import Block
+from slimba.models.spec import ModelSpec
+from slimba.runtime.backends.reference import round_fixed, round_int8
+
+__all__ = ["Layer", "Projection", "Rounding", "magnitude", "quantise", "weights_of"]
+
+BITS = {"int4": 4, "int8": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How weights are rounded: see the recipe's keys of the same names."""
+
+    gptq: bool
+    damping: float
+    tensor_scale: bool
+    percentile: float
+
+
+class Projection(nn.Module):
+    """A linear layer as an engine computes it: the input transformed and rounded, the weight as the file holds it."""
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, layout: MatrixLayout | None, int8: bool
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.block = layout.hadamard if layout else 0
+        self.int8 = int8 and layout is not None and layout.takes_int8
+        self.step: float | None = None  # of a stored scale
+        self.seen: list[torch.Tensor] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.block:
+            x = rotate(x, self.block)
+        if self.seen is not None:
+            self.seen.append(x)
+            raise Seen
+        if self.int8:
+            x = round_int8(x) if self.step is None else round_fixed(x, self.step)
+        return F.linear(x, self.weight, self.bias)
+
+
+class Seen(Exception):
+    """The input of a projection has been reached; the rest of the layer need not be computed."""
+
+
+class Layer:
+    """A block of the network whose projections can be replaced.
+
+    tensors: by name within the layer; the weights of projections that will be replaced may be missing. int8: whether
+    the model's activations are.
+    """
+
+    def __init__(self, spec: ModelSpec, tensors: dict[str, torch.Tensor], device: torch.device, *, int8: bool) -> None:
+        with torch.device("meta"):
+            self.block = Block(spec)
+        self.block.to_empty(device=device).requires_grad_(False).eval()
+        self.block.load_state_dict(tensors, strict=False)
+        self.int8 = int8
+
+    def float_weight(self, short: str) -> torch.Tensor:
+        """[rows, cols]"""
+        weight = getattr(self.block.mixer, short).weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    def use(self, short: str, matrix: Matrix) -> None:
+        """Replace the projection by its packed twin."""
+        old = getattr(self.block.mixer, short)
+        weight = torch.from_numpy(weights_of(matrix)).to(old.weight.device)
+        new = Projection(weight, old.bias, matrix.layout, self.int8)
+        if matrix.layout.input_scale:
+            new.step = float(matrix.arrays["input_scale"][0])
+        delattr(self.block.mixer, short)
+        setattr(self.block.mixer, short, new)
+
+    def inputs(self, short: str, layout: MatrixLayout, streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What enters the projection, transformed but not rounded: [B, L, cols] for each of the streams."""
+        mixer = self.block.mixer
+        old = getattr(mixer, short)
+        spy = Projection(old.weight, None, layout, False)
+        spy.seen = []
+        delattr(mixer, short)
+        setattr(mixer, short, spy)
+        for u in streams:
+            try:
+                self.block(u)
+            except Seen:
+                continue
+        delattr(mixer, short)
+        setattr(mixer, short, old)
+        return spy.seen
+
+    def advance(self, streams: Sequence[torch.Tensor]) -> None:
+        """Each stream u becomes the stream after this block."""
+        for u in streams:
+            u.copy_(self.block(u))
+
+
+def quantise(layer: Layer, short: str, layout: MatrixLayout, streams: Sequence[torch.Tensor], how: Rounding) -> Matrix:
+    """The packed matrix of a projection, calibrated on what enters it."""
+    w = layer.float_weight(short)
+    if layout.hadamard:
+        w = rotate(w, layout.hadamard)
+    needs = how.gptq or layout.input_scale
+    inputs = layer.inputs(short, layout, streams) if needs else []
+    step = magnitude(inputs, how.percentile) / 127 if layout.input_scale else None
+    hessian = None
+    if how.gptq:
+        int8 = layer.int8 and layout.takes_int8
+        hessian = gram(_rounded(inputs, step) if int8 else inputs)
+    (segment,) = layout.segments
+    return pack(w, layout, round_weights(w, segment.format, hessian, how), step)
+
+
+def round_weights(w: torch.Tensor, format: str, hessian: torch.Tensor | None, how: Rounding) -> Quantised:
+    """By GPTQ where there is a Hessian; int8 with a scale a row, or with one for the whole matrix."""
+    grid, group = Grid(BITS[format]), 128 if format == "int4" else None
+    if format == "int8" and how.tensor_scale:
+        scale = (w.abs().max() / 127).half().float().clamp_min(2.0**-24).expand(len(w), 1)
+        if hessian is None:
+            return Quantised(grid.nearest(w / scale), scale, w.shape[1])
+        return gptq(w, hessian, grid, None, how.damping, scale=scale)
+    if hessian is None:
+        return round_to_nearest(w, grid, group)
+    return gptq(w, hessian, grid, group, how.damping)
+
+
+def pack(w: torch.Tensor, layout: MatrixLayout, q: Quantised, step: float | None) -> Matrix:
+    (segment,) = layout.segments
+    matrix = Matrix(layout, {layout.part_name(0, part): a for part, a in q.arrays(segment.format).items()})
+    if step is not None:
+        matrix.arrays["input_scale"] = np.full(1, max(step, 1e-30), np.float32)
+    return matrix
+
+
+def weights_of(matrix: Matrix) -> np.ndarray:
+    """What meets the transformed input: the dequantised matrix without its transform."""
+    bare = MatrixLayout(matrix.layout.cols, matrix.layout.segments)
+    return Matrix(bare, {k: a for k, a in matrix.arrays.items() if k != "input_scale"}).dequantize()
+
+
+def gram(inputs: Iterator[torch.Tensor] | Sequence[torch.Tensor]) -> torch.Tensor:
+    """sum x x^T: [cols, cols] float32."""
+    total: torch.Tensor | None = None
+    for x in inputs:
+        flat = x.float().flatten(0, -2)
+        total = flat.T @ flat if total is None else total.addmm_(flat.T, flat)
+    assert total is not None
+    return total
+
+
+def magnitude(inputs: Sequence[torch.Tensor], percentile: float) -> float:
+    """The largest |x|, or the value that a share `percentile` of them does not exceed."""
+    if percentile == 1:
+        return max(float(x.abs().max()) for x in inputs)
+    sizes = torch.cat([x.abs().flatten() for x in inputs])
+    return float(sizes.kthvalue(max(1, round(percentile * sizes.numel()))).values)
+
+
+def _rounded(inputs: Sequence[torch.Tensor], step: float | None) -> Iterator[torch.Tensor]:
+    for x in inputs:
+        yield round_int8(x) if step is None else round_fixed(x, step)
