@@ -3,16 +3,18 @@
 //     bash scripts/build_cpp.sh cpu_engine benchmarks/cpu_engine.cpp && ./cpu_engine THREADS[,THREADS...] [STATE] [LAYERS]
 //
 // For each number of threads: memory bandwidth, decode at batch 1 and (int8 activations) prefill of 512 tokens, for the
-// layouts `published` (1 bit + rank 16 + int8 head), `dfssm` and `plane`. STATE is fp32, bf16 (default) or int8. Ends
+// layouts `dfssm` and `published` (random_model.h). STATE is fp32, bf16 (default) or int8. Ends
 // early, with what it has, after BUDGET seconds (environment, 200). A decode step must read all weights and read and write the state; the floor is those bytes at the bandwidth
 // measured in the same run. benchmarks/xeon_cpu.sh runs the tests first.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <numeric>
 #include <sstream>
 
 #include "engine/probe.h"
 #include "engine/sequence.h"
+#include "kernel_times.h"
 #include "random_model.h"
 
 using namespace slimba;
@@ -35,6 +37,7 @@ double decode_seconds(Model& model, State& state, int steps) {
   std::vector<double> times;
   std::int32_t id = 1;
   for (int piece = 0; piece < 10; ++piece) {
+    if (piece == 1) timed::clear();
     const auto start = Clock::now();
     for (int i = 0; i < steps; ++i) {
       prefill(model, &id, 1, state, logits.data(), [] {});
@@ -42,6 +45,7 @@ double decode_seconds(Model& model, State& state, int steps) {
     }
     if (piece) times.push_back(seconds_since(start) / steps);
   }
+  if (timed::base) timed::print("a token", std::accumulate(times.begin(), times.end(), 0.0) * steps, 9.0 * steps, model.pool().threads());
   return median(times);
 }
 
@@ -56,6 +60,7 @@ double prefill_seconds(Model& model, State& state, int64_t length, int repeats) 
     prefill(model, ids.data(), length, state, logits.data(), [] {});
     times.push_back(seconds_since(start));
   }
+  if (timed::base) timed::print("a prompt", std::accumulate(times.begin(), times.end(), 0.0), repeats, model.pool().threads());
   return median(times);
 }
 
@@ -101,6 +106,7 @@ int main(int argc, char** argv) {
   }
   std::printf("{\"isa\": \"%s\", \"state\": \"%s\", \"layers\": %lld, \"rows\": [", k->isa, state.c_str(),
               (long long)config.n_layer);
+  if (std::getenv("PROFILE")) k = &timed::table(*k);
   const char* limit = std::getenv("BUDGET");
   const double budget = limit ? std::atof(limit) : 200;
   const auto begin = Clock::now();
@@ -109,7 +115,7 @@ int main(int argc, char** argv) {
     const int threads = std::max(1, std::atoi(part.c_str()));
     const std::vector<double> passes = read_seconds(*k, int64_t(1) << 29, threads, 20);
     const double bandwidth = double(int64_t(1) << 29) / *std::min_element(passes.begin(), passes.end());
-    for (const char* layout : {"published", "dfssm", "plane"})
+    for (const char* layout : {"dfssm", "published"})
       for (const bool int8 : {true, false})
         if (seconds_since(begin) < budget) record(layout, int8, config, *k, threads, bandwidth);
   }
