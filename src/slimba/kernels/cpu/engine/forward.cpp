@@ -51,33 +51,33 @@ const float* Model::hidden(const std::int32_t* ids, std::int64_t n, std::int64_t
   return x;
 }
 
-// Channels first .. first + count of sequence s; `keep`: the convolution's state moves on.
+// Channels first .. first + count of sequence s, to out [T, out_stride]; `keep`: the convolution's state moves on.
 void Model::conv_channels(const Layer& layer, std::int64_t index, const Chunk& c, std::int64_t s, std::int64_t first,
-                          std::int64_t count, bool keep) {
+                          std::int64_t count, float* out, std::int64_t out_stride, bool keep) {
   const std::int64_t channels = config.channels(), stride = layer.in_proj.rows, row = s * c.length;
   const float* in = projected_.data() + (config.mamba2 ? config.d_inner : 0);
   kernels_.conv_silu({in + row * stride + first, stride, c.length, count, layer.conv_weight.data() + first, channels,
                       layer.conv_bias.empty() ? nullptr : layer.conv_bias.data() + first, int(config.d_conv),
-                      c.state.floats(State::kConv, index, c.slots[s]) + first, conv_out_.data() + row * channels + first,
-                      channels, keep});
+                      c.state.floats(State::kConv, index, c.slots[s]) + first, out, out_stride, keep});
 }
 
 void Model::conv(const Layer& layer, std::int64_t index, const Chunk& c) {
   const std::int64_t channels = config.channels(), blocks = (channels + kConvBlock - 1) / kConvBlock;
-  conv_out_.at_least(c.tokens * channels);
   share(c.sequences * blocks, c.tokens * channels * 16, [&](std::int64_t task, int) {
-    const std::int64_t first = task % blocks * kConvBlock;
-    conv_channels(layer, index, c, task / blocks, first, std::min(kConvBlock, channels - first), true);
+    const std::int64_t s = task / blocks, first = task % blocks * kConvBlock;
+    float* out = conv_out_.data() + s * c.length * channels + first;
+    conv_channels(layer, index, c, s, first, std::min(kConvBlock, channels - first), out, channels, true);
   });
 }
 
 // In: projected_ [T, z | x | B | C | dt]. Out: y_ [T, I], ready for out_proj.
 void Model::mixer2(const Layer& layer, std::int64_t index, const Chunk& c) {
   const std::int64_t heads = config.heads(), groups = config.n_groups, per_group = heads / groups;
-  conv(layer, index, c);
+  conv_out_.at_least(c.tokens * config.channels());
+  if (c.length > 1) conv(layer, index, c);  // a single token's is computed by those who need it, one job less
   dt_.at_least(c.tokens * heads);
   y_.at_least(c.tokens * config.d_inner);
-  for (auto& buffer : scratch_) buffer.at_least(ssm2_work_floats(config.d_state));
+  for (auto& buffer : scratch_) buffer.at_least(ssm2_work_floats(config.d_state) + 2 * config.d_state);
   // A task shares the products of B and C between its heads, so it has more than one where there are enough
   const std::int64_t tasks = kHeadTasks * pool_.threads() / c.sequences / groups;
   const std::int64_t count = std::clamp<std::int64_t>(per_group / std::max<std::int64_t>(1, tasks), 1, per_group);
@@ -87,7 +87,7 @@ void Model::mixer2(const Layer& layer, std::int64_t index, const Chunk& c) {
     heads2(layer, index, c, {s, g * per_group + first, std::min(count, per_group - first)},
            scratch_[std::size_t(thread)].data());
   });
-  hold2(index, c);
+  hold2(layer, index, c);
   norm2(layer, c);
 }
 
@@ -100,13 +100,22 @@ void Model::heads2(const Layer& layer, std::int64_t index, const Chunk& c, const
     kernels_.softplus(projected_.data() + t * stride + inner + channels + h, layer.dt_bias.data() + h, part.count,
                       config.dt_low, config.dt_high, dt_.data() + t * heads + h);
   }
+  const float *b = conv_out_.data() + row * channels + inner + g * n, *after = b + config.n_groups * n;
+  if (c.length == 1) {
+    float* own = scratch + ssm2_work_floats(n);  // B and C are everybody's, so everybody makes them
+    conv_channels(layer, index, c, part.sequence, h * p, part.count * p, conv_out_.data() + row * channels + h * p,
+                  channels, true);
+    conv_channels(layer, index, c, part.sequence, inner + g * n, n, own, channels, false);
+    conv_channels(layer, index, c, part.sequence, inner + (config.n_groups + g) * n, n, own + n, channels, false);
+    b = own, after = own + n;
+  }
   const std::int64_t width = config.held_bytes(), head_bytes = State::Sizes(config).bytes[State::kSsm] / heads;
   std::int64_t filled = c.state.filled(slot);
   for (std::int64_t t = row; t < row + c.length;) {
     const std::int64_t tokens = std::min(kStateBlock - filled, row + c.length - t);
-    const float* x = conv_out_.data() + t * channels;
-    const float* b = x + inner + g * n;
-    kernels_.ssm2({tokens, part.count, p, n, x + h * p, b, b + config.n_groups * n, channels, dt_.data() + t * heads + h,
+    const std::int64_t skip = (t - row) * channels;
+    const float* x = conv_out_.data() + row * channels + h * p;
+    kernels_.ssm2({tokens, part.count, p, n, x + skip, b + skip, after + skip, channels, dt_.data() + t * heads + h,
                    heads, layer.a.data() + h, layer.d.data() + (config.d_has_hdim ? h * p : h), config.d_has_hdim,
                    config.state_type, c.state.part(State::kSsm, index, slot) + h * head_bytes,
                    c.state.floats(State::kScales, index, slot) + h * p, filled,
@@ -125,9 +134,13 @@ void Model::heads2(const Layer& layer, std::int64_t index, const Chunk& c, const
 }
 
 // B of the tokens after the last multiple of kStateBlock, for the next call.
-void Model::hold2(std::int64_t index, const Chunk& c) {
+void Model::hold2(const Layer& layer, std::int64_t index, const Chunk& c) {
   const std::int64_t n = config.d_state, channels = config.channels(), width = config.held_bytes();
   for (std::int64_t s = 0; s < c.sequences; ++s) {
+    if (c.length == 1) {  // nobody needs the old state of B and C any more
+      float* out = conv_out_.data() + s * channels + config.d_inner;
+      conv_channels(layer, index, c, s, config.d_inner, channels - config.d_inner, out, channels, true);
+    }
     const std::int64_t end = c.state.filled(c.slots[s]) + c.length, left = end % kStateBlock;
     for (std::int64_t t = std::max<std::int64_t>(0, c.length - left); t < c.length; ++t) {
       const std::int64_t j = (c.state.filled(c.slots[s]) + t) % kStateBlock;
@@ -156,6 +169,7 @@ void Model::norm2(const Layer& layer, const Chunk& c) {
 void Model::mixer1(const Layer& layer, std::int64_t index, const Chunk& c) {
   const std::int64_t inner = config.d_inner, n = config.d_state, rank = config.dt_rank, stride = layer.in_proj.rows;
   const std::int64_t width = rank + 2 * n;
+  conv_out_.at_least(c.tokens * inner);
   conv(layer, index, c);
   const float* x = conv_out_.data();
   float* bcdt = bcdt_.at_least(c.tokens * width);  // dt | B | C

@@ -200,13 +200,13 @@ class Model {
   void mixer1(const Layer& layer, std::int64_t index, const Chunk& c);
   void conv(const Layer& layer, std::int64_t index, const Chunk& c);
   void conv_channels(const Layer& layer, std::int64_t index, const Chunk& c, std::int64_t s, std::int64_t first,
-                     std::int64_t count, bool keep);
+                     std::int64_t count, float* out, std::int64_t out_stride, bool keep);
   // Some heads of one group of a sequence, as one task
   struct Heads {
     std::int64_t sequence, first, count;
   };
   void heads2(const Layer& layer, std::int64_t index, const Chunk& c, const Heads& heads, float* scratch);
-  void hold2(std::int64_t index, const Chunk& c);
+  void hold2(const Layer& layer, std::int64_t index, const Chunk& c);
   void norm2(const Layer& layer, const Chunk& c);
   // Calls f(task, thread) for every task, on this thread alone when `work` (multiplications and the like, all tasks
   // together) is so little that waking the others would take longer.
