@@ -118,7 +118,7 @@ def card(record: dict[str, Any]) -> str:
         before, after = final["teacher_perplexity"], final["perplexity"]
         lines += [
             "",
-            f"On {recipe['check_windows']} windows of that text that were not used: perplexity {after:.3f}, {before:.3f}",
-            "of the float model. Measure it on yours with `slimba eval DIRECTORY --text FILE`.",
+            f"On {recipe['check_windows']} windows of that text that were not used: perplexity {after:.3f},",
+            f"{before:.3f} of the float model. Measure it on yours with `slimba eval DIRECTORY --text FILE`.",
         ]
     return "\n".join(lines)
