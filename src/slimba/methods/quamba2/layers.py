@@ -24,11 +24,12 @@ from slimba.methods.gptq import Grid, Quantised, gptq, round_to_nearest
 from slimba.methods.quamba2.fold import rotate
 from slimba.models.lm import Block
 from slimba.models.spec import ModelSpec
-from slimba.runtime.backends.reference import round_fixed, round_int8
+from slimba.runtime.backends.reference import ScanRounding, round_fixed, round_int8
 
-__all__ = ["Layer", "Projection", "Rounding", "magnitude", "quantise", "weights_of"]
+__all__ = ["OUT_SCALE", "Layer", "Projection", "Rounding", "magnitude", "quantise", "weights_of"]
 
 BITS = {"int4": 4, "int8": 8}
+OUT_SCALE = "mixer.conv1d.out_scale"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,32 @@ class Layer:
         self.block.to_empty(device=device).requires_grad_(False).eval()
         self.block.load_state_dict(tensors, strict=False)
         self.int8 = int8
+        if (scale := tensors.get(OUT_SCALE)) is not None:
+            self.round_scan(scale)
+
+    def round_scan(self, scale: torch.Tensor) -> None:
+        """x, B and C are rounded from now on: scale [channels]."""
+        self.block.mixer.round_scan = ScanRounding(scale)
+
+    def channel_sizes(self, streams: Sequence[torch.Tensor], percentile: float) -> tuple[np.ndarray, float]:
+        """Largest |value| of every channel after the convolution [channels], and what a share of those of x stays
+        below.
+        """
+        inner, most, x = self.block.mixer.spec.d_inner, [], []
+
+        def spy(xbc: torch.Tensor) -> torch.Tensor:
+            most.append(xbc.abs().flatten(0, -2).amax(0))
+            x.append(xbc[..., :inner] if percentile < 1 else most[-1][:inner])
+            raise Seen
+
+        self.block.mixer.round_scan = spy
+        for u in streams:
+            try:
+                self.block(u)
+            except Seen:
+                continue
+        self.block.mixer.round_scan = None
+        return torch.stack(most).amax(0).cpu().numpy(), magnitude(x, percentile)
 
     def float_weight(self, short: str) -> torch.Tensor:
         """[rows, cols]"""

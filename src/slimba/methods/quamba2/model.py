@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -23,8 +22,9 @@ from slimba.formats import Matrix
 from slimba.formats.floats import DTYPES
 from slimba.formats.presets import preset_dtypes
 from slimba.methods.gptq import Grid, round_to_nearest
-from slimba.methods.quamba2.fold import Source
-from slimba.methods.quamba2.layers import Layer, Rounding, quantise
+from slimba.methods.quamba2.clusters import ClusterOrder, cluster_order, scan_scales
+from slimba.methods.quamba2.fold import Source, reordered
+from slimba.methods.quamba2.layers import OUT_SCALE, Layer, Rounding, quantise
 from slimba.methods.quamba2.recipe import QuambaRecipe, layer_layouts, table_layouts
 from slimba.models.norms import rms_normalise
 from slimba.models.spec import ModelSpec
@@ -58,12 +58,14 @@ class Packed:
         """The packed model with layer i in modes[i]."""
         matrices = dict(self.tables)
         tensors: Tensors = {"backbone.norm_f.weight": self.final_norm}
-        kinds, dtypes = self.spec.vectors(), preset_dtypes("dfssm")
+        dtypes = preset_dtypes("dfssm")
         for i, mode in enumerate(modes):
             at = f"backbone.layers.{i}."
             matrices |= {f"{at}mixer.{short}": m for short, m in self.matrices[i][mode].items()}
             tensors |= {at + name: v for name, v in self.vectors[i].items()}
-        arrays = {n: np.asarray(tensors[n].cpu()).astype(DTYPES[dtypes[kind]]) for n, (_, kind) in kinds.items()}
+        arrays = {n: v.cpu().numpy() for n, v in tensors.items()}
+        for name, (_, kind) in self.spec.vectors().items():
+            arrays[name] = arrays[name].astype(DTYPES[dtypes[kind]])
         for name, matrix in matrices.items():
             arrays |= {f"{name}.{part}": a for part, a in matrix.arrays.items()}
         return Checkpoint(
@@ -89,8 +91,11 @@ def calibrate(
     tables = {"backbone.embeddings": table(source.embedding(), "backbone.embeddings", spec, recipe)}
     packed = Packed(spec, recipe.activations == "int8", tables, half(source.final_norm()))
     streams = embed(packed, windows, recipe.micro_batch, device)
+    scan = recipe.ssm_inputs if packed.int8 else "float32"
     for i in range(spec.n_layer):
-        tensors = source.layer(i)
+        tensors, order = source.layer(i), None
+        if scan == "cluster":
+            tensors, order = clustered(tensors, spec, recipe, streams, device)
         vectors = {n: v if is_state(spec, n) else half(v) for n, v in tensors.items() if not is_matrix(spec, n)}
         packed.vectors.append(vectors)
         packed.matrices.append({})
@@ -100,12 +105,28 @@ def calibrate(
             for short, layout in layer_layouts(spec, recipe, mode).items():
                 made[short] = quantise(layer, short, layout, streams, how)
                 layer.use(short, made[short])
+                if short == "in_proj" and scan != "float32":
+                    if OUT_SCALE not in vectors:
+                        sizes, x_size = layer.channel_sizes(streams, recipe.percentile)
+                        scale = scan_scales(sizes, spec, scan, order, x_size)
+                        vectors[OUT_SCALE] = torch.from_numpy(scale).to(device)
+                    layer.round_scan(vectors[OUT_SCALE])
         packed.layer(i, recipe.modes[0], device).advance(streams)
         progress(i)
     head = source.head()
     if head is not None:
         packed.tables["lm_head"] = table(head, "lm_head", spec, recipe)
     return packed
+
+
+def clustered(
+    tensors: Tensors, spec: ModelSpec, recipe: QuambaRecipe, streams: Sequence[torch.Tensor], device: torch.device
+) -> tuple[Tensors, ClusterOrder]:
+    """The layer with its heads and channels in the order of their clusters."""
+    sizes, _ = Layer(spec, tensors, device, int8=False).channel_sizes(streams, 1.0)
+    order = cluster_order(sizes, spec, recipe.clusters)
+    places = (torch.from_numpy(order.channels).to(device), torch.from_numpy(order.heads).to(device))
+    return reordered(tensors, spec, *places), order
 
 
 def table(weight: torch.Tensor, name: str, spec: ModelSpec, recipe: QuambaRecipe) -> Matrix:

@@ -102,6 +102,8 @@ def quantised(
     if len(held_out):
         figures |= compare(source, packed, modes, held_out, device)
     numerics = {"activations": recipe.activations, "state": recipe.state}
+    if recipe.ssm_inputs != "float32" and recipe.activations == "int8":
+        numerics["ssm_inputs"] = "int8"
     return packed.checkpoint(teacher, modes, numerics), figures
 
 
@@ -118,7 +120,7 @@ def card(record: dict[str, Any]) -> str:
         before, after = final["teacher_perplexity"], final["perplexity"]
         lines += [
             "",
-            f"On {recipe['check_windows']} windows of that text that were not used: perplexity {after:.3f}, {before:.3f}",
-            "of the float model. Measure it on yours with `slimba eval DIRECTORY --text FILE`.",
+            f"On {recipe['check_windows']} windows of that text that were not used: perplexity {after:.3f},",
+            f"{before:.3f} of the float model. Measure it on yours with `slimba eval DIRECTORY --text FILE`.",
         ]
     return "\n".join(lines)

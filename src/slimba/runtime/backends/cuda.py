@@ -68,6 +68,8 @@ class CudaEngine:
                     f"backend cuda cannot transform the input of {name} (Hadamard, {layout.hadamard} columns);"
                     " use --backend cpu"
                 )
+        if "ssm_inputs" in checkpoint.numerics:
+            raise UserError("backend cuda cannot round x, B and C to int8; use --backend cpu")
         if state_dtype not in STATE_CODES:
             raise UserError(f"state dtype {state_dtype!r} is unknown, known are {', '.join(STATE_CODES)}")
         most = 256 if checkpoint.spec.architecture == "mamba2" else 128
