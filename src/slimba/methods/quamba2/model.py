@@ -30,7 +30,7 @@ from slimba.models.norms import rms_normalise
 from slimba.models.spec import ModelSpec
 from slimba.runtime.backends.reference import round_int8
 
-__all__ = ["Packed", "calibrate", "compare", "features", "kl_and_losses"]
+__all__ = ["Fitness", "Packed", "calibrate", "compare", "features"]
 
 PIECE = 256  # tokens whose logits are held at a time
 Tensors = dict[str, torch.Tensor]
@@ -169,21 +169,41 @@ def features(
     return [rms_normalise(u, eps) * norm for u in streams]
 
 
+class Fitness:
+    """KL(float || quantised) a token on windows int64 [n, L + 1], for any modes of the layers."""
+
+    def __init__(self, source: Source, packed: Packed, windows: torch.Tensor, device: torch.device) -> None:
+        self._packed, self._windows, self._device = packed, windows, device
+        self.want, self.head = float_features(source, windows[:, :-1], device)
+
+    def __call__(self, modes: Sequence[str]) -> float:
+        return self.figures(modes)[0]
+
+    def figures(self, modes: Sequence[str]) -> tuple[float, float, float]:
+        """KL and the cross-entropies of the float and the quantised model, means over the tokens."""
+        packed, device, ids = self._packed, self._device, self._windows[:, :-1]
+        ours = (packed.layer(i, mode, device) for i, mode in enumerate(modes))
+        streams = embed(packed, ids, len(ids), device)
+        got = features(ours, streams, packed.final_norm.to(device), packed.spec.norm_eps)
+        head, int8 = packed_head(packed, device)
+        return kl_and_losses(self.want, self.head, got[0], head, int8, self._windows[:, 1:].to(device))
+
+
+def float_features(source: Source, ids: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the float model's head takes [n, L, D], and that head [V, D]."""
+    spec, table, head = source.spec, source.embedding(), source.head()
+    floats = (Layer(spec, source.layer(i), device, int8=False) for i in range(spec.n_layer))
+    out = features(floats, [table[ids.to(device)]], source.final_norm(), spec.norm_eps)
+    return out[0], table if head is None else head
+
+
 def compare(
     source: Source, packed: Packed, modes: Sequence[str], windows: torch.Tensor, device: torch.device
 ) -> dict[str, float]:
     """KL(float || quantised) a token and the two perplexities on windows int64 [n, L + 1] that were not calibrated
     on.
     """
-    spec, ids = source.spec, windows[:, :-1]
-    floats = (Layer(spec, source.layer(i), device, int8=False) for i in range(spec.n_layer))
-    table = source.embedding()
-    head = source.head()
-    head = table if head is None else head
-    want = features(floats, [table[ids.to(device)]], source.final_norm(), spec.norm_eps)
-    ours = (packed.layer(i, mode, device) for i, mode in enumerate(modes))
-    got = features(ours, embed(packed, ids, len(ids), device), packed.final_norm, spec.norm_eps)
-    kl, float_loss, loss = kl_and_losses(want[0], head, got[0], *packed_head(packed, device), windows[:, 1:].to(device))
+    kl, float_loss, loss = Fitness(source, packed, windows, device).figures(modes)
     return {"kl": kl, "teacher_perplexity": math.exp(float_loss), "perplexity": math.exp(loss)}
 
 

@@ -5,7 +5,6 @@ A mode says how the projections of a layer are stored and what enters them; `lay
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -29,8 +28,8 @@ class QuambaRecipe:
     damping: float
     hadamard: tuple[str, ...]
     residual: Literal["auto", "fold", "off"]
-    embedding: Literal["auto", "int4", "int8", "float16"]
-    head: Literal["auto", "int4", "int8", "float16"]
+    embedding: Literal["int4", "int8", "float16"]
+    head: Literal["int4", "int8", "float16"]
     x_proj: Literal["int8", "int4"]
     int8_scale: Literal["row", "tensor"]
     input_scale: Literal["token", "static"]
@@ -44,6 +43,8 @@ class QuambaRecipe:
     micro_batch: int
     choices: tuple[str, ...]
     bits: float
+    latency_table: str
+    latency: float
     population: int
     generations: int
     search_windows: int
@@ -63,6 +64,7 @@ class QuambaRecipe:
             (self.check_windows >= 0, "check_windows must be 0 (no check) or more"),
             (self.micro_batch >= 1, "micro_batch must be at least 1"),
             (self.bits > 0, "bits must be above 0"),
+            (not self.latency_table or self.latency > 0, "latency must be above 0 where there is a latency_table"),
             (self.population >= 4, "population must be at least 4"),
             (self.generations >= 1, "generations must be at least 1"),
             (self.search_windows >= 1, "search_windows must be at least 1"),
@@ -109,16 +111,4 @@ def layer_layouts(spec: ModelSpec, recipe: QuambaRecipe, mode: str) -> dict[str,
 def table_layouts(spec: ModelSpec, recipe: QuambaRecipe) -> dict[str, MatrixLayout]:
     """The layouts of the embedding and of an own head; `spec` is the packed model's."""
     names = {"backbone.embeddings": recipe.embedding} | ({} if spec.tie_embeddings else {"lm_head": recipe.head})
-    return {
-        name: MatrixLayout.plain(spec.vocab_size, spec.d_model, automatic(recipe) if fmt == "auto" else fmt)
-        for name, fmt in names.items()
-    }
-
-
-def automatic(recipe: QuambaRecipe) -> str:
-    return "int8"
-
-
-def bits_of(layouts: Sequence[MatrixLayout]) -> float:
-    """Bits a weight, scales included."""
-    return 8 * sum(x.nbytes for x in layouts) / sum(x.rows * x.cols for x in layouts)
+    return {name: MatrixLayout.plain(spec.vocab_size, spec.d_model, fmt) for name, fmt in names.items()}
