@@ -93,6 +93,7 @@ def _inspect_model(model: str, tokenizer: Any, *, verify: bool) -> dict[str, Any
     # opening has checked them all: a disagreement would have raised
     agree = len(checkpoint.tensors) if checkpoint.kind == "slimba" and verify else None
     _print_inventory(f"{model} ({checkpoint.kind}, {checkpoint.spec.architecture})", inventory, groups)
+    print("numerics: " + ", ".join(f"{key} {value}" for key, value in checkpoint.numerics.items()))
     _print_origin(checkpoint, agree, verify)
     return {
         "model": model,

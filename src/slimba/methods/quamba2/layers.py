@@ -2,9 +2,9 @@
 
     layer = Layer(spec, tensors, device)              # float
     for short, layout in layouts.items():
-        matrix = quantise(layer, short, layout, streams, settings)
-        layer.use(short, matrix)                      # what comes later sees the quantised one
-    layer.advance(streams)                            # streams: residual streams [B, L, D], changed in place
+        inputs = layer.inputs(short, layout, streams)  # streams: residual streams [B, L, D]
+        layer.use(short, quantise(layer, short, layout, inputs, settings))  # what comes later sees the quantised one
+    layer.finish(streams, inputs)                      # moves them on in place, from the inputs of out_proj
 
 Inputs are transformed and rounded as the engines do it, so the calibration of a matrix sees what it will meet.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +62,10 @@ class Projection(nn.Module):
         if self.seen is not None:
             self.seen.append(x)
             raise Seen
+        return self.product(x)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Of an input that is transformed already."""
         if self.int8:
             x = round_int8(x) if self.step is None else round_fixed(x, self.step)
         return F.linear(x, self.weight, self.bias)
@@ -123,7 +128,6 @@ class Layer:
         new = Projection(weight, old.bias, matrix.layout, self.int8)
         if matrix.layout.input_scale:
             new.step = float(matrix.arrays["input_scale"][0])
-        delattr(self.block.mixer, short)
         setattr(self.block.mixer, short, new)
 
     def inputs(self, short: str, layout: MatrixLayout, streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -132,14 +136,12 @@ class Layer:
         old = getattr(mixer, short)
         spy = Projection(old.weight, None, layout, False)
         spy.seen = []
-        delattr(mixer, short)
         setattr(mixer, short, spy)
         for u in streams:
             try:
                 self.block(u)
             except Seen:
                 continue
-        delattr(mixer, short)
         setattr(mixer, short, old)
         return spy.seen
 
@@ -148,14 +150,18 @@ class Layer:
         for u in streams:
             u.copy_(self.block(u))
 
+    def finish(self, streams: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
+        """The same from what enters out_proj, transformed; all that comes before must be as it was then."""
+        out: Any = self.block.mixer.out_proj  # a Projection by now
+        for u, x in zip(streams, inputs, strict=True):
+            u += out.product(x)
 
-def quantise(layer: Layer, short: str, layout: MatrixLayout, streams: Sequence[torch.Tensor], how: Rounding) -> Matrix:
-    """The packed matrix of a projection, calibrated on what enters it."""
+
+def quantise(layer: Layer, short: str, layout: MatrixLayout, inputs: Sequence[torch.Tensor], how: Rounding) -> Matrix:
+    """The packed matrix of a projection, calibrated on what enters it (`Layer.inputs`)."""
     w = layer.float_weight(short)
     if layout.hadamard:
         w = rotate(w, layout.hadamard)
-    needs = how.gptq or layout.input_scale
-    inputs = layer.inputs(short, layout, streams) if needs else []
     step = magnitude(inputs, how.percentile) / 127 if layout.input_scale else None
     hessian = None
     if how.gptq:

@@ -83,9 +83,9 @@ def calibrate(
     recipe: QuambaRecipe,
     windows: torch.Tensor,
     device: torch.device,
-    progress: Callable[[int], None] = lambda layer: None,
+    progress: Callable[[int], object] = lambda layers: None,
 ) -> Packed:
-    """Quantise every layer in each of the recipe's modes; windows int64 [n, L]. `progress` hears of finished layers."""
+    """Quantise every layer in each of the recipe's modes; windows int64 [n, L]. `progress` counts the layers."""
     spec = source.spec
     how = Rounding(recipe.rounding == "gptq", recipe.damping, recipe.int8_scale == "tensor", recipe.percentile)
     tables = {"backbone.embeddings": table(source.embedding(), "backbone.embeddings", spec, recipe)}
@@ -99,11 +99,12 @@ def calibrate(
         vectors = {n: v if is_state(spec, n) else half(v) for n, v in tensors.items() if not is_matrix(spec, n)}
         packed.vectors.append(vectors)
         packed.matrices.append({})
-        for mode in recipe.modes:
+        for mode in reversed(recipe.modes):  # the streams of the first one go on
             layer = Layer(spec, tensors | vectors, device, int8=packed.int8)
             made = packed.matrices[i][mode] = {}
             for short, layout in layer_layouts(spec, recipe, mode).items():
-                made[short] = quantise(layer, short, layout, streams, how)
+                inputs = layer.inputs(short, layout, streams)
+                made[short] = quantise(layer, short, layout, inputs, how)
                 layer.use(short, made[short])
                 if short == "in_proj" and scan != "float32":
                     if OUT_SCALE not in vectors:
@@ -111,8 +112,8 @@ def calibrate(
                         scale = scan_scales(sizes, spec, scan, order, x_size)
                         vectors[OUT_SCALE] = torch.from_numpy(scale).to(device)
                     layer.round_scan(vectors[OUT_SCALE])
-        packed.layer(i, recipe.modes[0], device).advance(streams)
-        progress(i)
+        layer.finish(streams, inputs)
+        progress(1)
     head = source.head()
     if head is not None:
         packed.tables["lm_head"] = table(head, "lm_head", spec, recipe)

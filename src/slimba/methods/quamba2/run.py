@@ -19,6 +19,7 @@ from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.checkpoints.packed import write_packed
 from slimba.data.tokens import ArrayTokens, Tokens
 from slimba.errors import UserError
+from slimba.evaluation.perplexity import progress_bar
 from slimba.methods.dfssm.run import check_finite
 from slimba.methods.quamba2.fold import Source
 from slimba.methods.quamba2.model import Fitness, calibrate, compare
@@ -103,7 +104,8 @@ def quantised(
     used, held_out = windows[: recipe.windows], windows[recipe.windows + searched(recipe) :]
     source = Source(teacher, fold=folds(teacher.spec, recipe), device=device)
     budget = budget_of(source.spec, recipe) if recipe.mode == "mixed" else None
-    packed = calibrate(source, recipe, used[:, :-1], device)
+    with progress_bar("calibrating layers", source.spec.n_layer, show=True) as advance:
+        packed = calibrate(source, recipe, used[:, :-1], device, advance)
     figures: dict[str, Any] = {"tokens": used[:, :-1].numel()}
     modes: Sequence[str] = [recipe.modes[0]] * source.spec.n_layer
     if budget is not None:
