@@ -26,7 +26,8 @@ def inspect(
         str | None,
         typer.Option(
             "--format",
-            help="With --shape (all, where not given): dfssm, dfssm-published, float16, bfloat16, float32, int8, int4.",
+            help="With --shape (all, where not given): dfssm, dfssm-published, w8a8, w4a8, w4a16, float16, "
+            "bfloat16, float32, int8, int4.",
         ),
     ] = None,
     rank: Annotated[int, typer.Option("--rank", help="With --shape: rank of the low-rank correction.")] = 16,

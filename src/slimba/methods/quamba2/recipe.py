@@ -1,6 +1,6 @@
 """Settings of `quamba2`; `slimba/recipes/quamba2.yaml` is the default and explains every key.
 
-A mode says how the projections of a layer are stored and what enters them; `layouts` turns modes into formats.
+A mode says how the projections of a layer are stored and what enters them; formats/presets.py turns it into layouts.
 """
 
 from __future__ import annotations
@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from slimba.errors import UserError
-from slimba.formats import MatrixLayout, Segment
-from slimba.formats.hadamard import block_of
+from slimba.formats import MatrixLayout
+from slimba.formats.presets import INTEGER, TRANSFORMED, integer_layer
 from slimba.models.spec import ModelSpec
 
-__all__ = ["MODES", "QuambaRecipe", "folds", "layer_layouts", "table_layouts"]
-
-MODES = {"w8a8": ("int8", "int8"), "w4a8": ("int4", "int8"), "w4a16": ("int4", "float32")}  # weights, activations
-TRANSFORMED = ("in_proj", "x_proj", "out_proj")
+__all__ = ["QuambaRecipe", "folds", "layer_layouts", "table_layouts"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,11 +48,11 @@ class QuambaRecipe:
 
     def __post_init__(self) -> None:
         unknown = [n for n in self.hadamard if n not in TRANSFORMED]
-        wrong = [m for m in self.choices if m not in MODES]
+        wrong = [m for m in self.choices if m not in INTEGER]
         checks = [
             (self.damping > 0, "damping must be above 0"),
             (not unknown, f"hadamard names {unknown[:1]}, known are {', '.join(TRANSFORMED)}"),
-            (not wrong, f"choices names {wrong[:1]}, known are {', '.join(MODES)}"),
+            (not wrong, f"choices names {wrong[:1]}, known are {', '.join(INTEGER)}"),
             (self.mode != "mixed" or len(set(self.choices)) > 1, "mixed needs at least two choices"),
             (self.clusters >= 1, "clusters must be at least 1"),
             (0.5 < self.percentile <= 1, "percentile is a share above 0.5 and at most 1, which is the largest value"),
@@ -81,7 +78,7 @@ class QuambaRecipe:
     @property
     def activations(self) -> str:
         """What the file says of the model's activations; layers that keep float32 say so themselves."""
-        return "int8" if any(MODES[m][1] == "int8" for m in self.modes) else "float32"
+        return "int8" if any(INTEGER[m][1] == "int8" for m in self.modes) else "float32"
 
 
 def folds(spec: ModelSpec, recipe: QuambaRecipe) -> bool:
@@ -91,21 +88,16 @@ def folds(spec: ModelSpec, recipe: QuambaRecipe) -> bool:
 
 def layer_layouts(spec: ModelSpec, recipe: QuambaRecipe, mode: str) -> dict[str, MatrixLayout]:
     """The layout of a layer's matrices by short name, for a layer in `mode`."""
-    weights, activations = MODES[mode]
+    weights, activations = INTEGER[mode]
     keeps_float = recipe.activations == "int8" and activations == "float32"
-    out = {}
-    for short, (rows, cols) in spec.layer_matrices().items():
-        # dt_proj has few columns and steers the recurrence
-        fmt = {"dt_proj": "int8", "x_proj": recipe.x_proj}.get(short, weights) if weights == "int4" else weights
-        turned = short in recipe.hadamard and not (short == "in_proj" and folds(spec, recipe)) and block_of(cols) > 1
-        out[short] = MatrixLayout(
-            cols,
-            (Segment(rows, fmt),),
-            hadamard=block_of(cols) if turned else 0,
-            input_scale=recipe.input_scale == "static" and activations == "int8",
-            activations="float32" if keeps_float else "",
-        )
-    return out
+    return integer_layer(
+        spec,
+        weights,
+        x_proj=recipe.x_proj,
+        transformed=set(recipe.hadamard) - ({"in_proj"} if folds(spec, recipe) else set()),
+        input_scale=recipe.input_scale == "static" and activations == "int8",
+        activations="float32" if keeps_float else "",
+    )
 
 
 def table_layouts(spec: ModelSpec, recipe: QuambaRecipe) -> dict[str, MatrixLayout]:
