@@ -68,6 +68,23 @@ def product(gpu: Any, matrix: Matrix, x: np.ndarray) -> np.ndarray:
     return np.asarray(out.cpu().numpy())
 
 
+def mid_product(gpu: Any, matrix: Matrix, x: np.ndarray, parts: int = 1) -> np.ndarray:
+    """slimba_mid_norm and slimba_mid on float32 x [B, cols] without a norm: [B, rows]."""
+    import torch
+
+    from slimba.runtime.backends.cuda_mid import Mid
+    from slimba.runtime.backends.cuda_weights import DeviceMatrix
+
+    m = DeviceMatrix(matrix, gpu.device, gpu.blocks)
+    given = torch.from_numpy(x).to(gpu.device)
+    out = torch.full((parts, len(x), m.rows), float("nan"), device=gpu.device)
+    mid = Mid(gpu, len(x), [m])
+    mid.norm(m, [given.data_ptr(), m.cols, 0, 0, 0, 0, 0], 0)
+    mid.product(m, [STORE, out.data_ptr(), m.rows, *[0] * 7], [0] * 5, parts, len(x) * m.rows)
+    gpu.synchronize()
+    return np.asarray(out.sum(0).cpu().numpy())
+
+
 def expanded(gpu: Any, matrix: Matrix, exact: bool, first: int = 0) -> np.ndarray:
     """slimba_expand: rows from `first` on as float32."""
     import torch

@@ -262,6 +262,14 @@ DEV u32 fma_halves(u32 a, u32 b, u32 c) {
   return d;
 }
 DEV u32 add_halves(u32 a, u32 b) { return fma_halves(a, 0x3c003c00u, b); }
+DEV u32 mul_halves(u32 a, u32 b) { return fma_halves(a, b, 0x80008000u); }
+DEV void copy_async(void* to, const void* from) {
+  if ((std::uintptr_t(to) | std::uintptr_t(from)) % 16) std::abort();
+  std::memcpy(to, from, 16);
+}
+DEV void commit_copies() {}
+template <int N>
+DEV void wait_copies() {}
 DEV float shuffle_up(float v, int by) {
   host::Exchange e{__float_as_uint(v)};
   return host::current->lane < by ? v : __uint_as_float(e.at(host::current->lane - by, 0));

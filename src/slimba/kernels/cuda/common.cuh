@@ -81,6 +81,21 @@ DEV u32 add_halves(u32 a, u32 b) {
   asm("add.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
+DEV u32 mul_halves(u32 a, u32 b) {
+  u32 d;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+// 16 bytes to shared memory, in the background; copies belong to the group that the next commit closes, and wait_copies<N>
+// returns when all groups but the last N are there.
+DEV void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+DEV void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+DEV void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
 DEV float shuffle_up(float v, int by) { return __shfl_up_sync(0xffffffffu, v, by); }
 DEV float fast_exp(float v) { return __expf(v); }
 // Weights are read once a step: not kept in L1. Activations come from other blocks: read from L2.

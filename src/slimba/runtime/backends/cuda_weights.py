@@ -78,6 +78,8 @@ class DeviceMatrix:
         self._keep: list[torch.Tensor] = []
         self._device = device
         self._blocks = blocks
+        self.segment_rows = [s.rows for s in layout.segments]
+        self.plane_kpad = up_to(layout.plane.cols, 512) if layout.plane else 0
         self.has_float = any(s.format in ("float32", "float16", "bfloat16") for s in layout.segments)
         segments, items = self._segments(matrix)
         rank, lowrank = self._lowrank(matrix)
@@ -100,8 +102,7 @@ class DeviceMatrix:
 
     def shared_bytes(self, tokens: int, groups: int = 1) -> int:
         """Shared memory of a block that multiplies `tokens` (1 or 8) vectors: `carve` in matrix.cuh."""
-        layout = self.layout
-        k2 = up_to(layout.plane.cols, 512) if layout.plane else 0
+        k2 = self.plane_kpad
         red = WARPS * TILE * 3 * tokens * 4
         parts = [
             3 * tokens * slice_stride(self.kpad), 3 * tokens * slice_stride(k2) if k2 else 0, red, red if k2 else 0,
@@ -176,7 +177,7 @@ class DeviceMatrix:
         inverse = np.full(self.cols, -1, np.int32)
         inverse[index] = np.arange(p.cols)
         self.plane_inverse = self._upload(inverse)
-        kpad = up_to(p.cols, 512)
+        kpad = self.plane_kpad
         bits = padded(tensor(matrix.arrays["plane_packed"], self._device), kpad // 8)
         scale = self._upload(matrix.arrays["plane_scale"])
         return [p.cols, kpad, p.start, p.stop, kpad // 8, self._hold(bits), scale, self._upload(index)]
