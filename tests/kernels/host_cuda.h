@@ -238,6 +238,10 @@ DEV float shuffle_xor(float v, int mask) {
   host::Exchange e{__float_as_uint(v)};
   return __uint_as_float(e.at(host::current->lane ^ mask, 0));
 }
+DEV float shuffle(float v, int from) {
+  host::Exchange e{__float_as_uint(v)};
+  return __uint_as_float(e.at(from, 0));
+}
 // Element (r, k) of A: lane r % 8 * 4 + k % 16 / 4, register r / 8 + k / 16 * 2, byte k % 4; (k, n) of B alike.
 template <typename A>
 DEV void host_mma(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {

@@ -195,10 +195,22 @@ DEV void add_norm(const AddNorm& p, float* scratch) {
     store((T*)p.x, at + i, u[i] * inverse * ((const float*)p.weight)[i]);
 }
 
+// How a call of `length` tokens lies to the writings of the state: `stored` of its tokens are in the state when it ends, or
+// none is written; the others are kept, from place `at` of the buffer on.
+struct Span {
+  int before, stored, at;  // before: tokens that were kept when the call began
+};
+DEV Span span_of(int time, i64 length) {
+  const int before = time % KEPT, end = (int)((before + length) / KEPT) * KEPT;
+  return end ? Span{before, end - before, 0} : Span{before, 0, before};
+}
+
 // out = silu(conv(in)) for the tokens of this call. Grid: channels in 256s, tokens in 16s, sequences.
 struct Conv {
   StateRef state;
   i64 batch, length, in, in_stride, out, out_stride, weight, bias;
+  i64 state_type, inner, entries, heads;  // entries: channels of B, from `inner` on; 0, as are heads, for Mamba-1
+  i64 dt, dt_stride, dt_bias, a, dt_low, dt_high;  // as in Scan
 };
 #define CONV_TOKENS 16
 template <typename T>
@@ -277,7 +289,8 @@ DEV void conv_pairs(const Conv& p) {
   }
 }
 
-// The last inputs of the convolution into the ring. Grid: channels in 256s, sequences.
+// What later tokens need of these: the last inputs of the convolution into its ring, and B and L of the tokens that are in no
+// stored state into the buffer. After the recurrence, whose blocks read what was kept before. Grid: channels in 256s, sequences.
 template <typename T>
 DEV void push(const Conv& p) {
   const i64 channel = (i64)blockIdx.x * THREADS + threadIdx.x;
@@ -286,6 +299,21 @@ DEV void push(const Conv& p) {
   const i64 slot = slot_of(p.state, b), pos = position(p.state, slot);
   for (i64 t = p.length > p.state.taps ? p.length - p.state.taps : 0; t < p.length; ++t)
     ring_row(p.state, slot, pos + t)[channel] = load((const T*)p.in, ((i64)b * p.length + t) * p.in_stride + channel);
+  const Span when = span_of((int)pos, p.length);
+  const Kept kept = kept_of(p.state, p.state_type, slot, p.inner, p.entries, p.heads);
+  if (channel < p.heads) {
+    float l = when.at ? kept.l[(when.at - 1) * p.heads + channel] : 0.0f;
+    for (i64 t = when.stored; t < p.length; ++t) {
+      const float raw = ((const float*)p.dt)[((i64)b * p.length + t) * p.dt_stride + channel] + ((const float*)p.dt_bias)[channel];
+      l += softplus(raw, param_float(p.dt_low), param_float(p.dt_high)) * ((const float*)p.a)[channel];
+      kept.l[(when.at + t - when.stored) * p.heads + channel] = l;
+    }
+  }
+  const i64 entry = channel - p.inner;
+  if (entry < 0 || entry >= p.entries) return;
+  for (i64 t = when.stored; t < p.length; ++t)
+    keep_value(kept, kept.b, (when.at + t - when.stored) * p.entries + entry,
+               load((const T*)p.out, ((i64)b * p.length + t) * p.out_stride + channel));
 }
 
 // g = norm(y silu(z)) weight, norm(y) weight silu(z), or y silu(z). One block a token.

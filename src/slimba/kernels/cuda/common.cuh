@@ -38,6 +38,7 @@ DEV u32 byte_perm(u32 a, u32 b, u32 pick) { return __byte_perm(a, b, pick); }
 DEV int warp_sum(int v) { return __reduce_add_sync(0xffffffffu, v); }
 DEV u32 warp_max_bits(u32 v) { return __reduce_max_sync(0xffffffffu, v); }
 DEV float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+DEV float shuffle(float v, int from) { return __shfl_sync(0xffffffffu, v, from); }
 // d += a b with a: unsigned bytes [16, 32] by rows, b: signed bytes [32, 8] by columns; fragments as in the PTX manual
 DEV void mma_u8s8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm volatile(

@@ -6,7 +6,8 @@
 //   S  <- exp(c_Q) S + sum over s of exp(c_Q - c_s) dt_s x_s B_s^T
 // A block owns one head of one sequence and walks over its chunks of Q = 64 tokens; the state stays in registers in float32,
 // products are float16 with float32 sums. Headdim 64, N 64 or 128; other shapes take scan.cu. A state stored in bfloat16 or
-// int8 is rounded once, after the last token of a call.
+// int8 is rounded once, after the last multiple of KEPT tokens (step.cuh); tokens beyond it are a chunk of their own, and
+// those that were kept when the call begins are one without outputs.
 #define CHUNK 64
 #define HEAD 64
 
@@ -22,6 +23,56 @@ struct SsdShared {  // rows are padded by 16 bytes, so that eight of them lie in
   u32 top[2][HEAD];
 };
 
+// Eight kept values as halves.
+DEV uint4 kept_octet(const Kept& k, i64 array, i64 i) {
+  u32 two[4];
+  for (int c = 0; c < 4; ++c) two[c] = pack_halves(kept_value(k, array, i + 2 * c), kept_value(k, array, i + 2 * c + 1));
+  return uint4{two[0], two[1], two[2], two[3]};
+}
+
+// The state in registers, laid out as in ssd(), to memory in its type.
+template <int N>
+DEV void ssd_store(const Scan& p, SsdShared<N>& m, const float (&s)[N / 16][4], i64 row0) {
+  constexpr int TILES = N / 16;
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, tile = warp % 4, half = warp / 4;
+  const i64 type = p.state_type, ssm = state_array(p.state, 0);
+  float* scales = (float*)state_array(p.state, 1);
+  float to_code[2] = {0.0f, 0.0f};
+  if (type == STATE_INT8) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      float most = 0;
+      bool bad = false;
+#pragma unroll
+      for (int j = 0; j < TILES; ++j)
+        for (int e = 0; e < 2; ++e) {
+          const float v = fabsf(s[j][2 * k + e]);
+          bad |= float_to_bits(v) >= INF_BITS;
+          most = fmaxf(most, v);
+        }
+      if (bad) most = bits_to_float(INF_BITS);
+      most = fmaxf(most, shuffle_xor(most, 1));
+      most = fmaxf(most, shuffle_xor(most, 2));
+      if (t == 0) m.top[half][16 * tile + g + 8 * k] = float_to_bits(most);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int r = 16 * tile + g + 8 * k;
+      const Int8Scale code = int8_scale(m.top[0][r] > m.top[1][r] ? m.top[0][r] : m.top[1][r]);
+      to_code[k] = code.to_code;
+      if (t == 0 && half == 0) scales[row0 + r] = code.step;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < TILES; ++j)
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const i64 row = row0 + 16 * tile + g + k / 2 * 8;
+      close_entry(type, ssm, row * N + half * (N / 2) + 8 * j + 2 * t + k % 2, s[j][k], to_code[k / 2]);
+    }
+}
+
 template <int N>
 DEV void ssd(const Scan& p, SsdShared<N>& m) {
   constexpr int XS = SsdShared<N>::XS, NS = SsdShared<N>::NS, TILES = N / 16, STEPS = N / 16;
@@ -30,8 +81,10 @@ DEV void ssd(const Scan& p, SsdShared<N>& m) {
   const int r8 = lane % 8, i4 = lane / 8;      // row and matrix that this lane names when matrices are loaded
   const int b = (int)(blockIdx.x / p.heads), head = (int)(blockIdx.x % p.heads), group = head / (int)(p.heads / p.groups);
   const i64 type = p.state_type, ssm = state_array(p.state, 0), first = (i64)head * HEAD;
-  const i64 row0 = (p.state.layer * state_array(p.state, 4) + slot_of(p.state, b)) * p.inner + first;
-  float* scales = (float*)state_array(p.state, 1);
+  const i64 slot = slot_of(p.state, b), row0 = (p.state.layer * state_array(p.state, 4) + slot) * p.inner + first;
+  const Span when = span_of((int)position(p.state, slot), p.length);
+  const Kept kept = kept_of(p.state, type, slot, p.inner, p.groups * N, p.heads);
+  const float* scales = (const float*)state_array(p.state, 1);
   const float a = ((const float*)p.a)[head], bias = ((const float*)p.dt_bias)[head];
 
   float s[TILES][4];  // entry k of tile j: channel 16 tile + g + 8 (k / 2), n = half N / 2 + 8 j + 2 t + k % 2
@@ -43,17 +96,23 @@ DEV void ssd(const Scan& p, SsdShared<N>& m) {
       s[j][k] = open_entry(type, ssm, row * N + half * (N / 2) + 8 * j + 2 * t + k % 2, type == STATE_INT8 ? scales[row] : 0.0f);
     }
 
-  for (i64 t0 = 0; t0 < p.length; t0 += CHUNK) {
-    const int tokens = (int)least(CHUNK, p.length - t0);
+  // The state's chunks: kept tokens (t0 < 0), those up to the last writing, and the rest.
+  i64 t0 = when.before ? -when.before : 0;
+  while (t0 < p.length) {
+    const bool replay = t0 < 0;
+    const int tokens = replay ? when.before : (int)least(CHUNK, (t0 < when.stored ? when.stored : p.length) - t0);
     const i64 token0 = (i64)b * p.length + t0;
+    const bool keeps = !replay && t0 >= when.stored;
+    if (keeps && when.stored && t0 == when.stored) ssd_store<N>(p, m, s, row0);
     __syncthreads();
     if (threadIdx.x < CHUNK) {
       const int at = threadIdx.x;
-      const float raw = at < tokens ? ((const float*)p.dt)[(token0 + at) * p.dt_stride + head] + bias : 0.0f;
-      m.dt[at] = at < tokens ? softplus(raw, param_float(p.dt_low), param_float(p.dt_high)) : 0.0f;
+      const float raw = at < tokens && !replay ? ((const float*)p.dt)[(token0 + at) * p.dt_stride + head] + bias : 0.0f;
+      m.dt[at] = at < tokens ? replay ? 1.0f : softplus(raw, param_float(p.dt_low), param_float(p.dt_high)) : 0.0f;
+      if (replay) m.sum[at] = kept.l[(at < tokens ? at : tokens - 1) * p.heads + head];
     }
     __syncthreads();
-    if (warp == 0) {
+    if (warp == 0 && !replay) {
       const float v0 = m.dt[2 * lane] * a, v1 = m.dt[2 * lane + 1] * a;
       float total = v0 + v1;
       for (int by = 1; by < WARP; by *= 2) {
@@ -70,7 +129,9 @@ DEV void ssd(const Scan& p, SsdShared<N>& m) {
 #pragma unroll
     for (int i = threadIdx.x; i < CHUNK * HEAD / 8; i += THREADS) {
       const int at = i / (HEAD / 8), c8 = i % (HEAD / 8) * 8;
-      const uint4 v = at < tokens ? *(const uint4*)(xbc + (token0 + at) * p.xbc_stride + first + c8) : none;
+      const uint4 v = at >= tokens ? none
+                      : replay     ? kept_octet(kept, kept.u, at * p.inner + first + c8)
+                                   : *(const uint4*)(xbc + (token0 + at) * p.xbc_stride + first + c8);
       const float w = m.dt[at] * fast_exp(end - m.sum[at]);
       *(uint4*)(m.x + at * XS + c8) = v;
       *(uint4*)(m.weighted + at * XS + c8) =
@@ -80,8 +141,10 @@ DEV void ssd(const Scan& p, SsdShared<N>& m) {
     for (int i = threadIdx.x; i < CHUNK * N / 8; i += THREADS) {
       const int at = i / (N / 8), c8 = i % (N / 8) * 8;
       const u16* from = xbc + (token0 + at) * p.xbc_stride + p.inner + group * N + c8;
-      *(uint4*)(m.b + at * NS + c8) = at < tokens ? *(const uint4*)from : none;
-      *(uint4*)(m.c + at * NS + c8) = at < tokens ? *(const uint4*)(from + p.groups * N) : none;
+      *(uint4*)(m.b + at * NS + c8) = at >= tokens ? none
+                                      : replay     ? kept_octet(kept, kept.b, (at * p.groups + group) * N + c8)
+                                                   : *(const uint4*)from;
+      *(uint4*)(m.c + at * NS + c8) = at < tokens && !replay ? *(const uint4*)(from + p.groups * N) : none;
     }
 #pragma unroll
     for (int j = 0; j < TILES; ++j)
@@ -144,7 +207,7 @@ DEV void ssd(const Scan& p, SsdShared<N>& m) {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const int at = k ? u1 : u0, c = 32 * half + 8 * j + 2 * t;
-        if (at >= tokens) continue;
+        if (at >= tokens || replay) continue;
         const float d0 = ((const float*)p.d)[p.d_per_channel ? first + c : head];
         const float d1 = ((const float*)p.d)[p.d_per_channel ? first + c + 1 : head];
         const float x0 = half_bits_to_float(m.x[at * XS + c]), x1 = half_bits_to_float(m.x[at * XS + c + 1]);
@@ -152,6 +215,12 @@ DEV void ssd(const Scan& p, SsdShared<N>& m) {
             pack_halves(fmaf(d0, x0, y[j][2 * k]), fmaf(d1, x1, y[j][2 * k + 1]));
       }
 
+    if (keeps) {  // at most KEPT - 1 tokens; slimba_push keeps the rest of them
+      for (int i = threadIdx.x; i < tokens * HEAD; i += THREADS)
+        keep_value(kept, kept.u, (when.at + i / HEAD) * p.inner + first + i % HEAD,
+                   m.dt[i / HEAD] * half_bits_to_float(m.x[i / HEAD * XS + i % HEAD]));
+      break;
+    }
     const float whole = fast_exp(end);
 #pragma unroll
     for (int j = 0; j < TILES; ++j)
@@ -168,42 +237,9 @@ DEV void ssd(const Scan& p, SsdShared<N>& m) {
         mma_f16(s[2 * j + 1], x[0], x[1], x[2], x[3], w[2], w[3]);
       }
     }
+    t0 = replay ? 0 : t0 + tokens;
   }
-
-  float to_code[2] = {0.0f, 0.0f};
-  if (type == STATE_INT8) {
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      float most = 0;
-      bool bad = false;
-#pragma unroll
-      for (int j = 0; j < TILES; ++j)
-        for (int e = 0; e < 2; ++e) {
-          const float v = fabsf(s[j][2 * k + e]);
-          bad |= float_to_bits(v) >= INF_BITS;
-          most = fmaxf(most, v);
-        }
-      if (bad) most = bits_to_float(INF_BITS);
-      most = fmaxf(most, shuffle_xor(most, 1));
-      most = fmaxf(most, shuffle_xor(most, 2));
-      if (t == 0) m.top[half][16 * tile + g + 8 * k] = float_to_bits(most);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int r = 16 * tile + g + 8 * k;
-      const Int8Scale code = int8_scale(m.top[0][r] > m.top[1][r] ? m.top[0][r] : m.top[1][r]);
-      to_code[k] = code.to_code;
-      if (t == 0 && half == 0) scales[row0 + r] = code.step;
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < TILES; ++j)
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const i64 row = row0 + 16 * tile + g + k / 2 * 8;
-      close_entry(type, ssm, row * N + half * (N / 2) + 8 * j + 2 * t + k % 2, s[j][k], to_code[k / 2]);
-    }
+  if (when.stored && when.stored == p.length) ssd_store<N>(p, m, s, row0);
 }
 
 KERNEL(slimba_ssd_64, Scan, THREADS, 2) {

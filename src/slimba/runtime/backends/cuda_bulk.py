@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
-from slimba.runtime.backends.cuda_state import STATE_CODES, StatePointers
+from slimba.runtime.backends.cuda_state import STATE_CODES, StatePointers, kept_widths
 from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits
 
 __all__ = ["CHUNK", "Bulk"]
@@ -115,7 +115,7 @@ class Bulk:
         if (bias := layer.matrices["in_proj"].bias) is not None:
             p += bias[:wide].to(p.dtype)
             dt += bias[wide:]
-        xbc = self._convolve(layer, p[:, inner:], state, batch, length)
+        xbc, convolution = self._convolve(layer, p[:, inner:], state, batch, length)
         y = self._empty(tokens, inner)
         span, n = span_of(spec.headdim), spec.d_state
         low, high = spec.dt_limit
@@ -129,6 +129,10 @@ class Bulk:
         else:
             name = f"slimba_scan_{self._suffix}_{entries_of(n)}"
             self._gpu.launch(name, (batch * (inner // span),), scan, 4 * SCAN_TOKENS * (span + 2 * n + 2))
+        steps = fields_of(
+            dt.data_ptr(), heads, layer.dt_bias.data_ptr(), layer.a.data_ptr(), float_bits(low), float_bits(high)
+        )  # fmt: skip
+        self._push(convolution, steps, channels, batch)
         gated = self._empty(tokens, inner)
         groups = inner // spec.norm_group_size if spec.gated_norm else 0
         fields = fields_of(
@@ -155,7 +159,8 @@ class Bulk:
         p = x @ self._expand(layer.matrices["in_proj"]).T
         if (bias := layer.matrices["in_proj"].bias) is not None:
             p += bias.to(p.dtype)
-        xs = self._convolve(layer, p[:, :inner], state, batch, length)
+        xs, convolution = self._convolve(layer, p[:, :inner], state, batch, length)
+        self._push(convolution, np.zeros(6, np.int64), inner, batch)
         selected = self._product32(xs, self._expand(layer.matrices["x_proj"]))
         if spec.bcdt_norm_eps is not None:
             parts = torch.split(selected, [rank, n, n], dim=1)
@@ -174,18 +179,23 @@ class Bulk:
 
     def _convolve(
         self, layer: LayerWeights, given: torch.Tensor, state: list[int], batch: int, length: int
-    ) -> torch.Tensor:
-        """silu of the causal convolution of the columns `given` [T, channels], whose last rows go into the ring."""
+    ) -> tuple[torch.Tensor, np.ndarray]:
+        """silu of the causal convolution of the columns `given` [T, channels]; and the fields of its launch."""
         channels = given.shape[1]
         out = self._empty(*given.shape)
         fields = fields_of(
             state, batch, length, given.data_ptr(), given.stride(0), out.data_ptr(), channels, layer.conv.data_ptr(),
             layer.conv_bias.data_ptr() if layer.conv_bias is not None else 0,
+            self._type, list(kept_widths(self._model.spec)),
         )  # fmt: skip
-        blocks = -(-channels // 256)
-        self._launch("conv", (blocks, -(-length // CONV_TOKENS), batch), fields)
-        self._launch("push", (blocks, batch), fields)
-        return out
+        grid = -(-channels // 256), -(-length // CONV_TOKENS), batch
+        self._launch("conv", grid, np.concatenate([fields, np.zeros(6, np.int64)]))
+        return out, fields
+
+    def _push(self, convolution: np.ndarray, steps: np.ndarray, channels: int, batch: int) -> None:
+        """The last inputs of a convolution, and what is kept of the tokens in no stored state, into the state. steps: where
+        dt and what makes L of it are."""
+        self._launch("push", (-(-channels // 256), batch), np.concatenate([convolution, steps]))
 
     def _out(self, layer: LayerWeights, y: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = y @ self._weights(layer.matrices["out_proj"], OUT).T

@@ -81,4 +81,3 @@ class Mid:
             if blocks * groups >= 0.9 * self._gpu.blocks:
                 break
         return r, s, blocks
-

@@ -20,7 +20,7 @@ from slimba.runtime.backends.cuda_bake import Baked
 from slimba.runtime.backends.cuda_bulk import Bulk
 from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
-from slimba.runtime.backends.cuda_state import STATE_CODES, CudaState, StatePointers
+from slimba.runtime.backends.cuda_state import KEPT, POINTERS, STATE_CODES, CudaState, StatePointers
 from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits, up_to
 
 __all__ = ["BulkStep", "FusedStep", "PersistentStep", "Step"]
@@ -30,6 +30,12 @@ RECUR = {"1": "1, false", "quad": "1, true", "2": "2, false"}  # arguments of th
 MOST_KERNELS = 16  # of one model: a layout a layer would take minutes to compile
 LARGEST_BATCH = 32  # beyond it the bulk pass, which expands every matrix, is faster
 LARGEST_STATE = 256  # entries of a row of the state that a warp holds
+
+
+def recur_bytes(spec: ModelSpec) -> int:
+    """Shared memory of a block of slimba_recur."""
+    span, n = span_of(spec.headdim), spec.d_state
+    return 4 * (span + 2 * n + KEPT * (span + n + 2))
 
 
 class Step:
@@ -48,7 +54,7 @@ class Step:
         self.count = self._zeros(batch, dtype=torch.int32)
         self.logits = self._zeros(batch, spec.vocab_size)
         self._valid = torch.full((1,), spec.vocab_size, dtype=torch.int32, device=gpu.device)
-        self.pointers = StatePointers(self._zeros(5, dtype=torch.int64), self._zeros(batch, dtype=torch.int32))
+        self.pointers = StatePointers(self._zeros(POINTERS, dtype=torch.int64), self._zeros(batch, dtype=torch.int32))
         self._argmax = fields_of(
             self._state(0), batch, self.logits.data_ptr(), spec.vocab_size, self._valid.data_ptr(),
             self.ids.data_ptr(), self.chosen.data_ptr(), self.ROOM, self.count.data_ptr(),
@@ -157,7 +163,7 @@ class FusedStep(Step):
         """Launches the recurrence of layer i."""
         spec, name = self._model.spec, self._kernels[len(self.products) + i]
         units = self.batch * (spec.d_inner // span_of(spec.headdim))
-        shared = 4 * (span_of(spec.headdim) + 2 * spec.d_state)
+        shared = recur_bytes(spec)
         grid = (min(units, 8 * self._gpu.blocks),)
         self._gpu.launch(name, grid, self.recurrences[i], shared, overlap=overlap, module=self._own)
 
@@ -233,7 +239,7 @@ class PersistentStep(FusedStep):
         groups = max(1, self._norm_groups(spec))
         matrices = [m for layer in model.layers for m in layer.matrices.values()]
         work = max(m.shared_bytes(1, groups) for m in [*matrices, model.head])
-        work = max(work, 4 * (span_of(spec.headdim) + 2 * spec.d_state))
+        work = max(work, recur_bytes(spec))
         self._shared = up_to(2 * self.products[0].nbytes + self.recurrences[0].nbytes, 16) + work
 
     def work(self, *, choose: bool, overlap: bool = False) -> None:
