@@ -193,8 +193,8 @@ class Bulk:
         return out, fields
 
     def _push(self, convolution: np.ndarray, steps: np.ndarray, channels: int, batch: int) -> None:
-        """The last inputs of a convolution, and what is kept of the tokens in no stored state, into the state. steps: where
-        dt and what makes L of it are."""
+        """The last inputs of a convolution, and what is kept of the tokens in no stored state, into the state. steps:
+        where dt and what makes L of it are."""
         self._launch("push", (-(-channels // 256), batch), np.concatenate([convolution, steps]))
 
     def _out(self, layer: LayerWeights, y: torch.Tensor) -> torch.Tensor:

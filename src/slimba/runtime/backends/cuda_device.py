@@ -40,13 +40,13 @@ class Gpu:
     ) -> None:
         self.device, self.blocks, self.shared, self.bakes = device, blocks, shared, bakes
         self._overlap = overlap
-        self._build = build
+        self.module_builder = build
         self._modules: dict[tuple[str, str], Any] = {}
 
     def module(self, name: str, extra: str = "") -> Any:
         """The module `name` with `extra` behind it, compiled at first use."""
         if (name, extra) not in self._modules:
-            self._modules[name, extra] = self._build(name, extra)
+            self._modules[name, extra] = self.module_builder(name, extra)
         return self._modules[name, extra]
 
     def launch(

@@ -1,4 +1,4 @@
-"""Products of packed matrices with tens to hundreds of vectors (kernels/cuda/mid.cu): scratch, launches, shapes of blocks.
+"""Products of packed matrices with tens to hundreds of vectors (kernels/cuda/mid.cu): scratch, launches, blocks.
 
     mid = Mid(gpu, batch=32, matrices=[...])
     mid.norm(m, source)                        # vectors into float16, in order, with all that m wants of them

@@ -8,7 +8,8 @@
 Layout: ssm [layer][slot][I][N] in the state's type, scale float32 [layer][slot][I] (int8 only), conv float32
 [layer][slot][K][channels], a ring in which token t of a sequence lies at t % K, and pos int32 [slot], tokens seen.
 Mamba-2 stores ssm after every KEPT-th token only (docs/decisions.md, "Recurrent state") and keeps the pos % KEPT tokens
-since: kept_u [layer][slot][KEPT][I] and kept_b [..][G N], float32 or, where ssm has fewer bits, bfloat16, kept_l float32 [..][H].
+since: kept_u [layer][slot][KEPT][I] and kept_b [..][G N], float32 or, where ssm has fewer bits, bfloat16, and
+kept_l float32 [..][H].
 """
 
 from __future__ import annotations
