@@ -159,7 +159,7 @@ def batched(engine: CudaEngine, checkpoint: Checkpoint, label: str, state_dtype:
     engine.run(step, choose=True)
     finite = bool(torch.isfinite(step.logits).all())
     same = bool((step.logits == step.logits[:1]).all())
-    value = seconds(lambda: engine.run(step, choose=True), 5, 3)
+    value = seconds(lambda: engine.run(step, choose=True), 16, 3)  # a state is stored once in 16 steps
     step.count.zero_()
     floor = measure.traffic(checkpoint, state_dtype).step(batch) / results["figures"].get("copy_bandwidth", 4.0e12)
     how = type(step).__name__

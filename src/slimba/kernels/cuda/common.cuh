@@ -107,6 +107,14 @@ DEV uint4 load_weights(const void* p) {
                : "l"(p));
   return v;
 }
+// Of a state: neither written in this kernel before it is read nor needed in L1.
+DEV uint4 load_state(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
 DEV float load_fresh(const float* p) { return __ldcg(p); }
 DEV void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // Programmatic dependent launch: wait until everything the kernel before has written can be seen, then let the kernel

@@ -26,7 +26,7 @@ SHARED = ("common.cuh", "matrix.cuh", "tiles.cuh", "product.cuh", "step.cuh", "d
 MODULES = {
     "decode": SHARED,
     "main": (*SHARED, "generic.cu", "bulk.cu", "scan.cu", "scan1.cu", "ssd.cu"),
-    "mid": (*SHARED, "mid.cu"),
+    "mid": (*SHARED, "mid.cu", "batch.cu"),
     "persistent": (*SHARED, "persistent.cu"),
 }
 OPTIONS = ("--std=c++17", "--device-as-default-execution-space")

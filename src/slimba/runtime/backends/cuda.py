@@ -21,6 +21,7 @@ try:
     import torch
 
     from slimba.kernels.cuda.compiler import CudaUnavailable
+    from slimba.runtime.backends.cuda_batch import BatchStep
     from slimba.runtime.backends.cuda_bulk import CHUNK, Bulk
     from slimba.runtime.backends.cuda_device import Gpu, open_gpu
     from slimba.runtime.backends.cuda_model import CudaModel
@@ -75,6 +76,7 @@ class CudaEngine:
             need, have = (checkpoint.nbytes() * 1.3 + (1 << 28)) / 1e9, free / 1e9
             raise CudaUnavailable(f"the model needs about {need:.1f} GB of GPU memory and {have:.1f} GB are free")
         self.model = CudaModel(checkpoint, self.gpu)
+        self._exact = exact
         self._bulk = Bulk(self.model, self.gpu, state_dtype, exact=exact)
         self._steps: dict[int, Step] = {}
         self._graphs: dict[tuple[int, bool], Callable[[], None]] = {}
@@ -184,6 +186,8 @@ class CudaEngine:
         if batch not in self._steps:
             if FusedStep.fits(self.model, self.gpu, batch):
                 self._steps[batch] = FusedStep(self.model, self.gpu, batch, self.state_dtype)
+            elif BatchStep.fits(self.model) and not self._exact:
+                self._steps[batch] = BatchStep(self.model, self.gpu, batch, self.state_dtype)
             else:
                 self._steps[batch] = BulkStep(self.model, self.gpu, batch, self._bulk)
         self._steps[batch].point_to(state)

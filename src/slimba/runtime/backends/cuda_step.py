@@ -1,6 +1,6 @@
 """One token for each sequence of a batch, ready to be recorded as a CUDA graph.
 
-FusedStep: few sequences, three launches a layer, nothing expanded in memory. BulkStep: many, by the bulk pass.
+FusedStep: few sequences, three launches a layer. BulkStep: any model, by the bulk pass. For many see cuda_batch.py.
 
     step = FusedStep(model, gpu, batch=1, state_dtype="int8")
     step.point_to(state); step.ids[:] = ...; step.work(choose=True)     # logits, next ids, positions moved on
@@ -28,7 +28,7 @@ __all__ = ["BulkStep", "FusedStep", "PersistentStep", "Step"]
 STORE, ADD, IN_PROJ = 0, 1, 2  # enum OutputMode in kernels/cuda/matrix.cuh
 RECUR = {"1": "1, false", "quad": "1, true", "2": "2, false"}  # arguments of the template in kernels/cuda/step.cuh
 MOST_KERNELS = 16  # of one model: a layout a layer would take minutes to compile
-LARGEST_BATCH = 32  # beyond it the bulk pass, which expands every matrix, is faster
+LARGEST_BATCH = 8  # beyond it products of tens of vectors are faster
 LARGEST_STATE = 256  # entries of a row of the state that a warp holds
 
 
@@ -36,6 +36,33 @@ def recur_bytes(spec: ModelSpec) -> int:
     """Shared memory of a block of slimba_recur."""
     span, n = span_of(spec.headdim), spec.d_state
     return 4 * (span + 2 * n + KEPT * (span + n + 2))
+
+
+def norm_groups(spec: ModelSpec) -> int:
+    """Parts of the gated norm, each with an RMS of its own; 0 without a norm."""
+    return spec.d_inner // spec.norm_group_size if spec.gated_norm else 0
+
+
+def recurrence(
+    spec: ModelSpec,
+    layer: LayerWeights,
+    state: list[int],
+    batch: int,
+    state_dtype: str,
+    dt: torch.Tensor,
+    z: torch.Tensor,
+    y: torch.Tensor,
+) -> np.ndarray:
+    """The struct Recurrence of kernels/cuda/step.cuh."""
+    gated = not (spec.gated_norm and spec.norm_before_gate)
+    low, high = spec.dt_limit
+    return fields_of(
+        state, batch, spec.n_heads, spec.headdim, spec.d_state, spec.n_groups, spec.d_inner, span_of(spec.headdim),
+        STATE_CODES[state_dtype], int(spec.d_has_hdim), int(gated), layer.conv.data_ptr(),
+        layer.conv_bias.data_ptr() if layer.conv_bias is not None else 0, layer.a.data_ptr(), layer.d.data_ptr(),
+        layer.dt_bias.data_ptr(), dt.data_ptr(), spec.n_heads, z.data_ptr(), spec.d_inner, y.data_ptr(), spec.d_inner,
+        float_bits(low), float_bits(high),
+    )  # fmt: skip
 
 
 class Step:
@@ -117,7 +144,8 @@ class FusedStep(Step):
         self.recurrences: list[np.ndarray] = []
         for i, layer in enumerate(model.layers):
             self.products += [self._in_proj(layer, i), self._out_proj(layer, i)]
-            self.recurrences.append(self._recurrence(layer, i, STATE_CODES[state_dtype]))
+            tensors = self._dt, self._z, self._y
+            self.recurrences.append(recurrence(spec, layer, self._state(i), batch, state_dtype, *tensors))
         self.products.append(self._head())
         self._kernels, self._own = self._bake() if gpu.bakes else self._generic()
         self.embed = fields_of(
@@ -134,13 +162,9 @@ class FusedStep(Step):
         spec = model.spec
         if spec.architecture != "mamba2" or not 1 <= batch <= LARGEST_BATCH or spec.d_state > LARGEST_STATE:
             return False
-        groups = max(1, cls._norm_groups(spec))
+        groups = max(1, norm_groups(spec))
         matrices = [m for layer in model.layers for m in layer.matrices.values()]
         return all(m.shared_bytes(cls.tokens_of(batch), groups) <= gpu.shared for m in [*matrices, model.head])
-
-    @staticmethod
-    def _norm_groups(spec: ModelSpec) -> int:
-        return spec.d_inner // spec.norm_group_size if spec.gated_norm else 0
 
     def work(self, *, choose: bool, overlap: bool = True) -> None:
         """Launches one step. choose: the most likely ids become the next ids. overlap: by dependent launch."""
@@ -149,7 +173,7 @@ class FusedStep(Step):
         for i, layer in enumerate(self._model.layers):
             self.product(layer.matrices["in_proj"], 2 * i, 1, overlap)
             self.recur(i, overlap)
-            self.product(layer.matrices["out_proj"], 2 * i + 1, self._norm_groups(spec), overlap)
+            self.product(layer.matrices["out_proj"], 2 * i + 1, norm_groups(spec), overlap)
         self.product(self._model.head, len(self.products) - 1, 1, overlap)
         self.after(choose, overlap)
 
@@ -195,7 +219,7 @@ class FusedStep(Step):
         weight = layer.gated_norm.data_ptr() if layer.gated_norm is not None else 0
         source = [
             self._y.data_ptr(), spec.d_inner, self._z.data_ptr() if late else 0, spec.d_inner, weight,
-            self._norm_groups(spec), float_bits(spec.norm_eps),
+            norm_groups(spec), float_bits(spec.norm_eps),
         ]  # fmt: skip
         out = [ADD, self.u.data_ptr(), spec.d_model, *[0] * 7]
         return fields_of(layer.matrices["out_proj"].fields, source, out, self._state(i), self.batch)
@@ -205,18 +229,6 @@ class FusedStep(Step):
         source = [self.u.data_ptr(), spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, float_bits(spec.norm_eps)]
         out = [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7]
         return fields_of(model.head.fields, source, out, self._state(0), self.batch)
-
-    def _recurrence(self, layer: LayerWeights, i: int, state_type: int) -> np.ndarray:
-        spec = self._model.spec
-        gated = not (spec.gated_norm and spec.norm_before_gate)
-        low, high = spec.dt_limit
-        return fields_of(
-            self._state(i), self.batch, spec.n_heads, spec.headdim, spec.d_state, spec.n_groups, spec.d_inner,
-            span_of(spec.headdim), state_type, int(spec.d_has_hdim), int(gated), layer.conv.data_ptr(),
-            layer.conv_bias.data_ptr() if layer.conv_bias is not None else 0, layer.a.data_ptr(), layer.d.data_ptr(),
-            layer.dt_bias.data_ptr(), self._dt.data_ptr(), spec.n_heads, self._z.data_ptr(), spec.d_inner,
-            self._y.data_ptr(), spec.d_inner, float_bits(low), float_bits(high),
-        )  # fmt: skip
 
 
 class PersistentStep(FusedStep):
@@ -236,7 +248,7 @@ class PersistentStep(FusedStep):
             self.embed.tolist(), spec.n_layer, self._all_products.data_ptr(), self._all_recurrences.data_ptr(),
             self._arrived.data_ptr(),
         )  # fmt: skip
-        groups = max(1, self._norm_groups(spec))
+        groups = max(1, norm_groups(spec))
         matrices = [m for layer in model.layers for m in layer.matrices.values()]
         work = max(m.shared_bytes(1, groups) for m in [*matrices, model.head])
         work = max(work, recur_bytes(spec))
