@@ -221,7 +221,7 @@ def test_batches_are_the_recurrence(d_state: int, state_dtype: str) -> None:
     for b in range(9):
         model = NumpyModel(checkpoint) if state_dtype == "float32" else StoredModel(checkpoint, state_dtype)
         want = model.logits(ids[b, : 18 + b])[8 + b :]
-        np.testing.assert_allclose(np.stack(got)[:, b], want, rtol=0, atol=6e-2 if state_dtype == "int8" else 2e-2)
+        np.testing.assert_allclose(np.stack(got)[:, b], want, rtol=0, atol=1.5e-2 if state_dtype == "float32" else 6e-2)
 
 
 @pytest.mark.parametrize("name", ["two-groups", "norm-first", "odd"])

@@ -1,5 +1,5 @@
-"""One token for each of tens to hundreds of sequences, ready to be recorded as a CUDA graph: six launches a layer, nothing
-expanded in memory (kernels/cuda/mid.cu and batch.cu).
+"""One token for each of tens to hundreds of sequences, ready to be recorded as a CUDA graph: six launches a layer,
+nothing expanded in memory (kernels/cuda/mid.cu and batch.cu).
 
     step = BatchStep(model, gpu, batch=128, state_dtype="int8")     # where BatchStep.fits(model)
 """
