@@ -263,9 +263,6 @@ def main() -> None:
         for state in ("float32", "int8"):
             todo.append((f"reference at the shape, {state}", "dfssm", state, lambda e, c: gpu_check(e, c, [1, 8, 16])))
     todo.sort(key=lambda t: (t[1], t[2]))
-    if "decode" in chosen:
-        published = "dfssm-published", "bfloat16"
-        todo.append(("persistent kernel", *published, lambda e, c: decode_variants(e, c, *published, persistent=True)))
     engine, key, checkpoint = None, None, None
     for name, label, state, work in todo:
         if elapsed() > args.seconds:

@@ -91,25 +91,6 @@ def test_half_precision_bulk_is_close() -> None:
     np.testing.assert_allclose(got[0], NumpyModel(checkpoint).logits(ids[0]), rtol=0, atol=2e-2)
 
 
-@pytest.mark.parametrize("name", ["headdim-64", "four-groups"])
-def test_the_persistent_kernel_is_the_recurrence(name: str) -> None:
-    from slimba.runtime.backends.cuda_step import PersistentStep
-
-    checkpoint = random_checkpoint(SPECS[name], 5, "mixed")
-    ids = np.random.default_rng(4).integers(0, checkpoint.spec.vocab_size, 4).astype(np.int32)
-    cuda = engine(checkpoint)
-    state = cuda.new_state()
-    step = PersistentStep(cuda.model, cuda.gpu, "float32")
-    step.point_to(state)
-    got = []
-    for token in ids:
-        step.ids.fill_(int(token))
-        step.work(choose=True)
-        got.append(step.logits[0].numpy().copy())
-    np.testing.assert_allclose(np.stack(got), NumpyModel(checkpoint).logits(ids), rtol=0, atol=2e-5)
-    np.testing.assert_array_equal(step.chosen[0, :4].numpy(), np.argmax(got, axis=1))
-
-
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("stride", [1, 4, 16])
 def test_greedy_generation_is_that_of_the_reference_and_stops_as_it_does(batch: int, stride: int) -> None:

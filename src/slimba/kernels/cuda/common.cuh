@@ -99,6 +99,17 @@ DEV void wait_copies() {
 }
 DEV float shuffle_up(float v, int by) { return __shfl_up_sync(0xffffffffu, v, by); }
 DEV float fast_exp(float v) { return __expf(v); }
+DEV float fast_rsqrt(float v) {  // within 2 units in the last place
+  float r;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+DEV float fast_reciprocal(float v) {  // within 1 unit in the last place; 0 for the largest numbers
+  float r;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+DEV void sync_warp() { __syncwarp(); }
 // Weights are read once a step: not kept in L1. Activations come from other blocks: read from L2.
 DEV uint4 load_weights(const void* p) {
   uint4 v;
@@ -107,6 +118,12 @@ DEV uint4 load_weights(const void* p) {
                : "l"(p));
   return v;
 }
+DEV uint2 load_pair(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+DEV float2 load_fresh_pair(const float* p) { return __ldcg((const float2*)p); }
 // Of a state: neither written in this kernel before it is read nor needed in L1.
 DEV uint4 load_state(const void* p) {
   uint4 v;
@@ -129,20 +146,6 @@ DEV void release_next() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// One barrier of all blocks of a grid that is resident as a whole; `arrived` counts arrivals over all barriers.
-DEV void grid_barrier(u32* arrived, u32& target, u32 blocks) {
-  __syncthreads();
-  target += blocks;
-  if (threadIdx.x == 0) {
-    u32 seen;
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
-    for (int tries = 0; tries < (1 << 17); ++tries) {  // some 0.1 s: a grid that is not resident must not hang the GPU
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrived) : "memory");
-      if ((int)(seen - target) >= 0) break;
-    }
-  }
-  __syncthreads();
-}
 #endif
 
 #define WARP 32
@@ -164,7 +167,7 @@ DEV float warp_sum(float v) {
 DEV u32 pack_halves(float lo, float hi) { return (u32)float_to_half_bits(lo) | (u32)float_to_half_bits(hi) << 16; }
 DEV float low_half(u32 two) { return half_bits_to_float((u16)two); }
 DEV float high_half(u32 two) { return half_bits_to_float((u16)(two >> 16)); }
-DEV float silu(float v) { return v / (1.0f + expf(-v)); }
+DEV float silu(float v) { return v * fast_reciprocal(1.0f + fast_exp(-v)); }
 // log(1 + exp(v)) without overflow, clamped
 DEV float softplus(float v, float low, float high) {
   const float s = fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v)));

@@ -23,11 +23,11 @@ from slimba.errors import UserError
 __all__ = ["MODULES", "CudaUnavailable", "compiled", "load_nvrtc", "source"]
 
 SHARED = ("common.cuh", "matrix.cuh", "tiles.cuh", "product.cuh", "step.cuh", "decode.cu")
+LEAN = (*SHARED[:4], "lean.cuh", *SHARED[4:])
 MODULES = {
-    "decode": SHARED,
+    "decode": LEAN,
     "main": (*SHARED, "generic.cu", "bulk.cu", "scan.cu", "scan1.cu", "ssd.cu"),
     "mid": (*SHARED, "mid.cu", "batch.cu"),
-    "persistent": (*SHARED, "persistent.cu"),
 }
 OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
 

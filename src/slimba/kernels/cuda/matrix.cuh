@@ -49,7 +49,7 @@ struct Product {
   Input in;
   Output out;
   StateRef state;
-  i64 batch;
+  i64 batch, plane_inverse;  // plane_inverse: i32 [cols], the place of a column in the second plane or -1
 };
 
 DEV i64 state_array(const StateRef& s, int i) { return ((const i64*)s.arrays)[i]; }

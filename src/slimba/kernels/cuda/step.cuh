@@ -254,6 +254,7 @@ DEV void recur(const Recurrence& p, u8* smem, int block, int blocks, Ready ready
 #pragma unroll
         for (int e = 0; e < EACH; ++e) {
           row[e] = s[0][e];
+#pragma unroll
           for (int other = 1; other < ROWS; ++other)
             if (other == k) row[e] = s[other][e];
           row[e] *= decay;

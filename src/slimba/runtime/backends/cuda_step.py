@@ -10,6 +10,7 @@ Larger batches than 1 run in groups of 8. Which models fit is `FusedStep.fits`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ from slimba.models.spec import ModelSpec
 from slimba.runtime.backends.cuda_bake import Baked
 from slimba.runtime.backends.cuda_bulk import Bulk
 from slimba.runtime.backends.cuda_device import Gpu
+from slimba.runtime.backends.cuda_lean import Lean, lean_of
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
 from slimba.runtime.backends.cuda_state import KEPT, POINTERS, STATE_CODES, CudaState, StatePointers
-from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits, up_to
+from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits
 
-__all__ = ["BulkStep", "FusedStep", "PersistentStep", "Step"]
+__all__ = ["BulkStep", "FusedStep", "Step"]
 
 STORE, ADD, IN_PROJ = 0, 1, 2  # enum OutputMode in kernels/cuda/matrix.cuh
 RECUR = {"1": "1, false", "quad": "1, true", "2": "2, false"}  # arguments of the template in kernels/cuda/step.cuh
@@ -65,7 +67,7 @@ def recurrence(
     )  # fmt: skip
 
 
-class Step:
+class Step(ABC):
     """What every step of decoding has, whatever computes it.
 
     `ids` int32 [B] in, `logits` float32 [B, V] out; `chosen` int32 [B, ROOM] and `count` [B] record greedy ids.
@@ -87,9 +89,9 @@ class Step:
             self.ids.data_ptr(), self.chosen.data_ptr(), self.ROOM, self.count.data_ptr(),
         )  # fmt: skip
 
+    @abstractmethod
     def work(self, *, choose: bool) -> None:
         """Launches one step. choose: the most likely ids become the next ids."""
-        raise NotImplementedError
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype, device=self._gpu.device)
@@ -147,6 +149,7 @@ class FusedStep(Step):
             tensors = self._dt, self._z, self._y
             self.recurrences.append(recurrence(spec, layer, self._state(i), batch, state_dtype, *tensors))
         self.products.append(self._head())
+        self._lean: dict[int, Lean] = {}
         self._kernels, self._own = self._bake() if gpu.bakes else self._generic()
         self.embed = fields_of(
             model.embedding.fields, self._state(0), batch, self.ids.data_ptr(), self.u.data_ptr()
@@ -179,6 +182,12 @@ class FusedStep(Step):
 
     def product(self, m: DeviceMatrix, i: int, groups: int, overlap: bool) -> None:
         """Launches the i-th product; `groups` of its input's norm."""
+        if lean := self._lean.get(i):
+            self._gpu.launch(
+                self._kernels[i], (self._gpu.blocks,), self.products[i], lean.shared_bytes, threads=lean.threads,
+                overlap=overlap, module=self._own,
+            )  # fmt: skip
+            return
         grid = min(self._gpu.blocks, m.items), -(-self.batch // self._tokens)
         shared = m.shared_bytes(self._tokens, groups)
         self._gpu.launch(self._kernels[i], grid, self.products[i], shared, overlap=overlap, module=self._own)
@@ -200,18 +209,32 @@ class FusedStep(Step):
     def _bake(self) -> tuple[list[str], Any]:
         """The same, made for this model's shape."""
         baked, instance = Baked(), RECUR[entries_of(self._model.spec.d_state)]
-        names = [baked.product(fields, self._tokens) for fields in self.products]
+        if self.batch == 1:
+            self._lean = self._lean_products()
+        names = [baked.product(fields, self._tokens, self._lean.get(i)) for i, fields in enumerate(self.products)]
         names += [baked.recurrence(fields, instance) for fields in self.recurrences]
         if len(set(names)) > MOST_KERNELS:
+            self._lean = {}
             return self._generic()
         return names, self._gpu.module("decode", baked.source)
+
+    def _lean_products(self) -> dict[int, Lean]:
+        """The products that lean.cuh takes, by their number."""
+        spec, blocks = self._model.spec, self._gpu.blocks
+        late = bool(spec.gated_norm and spec.norm_before_gate)
+        found = {}
+        for i, layer in enumerate(self._model.layers):
+            found[2 * i] = lean_of(layer.matrices["in_proj"], blocks, 1, False)
+            found[2 * i + 1] = lean_of(layer.matrices["out_proj"], blocks, norm_groups(spec), late)
+        return {i: lean for i, lean in found.items() if lean is not None and lean.shared_bytes <= self._gpu.shared}
 
     def _in_proj(self, layer: LayerWeights, i: int) -> np.ndarray:
         spec = self._model.spec
         inner, ring = spec.d_inner, spec.d_inner + spec.d_conv_channels
         source = [self.u.data_ptr(), spec.d_model, 0, 0, layer.norm.data_ptr(), 1, float_bits(spec.norm_eps)]
         out = [IN_PROJ, self._dt.data_ptr(), spec.n_heads, 0, inner, self._z.data_ptr(), inner, inner, ring, ring]
-        return fields_of(layer.matrices["in_proj"].fields, source, out, self._state(i), self.batch)
+        m = layer.matrices["in_proj"]
+        return fields_of(m.fields, source, out, self._state(i), self.batch, m.plane_inverse)
 
     def _out_proj(self, layer: LayerWeights, i: int) -> np.ndarray:
         spec = self._model.spec
@@ -222,40 +245,11 @@ class FusedStep(Step):
             norm_groups(spec), float_bits(spec.norm_eps),
         ]  # fmt: skip
         out = [ADD, self.u.data_ptr(), spec.d_model, *[0] * 7]
-        return fields_of(layer.matrices["out_proj"].fields, source, out, self._state(i), self.batch)
+        m = layer.matrices["out_proj"]
+        return fields_of(m.fields, source, out, self._state(i), self.batch, m.plane_inverse)
 
     def _head(self) -> np.ndarray:
         spec, model = self._model.spec, self._model
         source = [self.u.data_ptr(), spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, float_bits(spec.norm_eps)]
         out = [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7]
-        return fields_of(model.head.fields, source, out, self._state(0), self.batch)
-
-
-class PersistentStep(FusedStep):
-    """One token for one sequence by one kernel with barriers of the whole grid. All layers must be alike."""
-
-    def __init__(self, model: CudaModel, gpu: Gpu, state_dtype: str) -> None:
-        super().__init__(model, gpu, 1, state_dtype)
-        spec, device = model.spec, gpu.device
-        baked = Baked()
-        kinds = [self.products[0], self.recurrences[0], self.products[1], self.products[-1]]
-        self._name = baked.persistent(kinds, RECUR[entries_of(spec.d_state)])
-        self._whole = gpu.module("persistent", baked.source)
-        self._arrived = self._zeros(1, dtype=torch.int32)
-        self._all_products = torch.from_numpy(np.stack(self.products)).to(device)
-        self._all_recurrences = torch.from_numpy(np.stack(self.recurrences)).to(device)
-        self._fields = fields_of(
-            self.embed.tolist(), spec.n_layer, self._all_products.data_ptr(), self._all_recurrences.data_ptr(),
-            self._arrived.data_ptr(),
-        )  # fmt: skip
-        groups = max(1, norm_groups(spec))
-        matrices = [m for layer in model.layers for m in layer.matrices.values()]
-        work = max(m.shared_bytes(1, groups) for m in [*matrices, model.head])
-        work = max(work, recur_bytes(spec))
-        self._shared = up_to(2 * self.products[0].nbytes + self.recurrences[0].nbytes, 16) + work
-
-    def work(self, *, choose: bool, overlap: bool = False) -> None:
-        """Launches one step. choose: the most likely ids become the next ids."""
-        self._arrived.zero_()
-        self._gpu.launch(self._name, (self._gpu.blocks,), self._fields, self._shared, module=self._whole)
-        self.after(choose)
+        return fields_of(model.head.fields, source, out, self._state(0), self.batch, model.head.plane_inverse)
