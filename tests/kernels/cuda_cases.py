@@ -85,7 +85,7 @@ LEAN_LAYOUTS: dict[str, MatrixLayout] = {
 
 
 def lean_product(gpu: Any, matrix: Matrix, x: np.ndarray, norm: np.ndarray | None = None) -> np.ndarray:
-    """The kernel of lean.cuh on float32 x [cols], with the weights of an RMS norm (eps 0) or without: [rows], added to 1."""
+    """The kernel of lean.cuh on float32 x [cols], with the weights of an RMS norm (eps 0) or without: [rows]."""
     import torch
 
     from slimba.runtime.backends.cuda_bake import Baked

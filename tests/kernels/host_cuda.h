@@ -243,6 +243,14 @@ DEV float shuffle_xor(float v, int mask) {
   host::Exchange e{__float_as_uint(v)};
   return __uint_as_float(e.at(host::current->lane ^ mask, 0));
 }
+DEV int shuffle_xor(int v, int mask) {
+  host::Exchange e{u32(v)};
+  return int(e.at(host::current->lane ^ mask, 0));
+}
+DEV u64 shuffle_xor(u64 v, int mask) {
+  host::Exchange e{u32(v), u32(v >> 32)};
+  return u64(e.at(host::current->lane ^ mask, 1)) << 32 | e.at(host::current->lane ^ mask, 0);
+}
 DEV float shuffle(float v, int from) {
   host::Exchange e{__float_as_uint(v)};
   return __uint_as_float(e.at(from, 0));
@@ -325,6 +333,9 @@ DEV uint2 load_pair(const void* p) {
   std::memcpy(&v, p, 8);
   return v;
 }
+DEV u64 load_fresh(const u64* p) { return *p; }
+DEV void store_fresh(u64* p, u64 v) { *p = v; }
+DEV u32 take_ticket(u32* p) { return (*p)++; }
 DEV float2 load_fresh_pair(const float* p) { return float2{p[0], p[1]}; }
 DEV uint4 load_state(const void* p) { return load_weights(p); }
 DEV float load_fresh(const float* p) { return *p; }

@@ -33,7 +33,7 @@ DEV void unpack_octet(const Segment& s, i64 row, int octet, i64 cols, float (&w)
   } else if (s.format == INT4) {
     const float scale = half_bits_to_float(scales[row * s.groups + c / 128]);
     const u8* p = at + (c >> 5) * 16 + (octet & 3);
-    for (int k = 0; k < 8; ++k) w[k] = scale * (float)((int)(p[k / 2 * 4] >> (k & 1) * 4 & 15) - 8);
+    for (int k = 0; k < 8; ++k) w[k] = scale * (float)((int)((p[k / 2 * 4] >> (k & 1) * 4 & 15) ^ 8) - 8);
   } else {
     for (int k = 0; k < 8; ++k) {
       const i64 i = c + k;

@@ -38,6 +38,8 @@ DEV u32 byte_perm(u32 a, u32 b, u32 pick) { return __byte_perm(a, b, pick); }
 DEV int warp_sum(int v) { return __reduce_add_sync(0xffffffffu, v); }
 DEV u32 warp_max_bits(u32 v) { return __reduce_max_sync(0xffffffffu, v); }
 DEV float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+DEV u64 shuffle_xor(u64 v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+DEV int shuffle_xor(int v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 DEV float shuffle(float v, int from) { return __shfl_sync(0xffffffffu, v, from); }
 // d += a b with a: unsigned bytes [16, 32] by rows, b: signed bytes [32, 8] by columns; fragments as in the PTX manual
 DEV void mma_u8s8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -122,6 +124,15 @@ DEV uint2 load_pair(const void* p) {
   uint2 v;
   asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
   return v;
+}
+DEV u64 load_fresh(const u64* p) { return __ldcg(p); }
+DEV void store_fresh(u64* p, u64 v) { __stcg(p, v); }
+// How many blocks have come here before; what this thread wrote can be seen by those that come later.
+DEV u32 take_ticket(u32* p) {
+  __threadfence();
+  const u32 ticket = atomicAdd(p, 1u);
+  __threadfence();
+  return ticket;
 }
 DEV float2 load_fresh_pair(const float* p) { return __ldcg((const float2*)p); }
 // Of a state: neither written in this kernel before it is read nor needed in L1.

@@ -144,7 +144,7 @@ DEV u32 int8_pair(u32 w, int jj) {  // w: columns j + 8 b of a word of codes; by
   return add_halves(byte_perm(w ^ 0x80808080u, 0x64646464u, jj < 4 ? 0x4240u : 0x4341u), 0xe480e480u);  // - 1152
 }
 DEV u32 int4_pair(u32 w, int down, u32 scale) {
-  return mul_halves(add_halves((w >> down & 0x000f000fu) | 0x64006400u, 0xe408e408u), scale);  // - 1032
+  return mul_halves(add_halves((w >> down & 0x000f000fu) ^ 0x64086408u, 0xe408e408u), scale);  // - 1032
 }
 
 // Sign words of a chunk for the R tiles of a strip: `WORDS` consecutive words of rows g and g + 8 of each.
@@ -398,6 +398,7 @@ DEV void mid(const Mid& p, u8* smem) {
     mid<NT, R, S>(p, smem); \
   }
 #define MIDS(NT) MID(NT, 1, 4) MID(NT, 1, 2) MID(NT, 1, 1) MID(NT, 2, 1)
+MIDS(1)
 MIDS(2)
 MIDS(4)
 KERNEL(slimba_mid_norm, MidNorm, THREADS) {

@@ -184,10 +184,10 @@ class CudaEngine:
         """The step for this batch size, pointed to `state`."""
         batch = state.batch
         if batch not in self._steps:
-            if FusedStep.fits(self.model, self.gpu, batch):
-                self._steps[batch] = FusedStep(self.model, self.gpu, batch, self.state_dtype)
-            elif BatchStep.fits(self.model) and not self._exact:
+            if batch > 1 and BatchStep.fits(self.model) and not self._exact:
                 self._steps[batch] = BatchStep(self.model, self.gpu, batch, self.state_dtype)
+            elif FusedStep.fits(self.model, self.gpu, batch):
+                self._steps[batch] = FusedStep(self.model, self.gpu, batch, self.state_dtype)
             else:
                 self._steps[batch] = BulkStep(self.model, self.gpu, batch, self._bulk)
         self._steps[batch].point_to(state)

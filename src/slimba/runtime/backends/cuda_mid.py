@@ -29,7 +29,7 @@ class Mid:
     def __init__(self, gpu: Gpu, batch: int, matrices: Sequence[DeviceMatrix]) -> None:
         self._gpu, self._batch = gpu, batch
         self._module = gpu.module("mid")
-        self._tiles = 2 if batch <= 16 else 4  # of eight vectors in a block
+        self._tiles = 1 if batch <= 8 else 2 if batch <= 16 else 4  # of eight vectors in a block
         half = {"dtype": torch.float16, "device": gpu.device}
         self._x = torch.zeros(batch, max(m.kpad for m in matrices), **half)  # type: ignore[call-overload]
         self._x2 = torch.zeros(batch, max(m.plane_kpad for m in matrices) or 8, **half)  # type: ignore[call-overload]

@@ -23,14 +23,15 @@ from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_lean import Lean, lean_of
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
 from slimba.runtime.backends.cuda_state import KEPT, POINTERS, STATE_CODES, CudaState, StatePointers
-from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits
+from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of, float_bits
 
 __all__ = ["BulkStep", "FusedStep", "Step"]
 
 STORE, ADD, IN_PROJ = 0, 1, 2  # enum OutputMode in kernels/cuda/matrix.cuh
 RECUR = {"1": "1, false", "quad": "1, true", "2": "2, false"}  # arguments of the template in kernels/cuda/step.cuh
 MOST_KERNELS = 16  # of one model: a layout a layer would take minutes to compile
-LARGEST_BATCH = 8  # beyond it products of tens of vectors are faster
+LARGEST_BATCH = 8  # of the fused kernels: the tokens that one holds
+CHOICE_BLOCKS = 32  # that look at the logits of a sequence
 LARGEST_STATE = 256  # entries of a row of the state that a warp holds
 
 
@@ -82,11 +83,14 @@ class Step(ABC):
         self.chosen = self._zeros(batch, self.ROOM, dtype=torch.int32)
         self.count = self._zeros(batch, dtype=torch.int32)
         self.logits = self._zeros(batch, spec.vocab_size)
+        self._keys = self._zeros(batch, CHOICE_BLOCKS, dtype=torch.int64)
+        self._tickets = self._zeros(batch, dtype=torch.int32)
         self._valid = torch.full((1,), spec.vocab_size, dtype=torch.int32, device=gpu.device)
         self.pointers = StatePointers(self._zeros(POINTERS, dtype=torch.int64), self._zeros(batch, dtype=torch.int32))
         self._argmax = fields_of(
             self._state(0), batch, self.logits.data_ptr(), spec.vocab_size, self._valid.data_ptr(),
-            self.ids.data_ptr(), self.chosen.data_ptr(), self.ROOM, self.count.data_ptr(),
+            self.ids.data_ptr(), self.chosen.data_ptr(), self.ROOM, self.count.data_ptr(), self._keys.data_ptr(),
+            self._tickets.data_ptr(),
         )  # fmt: skip
 
     @abstractmethod
@@ -112,7 +116,7 @@ class Step(ABC):
         """The next ids where they are chosen here; and the positions move on."""
         gpu = self._gpu
         if choose:
-            gpu.launch("slimba_argmax", (self.batch,), self._argmax, 8192, threads=1024, overlap=overlap)
+            gpu.launch("slimba_argmax", (CHOICE_BLOCKS, self.batch), self._argmax, 64, overlap=overlap)
         else:
             fields = fields_of(self._state(0), self.batch, 1)
             gpu.launch("slimba_advance", (-(-self.batch // 256),), fields, overlap=overlap)
@@ -188,7 +192,8 @@ class FusedStep(Step):
                 overlap=overlap, module=self._own,
             )  # fmt: skip
             return
-        grid = min(self._gpu.blocks, m.items), -(-self.batch // self._tokens)
+        blocks = self._gpu.blocks * (2 if m.items >= 2 * WARPS * self._gpu.blocks else 1)  # two fit a multiprocessor
+        grid = min(blocks, m.items), -(-self.batch // self._tokens)
         shared = m.shared_bytes(self._tokens, groups)
         self._gpu.launch(self._kernels[i], grid, self.products[i], shared, overlap=overlap, module=self._own)
 

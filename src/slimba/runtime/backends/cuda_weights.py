@@ -55,10 +55,10 @@ def padded(codes: torch.Tensor, cols: int, fill: int = 0) -> torch.Tensor:
 
 def int4_words(packed: torch.Tensor, cols: int, kpad: int) -> torch.Tensor:
     """uint8 [rows, ceil(cols / 2)], low nibble first -> [rows, kpad / 2]: 4-byte words of the order above in pairs, the
-    first of a pair in the low nibbles."""
+    first of a pair in the low nibbles; nibbles in two's complement, so that a shift left makes 16 times the code."""
     codes = torch.stack([packed & 15, packed >> 4], dim=2).view(packed.shape[0], -1)[:, :cols]
     words = in_order(padded(codes, kpad, 8)).view(packed.shape[0], kpad // 32, 4, 2, 4)
-    return (words[:, :, :, 0] | words[:, :, :, 1] << 4).reshape(packed.shape[0], kpad // 2)
+    return ((words[:, :, :, 0] | words[:, :, :, 1] << 4) ^ 0x88).reshape(packed.shape[0], kpad // 2)
 
 
 class DeviceMatrix:
