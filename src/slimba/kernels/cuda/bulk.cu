@@ -282,7 +282,7 @@ DEV void conv_pairs(const Conv& p) {
           window[k][c] = k + 1 < taps ? window[k + 1 < MAX_TAPS ? k + 1 : k][c] : c ? high_half(two[j]) : low_half(two[j]);
           sum[c] = fmaf(weight[k][c], window[k][c], sum[c]);
         }
-        sum[c] = sum[c] / (1.0f + fast_exp(-sum[c]));
+        sum[c] *= fast_reciprocal(1.0f + fast_exp(-sum[c]));
       }
       *(u32*)(out + (t0 + j) * p.out_stride) = pack_halves(sum[0], sum[1]);
     }
@@ -354,7 +354,7 @@ DEV void gate_norm_wide(const GateNorm& p, float* scratch) {
     for (int i = 0; i < 8; ++i) {
       const u32 yy = word(a, i / 2), zz = word(b, i / 2);
       const float gate = i % 2 ? high_half(zz) : low_half(zz);
-      g[k][i] = (i % 2 ? high_half(yy) : low_half(yy)) * gate / (1.0f + fast_exp(-gate));
+      g[k][i] = (i % 2 ? high_half(yy) : low_half(yy)) * gate * fast_reciprocal(1.0f + fast_exp(-gate));
       squares += g[k][i] * g[k][i];
     }
   }

@@ -32,7 +32,7 @@ HEAD_ROWS = 8192  # rows of the head expanded at a time
 
 def ssd_bytes(n: int) -> int:
     """Shared memory of slimba_ssd: SsdShared in kernels/cuda/ssd.cu."""
-    return 2 * (2 * 64 * 72 + 3 * 64 * (n + 8)) + 4 * 2 * 64 + 4 * 2 * 64
+    return 2 * (2 * 64 * 72 + 5 * 64 * (n + 8) + 64) + 4 * 2 * 64 + 4 * 2 * 64
 
 
 class Bulk:
