@@ -242,24 +242,25 @@ DEV void conv(const Conv& p) {
   }
 }
 
-// The same in float16 for two channels at once, CONV_AHEAD tokens in flight. Halves the accesses of conv.
+// The same in float16 for four taps and two channels at once, CONV_AHEAD tokens in flight.
 #define CONV_AHEAD 8
+#define PAIR_TAPS 4
 DEV void conv_pairs(const Conv& p) {
-  const int channel = 2 * (blockIdx.x * THREADS + threadIdx.x), b = blockIdx.z, taps = (int)p.state.taps;
+  const int channel = 2 * (blockIdx.x * THREADS + threadIdx.x), b = blockIdx.z;
   if (channel >= (int)p.state.channels) return;
   const i64 first = (i64)blockIdx.y * CONV_TOKENS, slot = slot_of(p.state, b), pos = position(p.state, slot);
-  const u16 *in = (const u16*)p.in + (i64)b * p.length * p.in_stride + channel;
+  const u16* in = (const u16*)p.in + (i64)b * p.length * p.in_stride + channel;
   u16* out = (u16*)p.out + (i64)b * p.length * p.out_stride + channel;
-  float window[MAX_TAPS][2], weight[MAX_TAPS][2], bias[2];
+  float window[PAIR_TAPS][2], weight[PAIR_TAPS][2], bias[2];
 #pragma unroll
-  for (int k = 0; k < MAX_TAPS; ++k) {
-    const i64 t = first - taps + k;
-    const u32 two = k > 0 && k < taps && t >= 0 ? *(const u32*)(in + t * p.in_stride) : 0;
+  for (int k = 0; k < PAIR_TAPS; ++k) {
+    const i64 t = first - PAIR_TAPS + k;
+    const u32 two = k > 0 && t >= 0 ? *(const u32*)(in + t * p.in_stride) : 0;
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      weight[k][c] = k < taps ? ((const float*)p.weight)[k * p.state.channels + channel + c] : 0.0f;
+      weight[k][c] = ((const float*)p.weight)[k * p.state.channels + channel + c];
       window[k][c] = c ? high_half(two) : low_half(two);
-      if (k > 0 && k < taps && t < 0) window[k][c] = ring_row(p.state, slot, pos + t + taps)[channel + c];
+      if (k > 0 && t < 0) window[k][c] = ring_row(p.state, slot, pos + t + PAIR_TAPS)[channel + c];
     }
   }
   for (int c = 0; c < 2; ++c) bias[c] = p.bias ? ((const float*)p.bias)[channel + c] : 0.0f;
@@ -271,20 +272,18 @@ DEV void conv_pairs(const Conv& p) {
     for (int j = 0; j < CONV_AHEAD; ++j) two[j] = t0 + j < end ? *(const u32*)(in + (t0 + j) * p.in_stride) : 0;
 #pragma unroll
     for (int j = 0; j < CONV_AHEAD; ++j) {
-      if (t0 + j >= end) break;
       float sum[2];
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         sum[c] = bias[c];
 #pragma unroll
-        for (int k = 0; k < MAX_TAPS; ++k) {
-          if (k >= taps) break;
-          window[k][c] = k + 1 < taps ? window[k + 1 < MAX_TAPS ? k + 1 : k][c] : c ? high_half(two[j]) : low_half(two[j]);
+        for (int k = 0; k < PAIR_TAPS; ++k) {
+          window[k][c] = k + 1 < PAIR_TAPS ? window[(k + 1) % PAIR_TAPS][c] : c ? high_half(two[j]) : low_half(two[j]);
           sum[c] = fmaf(weight[k][c], window[k][c], sum[c]);
         }
         sum[c] *= fast_reciprocal(1.0f + fast_exp(-sum[c]));
       }
-      *(u32*)(out + (t0 + j) * p.out_stride) = pack_halves(sum[0], sum[1]);
+      if (t0 + j < end) *(u32*)(out + (t0 + j) * p.out_stride) = pack_halves(sum[0], sum[1]);
     }
   }
 }
@@ -405,7 +404,7 @@ KERNEL(slimba_gate_norm_float, GateNorm, THREADS) {
   gate_norm<float>(p, (float*)smem);
 }
 DEV void conv_half(const Conv& p) {
-  const bool pairs = !((p.state.channels | p.in_stride | p.out_stride | p.in >> 1) & 1);  // all even, in on 4 bytes
+  const bool pairs = p.state.taps == PAIR_TAPS && !((p.state.channels | p.in_stride | p.out_stride | p.in >> 1) & 1);  // all even, in on 4 bytes
   if (pairs) conv_pairs(p);
   else conv<Half>(p);
 }
