@@ -83,8 +83,9 @@ def test_states_of_mamba1_are_rounded_as_in_the_reference(state_dtype: str) -> N
     np.testing.assert_allclose(np.concatenate(got, axis=1), want, rtol=0, atol=2e-3)
 
 
-def test_half_precision_bulk_is_close() -> None:
-    checkpoint = random_checkpoint(SPECS["headdim-64"], 4, "mixed")
+@pytest.mark.parametrize("format", ["mixed", "float16"])
+def test_half_precision_bulk_is_close(format: str) -> None:
+    checkpoint = random_checkpoint(SPECS["headdim-64"], 4, format)
     ids = np.random.default_rng(3).integers(0, checkpoint.spec.vocab_size, (1, 30)).astype(np.int32)
     cuda = engine(checkpoint)
     got = cuda.forward(ids, cuda.new_state())

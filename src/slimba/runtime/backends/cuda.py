@@ -25,7 +25,7 @@ try:
     from slimba.runtime.backends.cuda_bulk import CHUNK, Bulk
     from slimba.runtime.backends.cuda_device import Gpu, open_gpu
     from slimba.runtime.backends.cuda_model import CudaModel
-    from slimba.runtime.backends.cuda_state import STATE_CODES, CudaState
+    from slimba.runtime.backends.cuda_state import STATE_CODES, CudaState, StatePointers
     from slimba.runtime.backends.cuda_step import BulkStep, FusedStep, Step
 except ModuleNotFoundError as e:
     if e.name != "torch":
@@ -35,6 +35,27 @@ except ModuleNotFoundError as e:
 __all__ = ["CudaEngine", "CudaState", "CudaUnavailable"]
 
 LOGIT_FLOATS = 1 << 27  # most logits made at once by `nll`
+GRAPH_TOKENS, MOST_GRAPHS = 4096, 16  # of a recorded piece of a prompt; of pieces
+
+
+class PromptGraph:
+    """The bulk pass over a piece of a prompt of one shape, recorded as a CUDA graph."""
+
+    def __init__(self, bulk: Bulk, gpu: Gpu, piece: torch.Tensor, state: CudaState) -> None:
+        self._ids = piece.clone()
+        self._pointers = StatePointers(state.pointers.arrays.clone(), state.pointers.slots.clone())
+        self._replay = gpu.record(lambda: self._work(bulk))
+
+    def _work(self, bulk: Bulk) -> None:
+        self._out = bulk.residual(self._ids, self._pointers, chunked=True)
+
+    def run(self, piece: torch.Tensor, state: CudaState) -> torch.Tensor:
+        """The residual stream, which the next replay overwrites."""
+        self._ids.copy_(piece)
+        self._pointers.arrays.copy_(state.pointers.arrays)
+        self._pointers.slots.copy_(state.pointers.slots)
+        self._replay()
+        return self._out
 
 
 class CudaEngine:
@@ -80,6 +101,7 @@ class CudaEngine:
         self._bulk = Bulk(self.model, self.gpu, state_dtype, exact=exact)
         self._steps: dict[int, Step] = {}
         self._graphs: dict[tuple[int, bool], Callable[[], None]] = {}
+        self._prompts: dict[tuple[int, int], PromptGraph | None] = {}  # None: seen once
 
     def new_state(self, batch: int = 1) -> CudaState:
         if batch < 1:
@@ -204,18 +226,33 @@ class CudaEngine:
     def _prefill(self, x: torch.Tensor, state: CudaState) -> torch.Tensor:
         if not x.shape[1]:
             raise UserError("the prompt is empty: prefill needs at least one token")
-        for _, piece, u in self._pieces(x, state, CHUNK, chunked=True):
-            last = u.view(*piece.shape, -1)[:, -1]
+        length = max(1, CHUNK // state.batch)
+        for at in range(0, x.shape[1], length):
+            piece = x[:, at : at + length]
+            last = self._prompt(piece, state).view(*piece.shape, -1)[:, -1]
         return self._bulk.logits(last)
 
+    def _prompt(self, piece: torch.Tensor, state: CudaState) -> torch.Tensor:
+        """The residual stream of a piece of a prompt. A shape that comes again is recorded as a CUDA graph, because
+        launching takes longer than a short piece."""
+        shape = piece.shape[0], piece.shape[1]
+        if self.gpu.device.type != "cuda" or piece.numel() > GRAPH_TOKENS or shape not in self._prompts:
+            if len(self._prompts) < MOST_GRAPHS:
+                self._prompts.setdefault(shape, None)
+            return self._bulk.residual(piece, state.pointers, chunked=True)
+        graph = self._prompts[shape]
+        if graph is None:
+            graph = self._prompts[shape] = PromptGraph(self._bulk, self.gpu, piece, state)
+        return graph.run(piece, state)
+
     def _pieces(
-        self, x: torch.Tensor, state: CudaState, tokens: int, chunked: bool = False
+        self, x: torch.Tensor, state: CudaState, tokens: int
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """(first position, ids, residual stream) of pieces of at most `tokens` tokens of all sequences."""
         length = max(1, min(CHUNK, tokens) // max(1, state.batch))
         for at in range(0, x.shape[1], length):
             piece = x[:, at : at + length]
-            yield at, piece, self._bulk.residual(piece, state.pointers, chunked=chunked)
+            yield at, piece, self._bulk.residual(piece, state.pointers)
 
     def _ids(self, ids: np.ndarray, state: CudaState) -> torch.Tensor:
         ids = np.asarray(ids)

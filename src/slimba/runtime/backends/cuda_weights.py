@@ -87,6 +87,8 @@ class DeviceMatrix:
         col_scale = self._upload(matrix.arrays["col_scale"].astype(np.float32)) if layout.col_scale else 0
         self.rank = rank
         self.items = items
+        plain = [s.format for s in layout.segments] == ["float16"] and not (rank or layout.plane or layout.col_scale)
+        self.half = self._keep[0][:, : self.cols] if plain else None  # the matrix itself, where it is stored in float16
         self.bias = tensor(bias.astype(np.float32), device) if bias is not None else None
         self.split = split_of(items, blocks, self.kpad // 512)
         codes = {FORMAT_CODES[s.format] for s in layout.segments}
