@@ -336,6 +336,11 @@ DEV uint2 load_pair(const void* p) {
 DEV u64 load_fresh(const u64* p) { return *p; }
 DEV void store_fresh(u64* p, u64 v) { *p = v; }
 DEV u32 take_ticket(u32* p) { return (*p)++; }
+DEV u32 add_shared(u32* p, u32 v) {
+  const u32 before = *p;
+  *p += v;
+  return before;
+}
 DEV float2 load_fresh_pair(const float* p) { return float2{p[0], p[1]}; }
 DEV uint4 load_state(const void* p) { return load_weights(p); }
 DEV float load_fresh(const float* p) { return *p; }

@@ -115,18 +115,26 @@ def test_greedy_generation_is_that_of_the_reference_and_stops_as_it_does(batch: 
             np.testing.assert_allclose(cuda.forward(follow, ours), reference.forward(follow, theirs), rtol=0, atol=1e-4)
 
 
-def test_sampling_follows_the_seed() -> None:
+@pytest.mark.parametrize("penalty", [1.0, 1.2])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_sampling_follows_the_seed_and_stops_as_the_reference_does(batch: int, penalty: float) -> None:
+    """On the GPU without a repetition penalty, by the host with one."""
     from slimba.runtime.backends.reference import ReferenceEngine
     from slimba.runtime.engine import SamplingParams
 
     checkpoint = random_checkpoint(SPECS["plain"], 6, "mixed")
-    prompt = np.array([[1, 2, 3]], np.int32)
-    params = SamplingParams(max_new_tokens=8, temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=3)
+    prompt = np.random.default_rng(1).integers(0, 67, (batch, 3)).astype(np.int32)
+    settings = dict(max_new_tokens=11, temperature=0.8, top_p=0.9, repetition_penalty=penalty, seed=3)
     cuda, reference = engine(checkpoint, exact=True), ReferenceEngine(checkpoint)
-    got, want = (
-        np.concatenate(list(e.generate(prompt, e.new_state(), params, stride=3)), axis=1) for e in (cuda, reference)
-    )
-    np.testing.assert_array_equal(got, want)
+    free = np.concatenate(list(reference.generate(prompt, reference.new_state(batch), SamplingParams(**settings))), 1)  # type: ignore[arg-type]
+    for stop in ((), (int(free[0, 6]),)):
+        params = SamplingParams(**settings, stop_ids=stop)  # type: ignore[arg-type]
+        ours, theirs = cuda.new_state(batch), reference.new_state(batch)
+        got, want = (
+            np.concatenate(list(e.generate(prompt, s, params, stride=4)), axis=1)
+            for e, s in ((cuda, ours), (reference, theirs))
+        )
+        np.testing.assert_array_equal(got, want)
 
 
 def test_nll_is_log_softmax() -> None:

@@ -27,6 +27,7 @@ LEAN = (*SHARED[:4], "lean.cuh", *SHARED[4:])
 MODULES = {
     "decode": LEAN,
     "main": (*SHARED, "generic.cu", "bulk.cu", "scan.cu", "scan1.cu", "ssd.cu"),
+    "sample": (*SHARED, "sample.cu"),
     "mid": (*SHARED, "mid.cu", "batch.cu"),
 }
 OPTIONS = ("--std=c++17", "--device-as-default-execution-space")

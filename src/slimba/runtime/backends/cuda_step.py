@@ -11,6 +11,7 @@ Larger batches than 1 run in groups of 8. Which models fit is `FusedStep.fits`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from slimba.runtime.backends.cuda_lean import Lean, lean_of
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
 from slimba.runtime.backends.cuda_state import KEPT, POINTERS, STATE_CODES, CudaState, StatePointers
 from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of, float_bits
+from slimba.runtime.engine import SamplingParams
 
 __all__ = ["BulkStep", "FusedStep", "Step"]
 
@@ -31,6 +33,7 @@ STORE, ADD, IN_PROJ = 0, 1, 2  # enum OutputMode in kernels/cuda/matrix.cuh
 RECUR = {"1": "1, false", "quad": "1, true", "2": "2, false"}  # arguments of the template in kernels/cuda/step.cuh
 MOST_KERNELS = 16  # of one model: a layout a layer would take minutes to compile
 LARGEST_BATCH = 8  # of the fused kernels: the tokens that one holds
+SETTINGS, SAMPLE_BYTES = 7, 8 * (4096 + 1024 + 32 + 1) + 4 * (2048 + 4)  # structs in kernels/cuda/sample.cu
 CHOICE_BLOCKS = 32  # that look at the logits of a sequence
 LARGEST_STATE = 256  # entries of a row of the state that a warp holds
 
@@ -87,6 +90,12 @@ class Step(ABC):
         self._tickets = self._zeros(batch, dtype=torch.int32)
         self._valid = torch.full((1,), spec.vocab_size, dtype=torch.int32, device=gpu.device)
         self.pointers = StatePointers(self._zeros(POINTERS, dtype=torch.int64), self._zeros(batch, dtype=torch.int32))
+        self._settings = self._zeros(batch, SETTINGS, dtype=torch.int64)
+        self._sample = fields_of(
+            self._state(0), batch, self.logits.data_ptr(), spec.vocab_size, self._valid.data_ptr(),
+            self.ids.data_ptr(), self.chosen.data_ptr(), self.ROOM, self.count.data_ptr(), self._settings.data_ptr(),
+        )  # fmt: skip
+        self.samples = False
         self._argmax = fields_of(
             self._state(0), batch, self.logits.data_ptr(), spec.vocab_size, self._valid.data_ptr(),
             self.ids.data_ptr(), self.chosen.data_ptr(), self.ROOM, self.count.data_ptr(), self._keys.data_ptr(),
@@ -107,6 +116,29 @@ class Step(ABC):
         """Ids from `n_valid` on are not chosen; 0 allows all."""
         self._valid.fill_(n_valid or self._model.spec.vocab_size)
 
+    def sample_by(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, numbers: Sequence[int] | None = None
+    ) -> None:
+        """How the next ids are chosen: by these settings, which may be one for each sequence, or greedily (None).
+
+        numbers: each sequence's number in the draws, by default its place in the batch. Token i of a sequence is the
+        i-th after the call of `first_token`.
+        """
+        self.samples = params is not None
+        if params is None:
+            return
+        every = [params] * self.batch if isinstance(params, SamplingParams) else list(params)
+        rows = np.zeros((self.batch, SETTINGS), np.int64)
+        rows[:, :3].view(np.float64)[:] = [[p.temperature, p.top_p, p.min_p] for p in every]
+        rows[:, 3].view(np.uint64)[:] = [p.seed for p in every]
+        rows[:, 4] = [p.top_k for p in every]
+        rows[:, 5] = range(self.batch) if numbers is None else numbers
+        self._settings.copy_(torch.from_numpy(rows))
+
+    def first_token(self, number: int | Sequence[int]) -> None:
+        """The number of the token that is chosen next, where `count` is 0."""
+        self._settings[:, 6] = torch.as_tensor(number, dtype=torch.int64, device=self._gpu.device)
+
     def point_to(self, state: CudaState) -> None:
         """The next steps move this state on."""
         self.pointers.arrays.copy_(state.pointers.arrays)
@@ -115,7 +147,12 @@ class Step(ABC):
     def after(self, choose: bool, overlap: bool = False) -> None:
         """The next ids where they are chosen here; and the positions move on."""
         gpu = self._gpu
-        if choose:
+        if choose and self.samples:
+            module = gpu.module("sample")
+            gpu.launch(
+                "slimba_sample", (self.batch,), self._sample, SAMPLE_BYTES, threads=1024, overlap=overlap, module=module
+            )
+        elif choose:
             gpu.launch("slimba_argmax", (CHOICE_BLOCKS, self.batch), self._argmax, 64, overlap=overlap)
         else:
             fields = fields_of(self._state(0), self.batch, 1)
