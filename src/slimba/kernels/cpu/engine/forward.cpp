@@ -11,10 +11,10 @@
 namespace slimba {
 
 namespace {
-constexpr std::int64_t kChunkTokens = 128;   // tokens of all sequences together in one chunk
+constexpr std::int64_t kChunkTokens = 256;   // tokens of all sequences together in one chunk
 constexpr std::int64_t kConvBlock = 512;     // channels per task
 constexpr std::int64_t kChannelBlock = 128;  // Mamba-1 channels per task
-constexpr std::int64_t kHeadTasks = 4;       // tasks of heads, a thread
+constexpr std::int64_t kHeadTasks = 2;       // tasks of heads, a thread
 }  // namespace
 
 std::int64_t Model::chunk_tokens(std::int64_t sequences) { return std::max<std::int64_t>(1, kChunkTokens / sequences); }

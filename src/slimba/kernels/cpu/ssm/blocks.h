@@ -26,6 +26,30 @@ inline vf load_held(StateType type, const uint8_t* row, int64_t i, int64_t n) {
 }
 inline vf round_held(StateType type, vf v) { return type == kStateFloat32 ? v : round_bfloat_safely(v); }
 
+// The even ones of 2 W numbers, then the odd ones
+inline void store_apart(float* out, vf first, vf second) {
+#if defined(__AVX512F__)
+  const vi even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  vstore(out, _mm512_permutex2var_ps(first, even, second));
+  vstore(out + W, _mm512_permutex2var_ps(first, _mm512_add_epi32(even, _mm512_set1_epi32(1)), second));
+#else
+  const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(first, second, 0x88));
+  const __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(first, second, 0xdd));
+  vstore(out, _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8)));
+  vstore(out + W, _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8)));
+#endif
+}
+
+// W numbers rounded to 16-bit ones
+inline void store_words(int16_t* out, vf v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)out, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v)));
+#else
+  const vi whole = _mm256_cvtps_epi32(v);
+  _mm_storeu_si128((__m128i*)out, _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
+#endif
+}
+
 // ---- pieces of a state row and their products with C
 
 struct FloatPiece {
@@ -134,18 +158,13 @@ struct Shared {
     if (!whole || a.type == kStateFloat32) {
       for (int64_t n = 0; n < padded; n += W) vstore(out + n, vload_n(row + n, a.d_state - n));
     } else if (a.type == kStateBfloat16) {
-      for (int64_t n = 0; n < a.d_state; n += 2 * W)
-        for (int64_t k = 0; k < W; ++k) out[n + k] = row[n + 2 * k], out[n + W + k] = row[n + 2 * k + 1];
+      for (int64_t n = 0; n < a.d_state; n += 2 * W) store_apart(out + n, vload(row + n), vload(row + n + W));
     } else {
       vf top = vzero();
       for (int64_t n = 0; n < a.d_state; n += W) top = vmax(vabs(vload(row + n)), top);
       const float most = max_lane(top);
       const vf inverse = vset(most < 1e-30f ? 0.0f : 32767.0f / most);
-      for (int64_t n = 0; n < a.d_state; n += W) {
-        alignas(64) float codes[W];
-        vstore(codes, vround(vmul(vload(row + n), inverse)));
-        for (int64_t k = 0; k < W; ++k) ((int16_t*)out)[n + k] = int16_t(codes[k]);
-      }
+      for (int64_t n = 0; n < a.d_state; n += W) store_words((int16_t*)out + n, vmul(vload(row + n), inverse));
       c_scale[t] = most == most ? (most < 1e-30f ? 0.0f : most / 32767.0f) : __builtin_nanf("");
     }
   }
