@@ -27,9 +27,9 @@ IN, OUT = "backbone.layers.0.mixer.in_proj", "backbone.layers.0.mixer.out_proj"
 def test_dfssm() -> None:
     layouts = preset_layouts(MAMBA2, "dfssm", rank=4)
     assert set(layouts) == set(MAMBA2.matrices())
-    assert layouts[IN].describe() == "sign:192 int8:35 +r4"
-    assert (layouts[IN].lowrank.start, layouts[IN].lowrank.stop) == (0, 192)  # type: ignore[union-attr]
-    assert layouts[OUT].describe() == "sign +r4"
+    assert layouts[IN].describe() == "sign:224 int8:3 +r4 +plane:128x16"
+    assert (layouts[IN].lowrank.start, layouts[IN].lowrank.stop) == (0, 224)  # type: ignore[union-attr]
+    assert layouts[OUT].describe() == "sign +r4 +plane:48x32"
     assert layouts["backbone.embeddings"].describe() == layouts["lm_head"].describe() == "int4"
 
 
@@ -42,7 +42,13 @@ def test_dfssm_published() -> None:
 
 def test_mamba1() -> None:
     layouts = preset_layouts(MAMBA1, "dfssm", rank=2, embedding="int8")
-    assert [layouts[n].describe() for n in MAMBA1.matrices()] == ["int8", "sign +r2", "int8", "int8", "sign +r2 *col"]
+    assert [layouts[n].describe() for n in MAMBA1.matrices()] == [
+        "int8",
+        "sign +r2 +plane:96x16",
+        "int8",
+        "int8",
+        "sign +r2 +plane:48x32 *col",
+    ]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -54,7 +60,8 @@ def test_every_preset_fits_every_matrix(name: str, spec: ModelSpec) -> None:
 
 
 def test_no_correction_and_bad_settings() -> None:
-    assert preset_layouts(MAMBA2, "dfssm", rank=0)[OUT].describe() == "sign"
+    assert preset_layouts(MAMBA2, "dfssm")[OUT].describe() == "sign +plane:48x32"
+    assert preset_layouts(MAMBA2, "dfssm-published", rank=0)[OUT].describe() == "sign"
     with pytest.raises(UserError, match="unknown format 'nf4'"):
         preset_layouts(MAMBA2, "nf4")
     with pytest.raises(UserError, match="unknown format 'nf4'"):

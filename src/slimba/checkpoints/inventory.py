@@ -97,7 +97,9 @@ def inventory_of(checkpoint: Checkpoint) -> Inventory:
     return _inventory(checkpoint.spec, checkpoint.layouts, entries, header)
 
 
-def inventory_of_shape(spec: ModelSpec, preset: str, *, rank: int = 16, embedding: str | None = None) -> Inventory:
+def inventory_of_shape(
+    spec: ModelSpec, preset: str, *, rank: int | None = None, embedding: str | None = None
+) -> Inventory:
     """The inventory that `spec` would have as a packed file under a preset of `formats/presets.py`."""
     layouts, dtypes = preset_layouts(spec, preset, rank=rank, embedding=embedding), preset_dtypes(preset)
     entries: dict[str, tuple[str, tuple[int, ...]]] = {}

@@ -1,4 +1,4 @@
-"""`slimba compress TEACHER OUT --method dfssm|quamba2 --data TEXT...`: run a method. See methods/run.py."""
+"""`slimba compress TEACHER OUT --method METHOD --data TEXT...`: run a method, or stages. See methods/run.py."""
 
 from __future__ import annotations
 
@@ -17,9 +17,15 @@ def compress(
         typer.Option("--data", help="Text (.txt, .jsonl, .parquet, .zst, .gz, datasets:NAME) or ids (.npy, .bin)."),
     ],
     method: Annotated[
-        str, typer.Option(help="How the numbers are chosen: dfssm (trained) or quamba2 (calibrated).")
-    ] = "dfssm",
-    recipe: Annotated[Path | None, typer.Option(help="YAML settings that override the default's.")] = None,
+        str | None,
+        typer.Option(
+            help="How the numbers are chosen: dfssm (trained), quamba2 (calibrated) or ptq (chosen rows rounded)."
+            " Default: what the recipe says, else dfssm."
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML settings that override the default's, or a list of stages.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="One setting, key=value; may be repeated."),
@@ -35,7 +41,10 @@ def compress(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new model is complete.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the run's record there.")] = None,
 ) -> None:
-    """Make a float model small: one bit a weight by distillation (dfssm), 4 or 8 bits without training (quamba2)."""
+    """Make a float model small: one bit a weight by distillation (dfssm), 4 or 8 bits without training (quamba2, ptq).
+
+    A recipe may list stages, such as one-bit rows by dfssm and then out_proj at 4 bits by ptq: docs/stages.md.
+    """
     from slimba.cli.options import write_json
     from slimba.methods.run import compress as run
     from slimba.training.recipes import parse_overrides

@@ -30,7 +30,9 @@ def inspect(
             "bfloat16, float32, int8, int4.",
         ),
     ] = None,
-    rank: Annotated[int, typer.Option("--rank", help="With --shape: rank of the low-rank correction.")] = 16,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="With --shape: rank of the low-rank correction, if not the usual one.")
+    ] = None,
     embedding: Annotated[
         str | None, typer.Option("--embedding", help="With --shape: format of the embedding, if not the usual one.")
     ] = None,
@@ -53,7 +55,7 @@ def inspect(
         write_json(json_file, record)
 
 
-def _inspect_shape(name: str, format: str | None, rank: int, embedding: str | None) -> dict[str, Any]:
+def _inspect_shape(name: str, format: str | None, rank: int | None, embedding: str | None) -> dict[str, Any]:
     from slimba.checkpoints.inventory import inventory_of_shape, layer_groups
     from slimba.formats.presets import PRESETS, preset_layouts
     from slimba.models.configs import named_spec

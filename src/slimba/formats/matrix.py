@@ -30,7 +30,7 @@ from slimba.formats.floats import DTYPES, FloatFormat
 from slimba.formats.hadamard import hadamard
 from slimba.formats.int4 import Int4Format
 from slimba.formats.int8 import Int8Format, quantize_rows
-from slimba.formats.sign import SignFormat, row_bytes, unpack_signs
+from slimba.formats.sign import SignFormat, pack_signs, row_bytes, unpack_signs
 
 __all__ = ["FORMATS", "LowRank", "Matrix", "MatrixLayout", "Plane", "Segment"]
 
@@ -234,7 +234,7 @@ class Matrix:
     ) -> Matrix:
         """Round-to-nearest of float32 w [rows, cols] into `layout`; `lowrank` is (A [n, R], B [R, cols]).
 
-        With a Hadamard transform, w is the matrix that meets the untransformed input.
+        A second plane gets the columns in which most is missing. With a Hadamard transform, w is the matrix that meets the untransformed input.
         """
         if w.shape != (layout.rows, layout.cols):
             raise UserError(f"a matrix of shape {w.shape} does not fit a layout of {(layout.rows, layout.cols)}")
@@ -253,7 +253,7 @@ class Matrix:
             out.arrays["lowrank_a"], out.arrays["lowrank_a_scale"] = quantize_rows(lowrank[0])
             out.arrays["lowrank_b"], out.arrays["lowrank_b_scale"] = quantize_rows(lowrank[1])
         if layout.plane:
-            raise UserError("a second sign plane is chosen by a method, not by rounding")
+            out.arrays |= plane_of(w - out._dequantize_segments(), layout.plane)
         if layout.col_scale:  # round-to-nearest chooses none
             out.arrays["col_scale"] = np.ones(layout.cols, np.float16)
         return out
@@ -285,8 +285,8 @@ class Matrix:
         signs = unpack_signs(self.arrays["plane_packed"], self.layout.plane.cols)
         return signs * self.arrays["plane_scale"].astype(np.float32)[:, None]
 
-    def dequantize(self) -> np.ndarray:
-        """float32 [rows, cols], the matrix that every engine must multiply by."""
+    def _dequantize_segments(self) -> np.ndarray:
+        """float32 [rows, cols] of the segments and the low-rank correction: all but second plane and column scale."""
         cols = self.layout.cols
         w = np.concatenate(
             [FORMATS[s.format].unpack(self.segment_parts(i), cols) for i, s in enumerate(self.layout.segments)]
@@ -294,6 +294,11 @@ class Matrix:
         factors = self.lowrank_factors()
         if factors and self.layout.lowrank:
             w[self.layout.lowrank.start : self.layout.lowrank.stop] += factors[0] @ factors[1]
+        return w
+
+    def dequantize(self) -> np.ndarray:
+        """float32 [rows, cols], the matrix that every engine must multiply by."""
+        w = self._dequantize_segments()
         if p := self.layout.plane:
             w[p.start : p.stop, self.plane_columns()] += self.plane_weight()
         if self.layout.col_scale:
@@ -323,3 +328,12 @@ class Matrix:
         if p := self.layout.plane:
             y[..., p.start : p.stop] += x[..., self.plane_columns()] @ self.plane_weight().T
         return y
+
+
+def plane_of(missing: np.ndarray, plane: Plane) -> dict[str, np.ndarray]:
+    """The second plane that takes most from `missing` [rows, cols], what the other parts leave of a matrix."""
+    rows = missing[plane.start : plane.stop]
+    columns = np.sort(np.argsort(-(rows**2).sum(0), kind="stable")[: plane.cols])
+    rows = rows[:, columns]
+    out = {"plane_packed": pack_signs(rows), "plane_scale": np.abs(rows).mean(1).astype(np.float16)}
+    return out if plane.cols == missing.shape[1] else out | {"plane_index": columns.astype(np.int32)}

@@ -1,6 +1,6 @@
 """Named layouts: which format every matrix of a model gets under `dfssm`, `dfssm-published`, `int8`, ... No torch.
 
-    layouts = preset_layouts(spec, "dfssm", rank=16)      # one MatrixLayout per spec.matrices()
+    layouts = preset_layouts(spec, "dfssm")               # one MatrixLayout per spec.matrices()
     dtypes = preset_dtypes("dfssm")                       # dtype of the small tensors by kind
 
 `sign_layouts` builds the layouts of any one-bit recipe; the preset `dfssm` is what the default recipe asks of it.
@@ -39,21 +39,24 @@ FLOATS = ("float32", "float16", "bfloat16")
 ROWS = ("z", "x", "B", "C", "dt", "out")
 EMBEDDING = {"dfssm": "int4", "dfssm-published": "int8"}
 # what the default recipe, recipes/dfssm.yaml, asks of `sign_layouts`
-DEFAULT: dict[str, Any] = {"formats": {"B": "int8", "C": "int8", "dt": "int8"}}
+DEFAULT: dict[str, Any] = {"formats": {"dt": "int8"}, "plane": 0.33, "plane_rows": ("x", "B", "C", "out")}
+RANK = {"dfssm": 0, "dfssm-published": 16}
 INTEGER = {"w8a8": ("int8", "int8"), "w4a8": ("int4", "int8"), "w4a16": ("int4", "float32")}  # weights, activations
 TRANSFORMED = ("in_proj", "x_proj", "out_proj")  # matrices whose input may be transformed; dt_proj's is narrow
 PRESETS = (*EMBEDDING, *INTEGER, *FLOATS, "int8", "int4")
 
 
 def preset_layouts(
-    spec: ModelSpec, name: str, *, rank: int = 16, embedding: str | None = None
+    spec: ModelSpec, name: str, *, rank: int | None = None, embedding: str | None = None
 ) -> dict[str, MatrixLayout]:
     """The layout of every matrix of `spec` under the preset `name`.
 
-    `rank` is R of the low-rank correction of the sign matrices (0: none). `embedding` overrides the format of the
-    embedding and of an untied head. UserError for an unknown preset or format and for a negative rank.
+    `rank` is R of the low-rank correction of the sign matrices (0: none), by default the preset's own. `embedding`
+    overrides the format of the embedding and of an untied head. UserError for an unknown preset or format and for a
+    negative rank.
     """
     _check(name)
+    rank = RANK.get(name, 0) if rank is None else rank
     if rank < 0:
         raise UserError(f"rank is {rank}, it must be 0 (no low-rank correction) or more")
     table = embedding or ("int8" if name in INTEGER else EMBEDDING.get(name, name))
@@ -126,7 +129,7 @@ def sign_layouts(
                 cols,
                 _segments(names, kinds),
                 _lowrank(short, names, kinds, rank, cols),
-                column_scale and spec.norm_before(short) is None,
+                column_scale and "sign" in kinds.values() and spec.norm_before(short) is None,
                 _plane(names, kinds, plane, plane_rows, cols),
             )
         else:  # x_proj and dt_proj of a Mamba-1: 6 % of its weights, and the most sensitive ones
@@ -185,6 +188,7 @@ def _plane(
     start, stop = spans[here[0]][0], spans[here[-1]][1]
     between = [row for row in names if start <= spans[row][0] < stop]
     if between != here or any(kinds[row] != "sign" for row in here):
-        raise UserError(f"plane_rows {', '.join(here)} must be sign rows next to each other")
+        where = f"plane_rows {', '.join(here)} must be sign rows next to each other"
+        raise UserError(where + "; leave out those that have another format")
     # whole bytes of signs, at least one
     return Plane(cols if share == 1 else min(cols, max(8, round(share * cols / 8) * 8)), start, stop)

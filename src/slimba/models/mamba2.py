@@ -18,7 +18,7 @@ from torch import nn
 
 from slimba.kernels import triton
 from slimba.models.norms import GatedRMSNorm
-from slimba.models.scan import causal_conv1d, ssd_chunked, ssd_recurrence
+from slimba.models.scan import causal_conv1d, ssd_chunked, ssd_recurrence, ssd_stored
 from slimba.models.spec import ModelSpec
 from slimba.models.state import LayerState
 
@@ -51,14 +51,18 @@ class Mamba2Mixer(nn.Module):
 
     def forward(self, u: torch.Tensor, state: LayerState | None = None) -> torch.Tensor:
         """With a state: continue from it, and leave it as it is after the last token of u."""
-        if state is not None and u.shape[1] == 1:
+        if state is not None and u.shape[1] == 1 and state.held is None:
             return self.step(u[:, 0], state)[:, None]
         if state is None and (fused := self.fused(u)) is not None:
             return self.out_proj(fused)
         z, raw, dt = self.project(u)
         xbc, window = causal_conv1d(raw, self.conv1d.weight, self.conv1d.bias, state.conv if state else None)
         x, B, C = self.split(F.silu(xbc))
-        y, last = ssd_chunked(x, self.time_step(dt), self.A, B, C, self.chunk_size, state.ssm if state else None)
+        step, A = self.time_step(dt), self.A
+        if state is not None and state.held is not None:
+            y, last = ssd_stored(x, step, A, B, C, state.ssm, state.held)
+        else:
+            y, last = ssd_chunked(x, step, A, B, C, self.chunk_size, state.ssm if state else None)
         if state is not None:
             state.update(window, last)
         return self.out_proj(self.gate(y, x, z))

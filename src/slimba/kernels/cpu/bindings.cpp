@@ -320,7 +320,17 @@ NB_MODULE(_core, m) {
   nb::class_<State>(m, "State")
       .def("clone", &State::clone, nb::call_guard<nb::gil_scoped_release>())
       .def("reset", &State::reset, nb::call_guard<nb::gil_scoped_release>())
-      .def_prop_ro("batch", &State::batch);
+      .def_prop_ro("batch", &State::batch)
+      .def_prop_ro("saved_bytes", &State::saved_bytes)
+      .def("save", [](State& s, int64_t b, const Out<std::uint8_t, 1>& out) {
+        if (b < 0 || b >= s.batch() || int64_t(out.size()) != s.saved_bytes()) bad("no such sequence, or wrong size");
+        s.save(b, out.data());
+      })
+      .def("load", [](State& s, int64_t b, const Bytes& from) {
+        if (b < 0 || b >= s.batch()) bad("the state holds no sequence " + std::to_string(b));
+        if (int64_t(from.size()) != s.saved_bytes()) bad("the saved state is of another model or state type");
+        s.load(b, from.data());
+      });
 
   nb::class_<BoundModel>(m, "Model")
       .def(nb::init<const Numbers&, int, const std::string&>(), "config"_a, "threads"_a, "isa"_a = "")

@@ -33,7 +33,7 @@ DEV void unpack_octet(const Segment& s, i64 row, int octet, i64 cols, float (&w)
   } else if (s.format == INT4) {
     const float scale = half_bits_to_float(scales[row * s.groups + c / 128]);
     const u8* p = at + (c >> 5) * 16 + (octet & 3);
-    for (int k = 0; k < 8; ++k) w[k] = scale * (float)((int)(p[k / 2 * 4] >> (k & 1) * 4 & 15) - 8);
+    for (int k = 0; k < 8; ++k) w[k] = scale * (float)((int)((p[k / 2 * 4] >> (k & 1) * 4 & 15) ^ 8) - 8);
   } else {
     for (int k = 0; k < 8; ++k) {
       const i64 i = c + k;
@@ -195,10 +195,22 @@ DEV void add_norm(const AddNorm& p, float* scratch) {
     store((T*)p.x, at + i, u[i] * inverse * ((const float*)p.weight)[i]);
 }
 
+// How a call of `length` tokens lies to the writings of the state: `stored` of its tokens are in the state when it ends, or
+// none is written; the others are kept, from place `at` of the buffer on.
+struct Span {
+  int before, stored, at;  // before: tokens that were kept when the call began
+};
+DEV Span span_of(int time, i64 length) {
+  const int before = time % KEPT, end = (int)((before + length) / KEPT) * KEPT;
+  return end ? Span{before, end - before, 0} : Span{before, 0, before};
+}
+
 // out = silu(conv(in)) for the tokens of this call. Grid: channels in 256s, tokens in 16s, sequences.
 struct Conv {
   StateRef state;
   i64 batch, length, in, in_stride, out, out_stride, weight, bias;
+  i64 state_type, inner, entries, heads;  // entries: channels of B, from `inner` on; 0, as are heads, for Mamba-1
+  i64 dt, dt_stride, dt_bias, a, dt_low, dt_high;  // as in Scan
 };
 #define CONV_TOKENS 16
 template <typename T>
@@ -230,24 +242,25 @@ DEV void conv(const Conv& p) {
   }
 }
 
-// The same in float16 for two channels at once, CONV_AHEAD tokens in flight. Halves the accesses of conv.
+// The same in float16 for four taps and two channels at once, CONV_AHEAD tokens in flight.
 #define CONV_AHEAD 8
+#define PAIR_TAPS 4
 DEV void conv_pairs(const Conv& p) {
-  const int channel = 2 * (blockIdx.x * THREADS + threadIdx.x), b = blockIdx.z, taps = (int)p.state.taps;
+  const int channel = 2 * (blockIdx.x * THREADS + threadIdx.x), b = blockIdx.z;
   if (channel >= (int)p.state.channels) return;
   const i64 first = (i64)blockIdx.y * CONV_TOKENS, slot = slot_of(p.state, b), pos = position(p.state, slot);
-  const u16 *in = (const u16*)p.in + (i64)b * p.length * p.in_stride + channel;
+  const u16* in = (const u16*)p.in + (i64)b * p.length * p.in_stride + channel;
   u16* out = (u16*)p.out + (i64)b * p.length * p.out_stride + channel;
-  float window[MAX_TAPS][2], weight[MAX_TAPS][2], bias[2];
+  float window[PAIR_TAPS][2], weight[PAIR_TAPS][2], bias[2];
 #pragma unroll
-  for (int k = 0; k < MAX_TAPS; ++k) {
-    const i64 t = first - taps + k;
-    const u32 two = k > 0 && k < taps && t >= 0 ? *(const u32*)(in + t * p.in_stride) : 0;
+  for (int k = 0; k < PAIR_TAPS; ++k) {
+    const i64 t = first - PAIR_TAPS + k;
+    const u32 two = k > 0 && t >= 0 ? *(const u32*)(in + t * p.in_stride) : 0;
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      weight[k][c] = k < taps ? ((const float*)p.weight)[k * p.state.channels + channel + c] : 0.0f;
+      weight[k][c] = ((const float*)p.weight)[k * p.state.channels + channel + c];
       window[k][c] = c ? high_half(two) : low_half(two);
-      if (k > 0 && k < taps && t < 0) window[k][c] = ring_row(p.state, slot, pos + t + taps)[channel + c];
+      if (k > 0 && t < 0) window[k][c] = ring_row(p.state, slot, pos + t + PAIR_TAPS)[channel + c];
     }
   }
   for (int c = 0; c < 2; ++c) bias[c] = p.bias ? ((const float*)p.bias)[channel + c] : 0.0f;
@@ -259,25 +272,24 @@ DEV void conv_pairs(const Conv& p) {
     for (int j = 0; j < CONV_AHEAD; ++j) two[j] = t0 + j < end ? *(const u32*)(in + (t0 + j) * p.in_stride) : 0;
 #pragma unroll
     for (int j = 0; j < CONV_AHEAD; ++j) {
-      if (t0 + j >= end) break;
       float sum[2];
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         sum[c] = bias[c];
 #pragma unroll
-        for (int k = 0; k < MAX_TAPS; ++k) {
-          if (k >= taps) break;
-          window[k][c] = k + 1 < taps ? window[k + 1 < MAX_TAPS ? k + 1 : k][c] : c ? high_half(two[j]) : low_half(two[j]);
+        for (int k = 0; k < PAIR_TAPS; ++k) {
+          window[k][c] = k + 1 < PAIR_TAPS ? window[(k + 1) % PAIR_TAPS][c] : c ? high_half(two[j]) : low_half(two[j]);
           sum[c] = fmaf(weight[k][c], window[k][c], sum[c]);
         }
-        sum[c] = sum[c] / (1.0f + fast_exp(-sum[c]));
+        sum[c] *= fast_reciprocal(1.0f + fast_exp(-sum[c]));
       }
-      *(u32*)(out + (t0 + j) * p.out_stride) = pack_halves(sum[0], sum[1]);
+      if (t0 + j < end) *(u32*)(out + (t0 + j) * p.out_stride) = pack_halves(sum[0], sum[1]);
     }
   }
 }
 
-// The last inputs of the convolution into the ring. Grid: channels in 256s, sequences.
+// What later tokens need of these: the last inputs of the convolution into its ring, and B and L of the tokens that are in no
+// stored state into the buffer. After the recurrence, whose blocks read what was kept before. Grid: channels in 256s, sequences.
 template <typename T>
 DEV void push(const Conv& p) {
   const i64 channel = (i64)blockIdx.x * THREADS + threadIdx.x;
@@ -286,6 +298,21 @@ DEV void push(const Conv& p) {
   const i64 slot = slot_of(p.state, b), pos = position(p.state, slot);
   for (i64 t = p.length > p.state.taps ? p.length - p.state.taps : 0; t < p.length; ++t)
     ring_row(p.state, slot, pos + t)[channel] = load((const T*)p.in, ((i64)b * p.length + t) * p.in_stride + channel);
+  const Span when = span_of((int)pos, p.length);
+  const Kept kept = kept_of(p.state, p.state_type, slot, p.inner, p.entries, p.heads);
+  if (channel < p.heads) {
+    float l = when.at ? kept.l[(when.at - 1) * p.heads + channel] : 0.0f;
+    for (i64 t = when.stored; t < p.length; ++t) {
+      const float raw = ((const float*)p.dt)[((i64)b * p.length + t) * p.dt_stride + channel] + ((const float*)p.dt_bias)[channel];
+      l += softplus(raw, param_float(p.dt_low), param_float(p.dt_high)) * ((const float*)p.a)[channel];
+      kept.l[(when.at + t - when.stored) * p.heads + channel] = l;
+    }
+  }
+  const i64 entry = channel - p.inner;
+  if (entry < 0 || entry >= p.entries) return;
+  for (i64 t = when.stored; t < p.length; ++t)
+    keep_value(kept, kept.b, (when.at + t - when.stored) * p.entries + entry,
+               load((const T*)p.out, ((i64)b * p.length + t) * p.out_stride + channel));
 }
 
 // g = norm(y silu(z)) weight, norm(y) weight silu(z), or y silu(z). One block a token.
@@ -326,7 +353,7 @@ DEV void gate_norm_wide(const GateNorm& p, float* scratch) {
     for (int i = 0; i < 8; ++i) {
       const u32 yy = word(a, i / 2), zz = word(b, i / 2);
       const float gate = i % 2 ? high_half(zz) : low_half(zz);
-      g[k][i] = (i % 2 ? high_half(yy) : low_half(yy)) * gate / (1.0f + fast_exp(-gate));
+      g[k][i] = (i % 2 ? high_half(yy) : low_half(yy)) * gate * fast_reciprocal(1.0f + fast_exp(-gate));
       squares += g[k][i] * g[k][i];
     }
   }
@@ -377,7 +404,7 @@ KERNEL(slimba_gate_norm_float, GateNorm, THREADS) {
   gate_norm<float>(p, (float*)smem);
 }
 DEV void conv_half(const Conv& p) {
-  const bool pairs = !((p.state.channels | p.in_stride | p.out_stride | p.in >> 1) & 1);  // all even, in on 4 bytes
+  const bool pairs = p.state.taps == PAIR_TAPS && !((p.state.channels | p.in_stride | p.out_stride | p.in >> 1) & 1);  // all even, in on 4 bytes
   if (pairs) conv_pairs(p);
   else conv<Half>(p);
 }

@@ -23,10 +23,12 @@ from slimba.errors import UserError
 __all__ = ["MODULES", "CudaUnavailable", "compiled", "load_nvrtc", "source"]
 
 SHARED = ("common.cuh", "matrix.cuh", "tiles.cuh", "product.cuh", "step.cuh", "decode.cu")
+LEAN = (*SHARED[:4], "lean.cuh", *SHARED[4:])
 MODULES = {
-    "decode": SHARED,
+    "decode": LEAN,
     "main": (*SHARED, "generic.cu", "bulk.cu", "scan.cu", "scan1.cu", "ssd.cu"),
-    "persistent": (*SHARED, "persistent.cu"),
+    "sample": (*SHARED, "sample.cu"),
+    "mid": (*SHARED, "mid.cu", "batch.cu"),
 }
 OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
 

@@ -41,7 +41,7 @@ struct Output {
   // IN_PROJ: rows z0..z1 to z, rows ring0..ring1 to the convolution's ring, the others (dt) to y
   i64 z0, z1, z, z_stride, ring0, ring1, rest0;
 };
-struct StateRef {  // of one layer: `arrays` -> {ssm, scale, conv, pos, slots in all}; slot[b] is the place of sequence b
+struct StateRef {  // of one layer: `arrays` -> {ssm, scale, conv, pos, slots in all, kept u, b, L}; slot[b]: place of sequence b
   i64 arrays, slot, layer, taps, channels;
 };
 struct Product {
@@ -49,7 +49,7 @@ struct Product {
   Input in;
   Output out;
   StateRef state;
-  i64 batch;
+  i64 batch, plane_inverse;  // plane_inverse: i32 [cols], the place of a column in the second plane or -1
 };
 
 DEV i64 state_array(const StateRef& s, int i) { return ((const i64*)s.arrays)[i]; }

@@ -90,15 +90,32 @@ class CpuState:
     def reset(self) -> None:
         self._core.reset()
 
+    def save(self, b: int = 0) -> np.ndarray:
+        """Sequence b as bytes, of the same number whatever its length: a prefix to go on from by `load`."""
+        out = np.empty(self._core.saved_bytes, np.uint8)
+        try:
+            self._core.save(b, out)
+        except ValueError as e:
+            raise UserError(str(e)) from None
+        return out
+
+    def load(self, saved: np.ndarray, b: int = 0) -> None:
+        """Sequence b goes on from what `save` gave. UserError when that is of another model or state type."""
+        try:
+            self._core.load(b, _bytes(saved))
+        except ValueError as e:
+            raise UserError(str(e)) from None
+
 
 class CpuEngine:
     """Implements `runtime.engine.Engine`.
 
     `threads` defaults to the cores at hand; `isa` forces an instruction set, else SLIMBA_CPU_ISA, else the best one is
-    taken. `state_dtype` is float32, bfloat16 or int8 (a scale for each head and channel): the recurrent state is
-    rounded to it after every token. `activations` is float32 or int8, by default what the checkpoint says: with int8
-    the input of every matrix that is not all floats is rounded, one scale a token. All can be read back as attributes.
-    UserError for settings that are not available and for a checkpoint whose tensors do not fit its spec.
+    taken. `state_dtype` is float32, bfloat16 or int8 (a scale for each head and channel): what the recurrent state is
+    stored in, by Mamba-2 after every 16 tokens, by Mamba-1 after each (docs/decisions.md). `activations` is float32 or
+    int8, by default what the checkpoint says: with int8 the input of every matrix that is not all floats is rounded,
+    one scale a token. All can be read back as attributes. UserError for settings that are not available and for a
+    checkpoint whose tensors do not fit its spec.
     """
 
     name = "cpu"

@@ -40,13 +40,14 @@ class Gpu:
     ) -> None:
         self.device, self.blocks, self.shared, self.bakes = device, blocks, shared, bakes
         self._overlap = overlap
-        self._build = build
+        self.module_builder = build
         self._modules: dict[tuple[str, str], Any] = {}
+        self._pool: Any = None
 
     def module(self, name: str, extra: str = "") -> Any:
         """The module `name` with `extra` behind it, compiled at first use."""
         if (name, extra) not in self._modules:
-            self._modules[name, extra] = self._build(name, extra)
+            self._modules[name, extra] = self.module_builder(name, extra)
         return self._modules[name, extra]
 
     def launch(
@@ -66,12 +67,13 @@ class Gpu:
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """What `work` puts into the stream, to be repeated at will: one CUDA graph. `work` must have run before, and is
-        not run here."""
+        not run here. All graphs share the memory of what they allocate, so it is overwritten by the next replay."""
         if self.device.type != "cuda":
             return work
         torch.cuda.synchronize(self.device)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
         return graph.replay
 

@@ -26,6 +26,7 @@ try:
     import torch.nn.functional as F
 
     from slimba.models.lm import ModelState, SSMForCausalLM, load_weights
+    from slimba.models.state import HeldTokens, Rounding
 except ModuleNotFoundError as e:
     if e.name != "torch":
         raise
@@ -98,27 +99,38 @@ class ScanRounding:
 
 
 class TorchState:
-    """Recurrent state of a batch of sequences; float32 numbers, rounded to the engine's state dtype."""
+    """Recurrent state of a batch of sequences; float32 numbers, rounded by `store` (None: float32 it is)."""
 
-    def __init__(self, model: SSMForCausalLM, batch: int, inner: ModelState | None = None) -> None:
+    def __init__(
+        self, model: SSMForCausalLM, batch: int, store: Rounding | None = None, inner: ModelState | None = None
+    ) -> None:
         self.batch = batch
         self._model = model
-        self.inner = inner or model.new_state(batch)
+        self._store = store
+        self.inner = inner or self._empty()
 
     def clone(self) -> TorchState:
-        return TorchState(self._model, self.batch, self.inner.clone())
+        return TorchState(self._model, self.batch, self._store, self.inner.clone())
 
     def reset(self) -> None:
-        self.inner = self._model.new_state(self.batch)
+        self.inner = self._empty()
+
+    def _empty(self) -> ModelState:
+        state = self._model.new_state(self.batch)
+        if self._store is not None and self._model.spec.architecture == "mamba2":
+            for layer in state.layers:
+                device = layer.ssm.device
+                layer.held = HeldTokens.none(self._model.spec, self.batch, device, round_bfloat16, self._store)
+        return state
 
 
 class ReferenceEngine:
     """Implements `runtime.engine.Engine` with torch.
 
     threads sets torch's threads (for the process). device: a torch device name. state_dtype: what the recurrent state
-    is rounded to after every token; with bfloat16 and int8 tokens therefore run one by one. activations: float32 or
-    int8, by default what the checkpoint says; with int8 the input of every matrix that is not all floats is rounded,
-    one scale a token unless the matrix says otherwise. UserError for other types and for weights that are not finite.
+    is stored in, by Mamba-2 every 16 tokens, by Mamba-1 after each, whose tokens therefore run one by one. activations:
+    float32 or int8, by default what the checkpoint says; with int8 the input of every matrix that is not all floats is
+    rounded, one scale a token unless the matrix says otherwise. UserError for other types and for weights that are not finite.
     """
 
     name = "reference"
@@ -157,7 +169,7 @@ class ReferenceEngine:
         """An empty state for `batch` sequences."""
         if batch < 1:
             raise UserError(f"batch is {batch}, it must be at least 1")
-        return TorchState(self.model, batch)
+        return TorchState(self.model, batch, self._round)
 
     @torch.inference_mode()
     def forward(self, ids: np.ndarray, state: TorchState) -> np.ndarray:
@@ -218,7 +230,7 @@ class ReferenceEngine:
         return torch.from_numpy(check_ids(ids, self.spec.vocab_size).astype(np.int64)).to(self._device)
 
     def _features(self, x: torch.Tensor, state: TorchState) -> torch.Tensor:
-        if self._round is None:
+        if self._round is None or self.spec.architecture == "mamba2":
             whole: torch.Tensor = self.model.backbone(x, state.inner)
             return whole
         pieces = []

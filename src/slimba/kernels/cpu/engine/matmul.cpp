@@ -231,8 +231,7 @@ void Model::split(const Matrix& m, std::int64_t tokens, std::int64_t work) {
   }
 }
 
-// One job for everything: first the factor blocks, which wait for nobody, then the panels, which are claimed after
-// them. The last rows go first: in a mixed matrix they are the int8 ones, which take longest.
+// With few tokens one job for everything: the factors of a correction wait for nobody and are claimed before the panels.
 void Model::matmul(const Matrix& m, const float* x, std::int64_t x_stride, std::int64_t tokens, float* y,
                    std::int64_t y_stride, bool add) {
   const Inputs in = prepare(m, x, x_stride, tokens);
@@ -254,11 +253,15 @@ void Model::matmul(const Matrix& m, const float* x, std::int64_t x_stride, std::
 
   split(m, tokens, work);
   const std::int64_t panels = std::int64_t(panels_.size());
-  share(blocks + panels, work, [&](std::int64_t task, int thread) {
-    float* own = scratch_[std::size_t(thread)].data();
-    if (task < blocks) return factor_block(m, in.whole, task, factors, own);
-    const Range rows = panels_[std::size_t(blocks + panels - 1 - task)];
-    panel(m, in, rows.begin, rows.end, {y, y_stride, add}, factors, own);
+  const auto own = [&](int thread) { return scratch_[std::size_t(thread)].data(); };
+  const auto factor = [&](std::int64_t task, int thread) { factor_block(m, in.whole, task, factors, own(thread)); };
+  const bool alone = blocks > 1;  // many tokens: the factors are worth sharing, and a job of their own
+  if (alone) share(blocks, work, factor);
+  const std::int64_t first = alone ? 0 : blocks;
+  share(first + panels, work, [&](std::int64_t task, int thread) {
+    if (task < first) return factor(task, thread);
+    const Range rows = panels_[std::size_t(task - first)];
+    panel(m, in, rows.begin, rows.end, {y, y_stride, add}, factors, own(thread));
   });
 }
 
