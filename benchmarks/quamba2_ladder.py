@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from slimba.checkpoints.checkpoint import Checkpoint
+from slimba.checkpoints.inventory import inventory_of
 from slimba.checkpoints.packed import read_packed, write_packed
 from slimba.checkpoints.reader import open_checkpoint
 from slimba.data.tokenizer import Tokenizer
@@ -33,12 +34,20 @@ from slimba.training.recipes import load_recipe
 
 __all__ = ["ARMS", "measure", "run_arm"]
 
-PUBLISHED = {"residual": "fold", "int8_scale": "tensor", "input_scale": "static"}
 NO_HADAMARD: dict[str, Any] = {"hadamard": (), "residual": "off"}
+# as published: rotated residual stream and untied head, one scale for a tensor, calibrated scales for activations
+PUBLISHED: dict[str, Any] = {
+    "residual": "fold",
+    "int8_scale": "tensor",
+    "input_scale": "static",
+    "hadamard": ("out_proj",),
+}
+LADDER: dict[str, Any] = {"mode": "w4a8"} | PUBLISHED
 ARMS: dict[str, dict[str, Any]] = {
     "w8a8": {"mode": "w8a8"},
     "w4a8": {"mode": "w4a8"},
     "w4a16": {"mode": "w4a16"},
+    "mixed": {"mode": "mixed"},
     # without one part of the default
     "w8a8-nearest": {"mode": "w8a8", "rounding": "nearest"},
     "w4a8-nearest": {"mode": "w4a8", "rounding": "nearest"},
@@ -51,10 +60,25 @@ ARMS: dict[str, dict[str, Any]] = {
     "w4a8-fold": {"mode": "w4a8", "residual": "fold"},
     "w4a8-int4-embedding": {"mode": "w4a8", "embedding": "int4"},
     "w4a16-int4-embedding": {"mode": "w4a16", "embedding": "int4"},
-    # the published choices, one by one
+    "w4a8-windows-32": {"mode": "w4a8", "windows": 32},
+    "w4a8-windows-4": {"mode": "w4a8", "windows": 4},
+    # the published choices, one by one, on the default
     "w8a8-tensor": {"mode": "w8a8", "int8_scale": "tensor"},
     "w8a8-static": {"mode": "w8a8", "input_scale": "static"},
+    "w8a8-static-no-hadamard": {"mode": "w8a8", "input_scale": "static"} | NO_HADAMARD,
     "w4a8-static": {"mode": "w4a8", "input_scale": "static"},
+    "w8a8-scan-tensor": {"mode": "w8a8", "ssm_inputs": "tensor"},
+    "w8a8-scan-percentile": {"mode": "w8a8", "ssm_inputs": "tensor", "percentile": 0.9995},
+    "w8a8-scan-group": {"mode": "w8a8", "ssm_inputs": "group"},
+    "w8a8-scan-cluster": {"mode": "w8a8", "ssm_inputs": "cluster"},
+    "w8a8-scan-channel": {"mode": "w8a8", "ssm_inputs": "channel"},
+    # the published ladder, each rung with all those before it
+    "ladder-0": LADDER | {"rounding": "nearest", "ssm_inputs": "tensor"} | NO_HADAMARD,
+    "ladder-1-hadamard": LADDER | {"rounding": "nearest", "ssm_inputs": "tensor"},
+    "ladder-2-gptq": LADDER | {"ssm_inputs": "tensor"},
+    "ladder-3-groups": LADDER | {"ssm_inputs": "group"},
+    "ladder-4-clusters": LADDER | {"ssm_inputs": "cluster"},
+    "published-w8a8": {"mode": "w8a8", "rounding": "nearest", "ssm_inputs": "cluster"} | PUBLISHED,
 }
 
 
@@ -69,10 +93,10 @@ def run_arm(
     with open_tokens(data, words, bos_id=bos, n_vocab=teacher.spec.vocab_size, split="blank-line") as text:
         windows = sample(text, recipe, seed)
     begin = time.perf_counter()
-    made, figures = quantised(teacher, recipe, windows, torch.device(device))
+    made, figures = quantised(teacher, recipe, windows, torch.device(device), seed)
     seconds = time.perf_counter() - begin
     write_packed(made, out, overwrite=True)
-    return {"settings": ARMS[name], "seconds": round(seconds, 1)} | figures
+    return {"settings": ARMS[name], "seconds": round(seconds, 1), "calibration": figures}
 
 
 def measure(model: str | Path, text: Path, **how: Any) -> dict[str, Any]:
@@ -113,7 +137,8 @@ def main() -> None:
             if name != "float":
                 model = (a.keep or Path(scratch)) / name
                 row |= {} if model.exists() else run_arm(name, teacher, a.data, model, a.device)
-                row["file_bytes"] = read_packed(model).nbytes()
+                size = inventory_of(read_packed(model))
+                row |= {"file_bytes": size.file_bytes, "bits": size.bits_per_projection_weight}
             row |= measure(model, Path(a.text), **how)
         with out.open("a") as f:
             f.write(json.dumps(row) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from slimba.errors import UserError
-from slimba.formats.presets import PRESETS, preset_dtypes, preset_layouts
+from slimba.formats.presets import PRESETS, preset_dtypes, preset_layouts, preset_numerics
 from slimba.models.spec import ModelSpec
 
 MAMBA2 = ModelSpec(
@@ -63,3 +63,19 @@ def test_no_correction_and_bad_settings() -> None:
         preset_layouts(MAMBA2, "dfssm", rank=-1)
     with pytest.raises(UserError, match="unknown weight format 'int5'"):
         preset_layouts(MAMBA2, "dfssm", embedding="int5")
+
+
+@pytest.mark.parametrize(("name", "weights", "activations"), [("w8a8", "int8", "int8"), ("w4a16", "int4", "float32")])
+def test_modes_of_quamba2(name: str, weights: str, activations: str) -> None:
+    layouts = preset_layouts(MAMBA2, name)
+    for layer in range(MAMBA2.n_layer):
+        for short in ("in_proj", "out_proj"):
+            layout = layouts[f"backbone.layers.{layer}.mixer.{short}"]
+            assert [s.format for s in layout.segments] == [weights]
+            assert layout.hadamard == (layout.cols & -layout.cols) > 1
+    assert layouts["backbone.embeddings"].describe() == "int8"
+    assert preset_numerics(name) == {"activations": activations, "state": "float32"}
+    first = "backbone.layers.0.mixer."
+    mamba1 = preset_layouts(MAMBA1, name)
+    assert {mamba1[first + n].segments[0].format for n in ("x_proj", "dt_proj")} == {"int8"}
+    assert mamba1[first + "dt_proj"].hadamard == 0 < mamba1[first + "out_proj"].hadamard

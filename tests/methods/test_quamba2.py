@@ -18,6 +18,7 @@ from helpers.tiny import TEXT, tiny_checkpoint, tiny_directory
 from slimba import compress
 from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.checkpoints.packed import read_packed, write_packed
+from slimba.cli.inspect import inspect
 from slimba.errors import UserError
 from slimba.formats.hadamard import hadamard
 from slimba.methods.quamba2.fold import Source, reordered, rotate
@@ -204,7 +205,8 @@ def test_gptq_lowers_the_error_of_what_it_is_calibrated_on(mode: str) -> None:
         layout = layer_layouts(source.spec, recipe(mode=mode), mode)["out_proj"]
         want = held_out.clone()
         layer.advance([want])
-        layer.use("out_proj", quantise(layer, "out_proj", layout, [streams], Rounding(gptq, 0.01, False, 1.0)))
+        inputs = layer.inputs("out_proj", layout, [streams])
+        layer.use("out_proj", quantise(layer, "out_proj", layout, inputs, Rounding(gptq, 0.01, False, 1.0)))
         got = held_out.clone()
         layer.advance([got])
         error[gptq] = float((got - want).square().mean())
@@ -214,7 +216,9 @@ def test_gptq_lowers_the_error_of_what_it_is_calibrated_on(mode: str) -> None:
 # ------------------------------------------------------------------------------------------------ the verb
 
 
-def test_compress_writes_a_model_that_says_where_it_came_from(tmp_path: Path) -> None:
+def test_compress_writes_a_model_that_says_where_it_came_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     teacher = tiny_directory(tmp_path / "teacher")
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 4)
@@ -225,6 +229,10 @@ def test_compress_writes_a_model_that_says_where_it_came_from(tmp_path: Path) ->
     assert packed.provenance == json.loads(json.dumps(record)) and record["tokens"] == 128
     assert record["final"]["perplexity"] == pytest.approx(record["final"]["teacher_perplexity"], rel=0.05)
     assert "quamba2, w8a8" in (tmp_path / "out" / "README.md").read_text()
+    inspect(str(tmp_path / "out"))
+    shown = capsys.readouterr().out
+    assert "layers 0-1: in_proj int8 hadamard:32, out_proj int8 hadamard:64" in shown
+    assert "numerics: activations int8, state float32" in shown
     fewer = compress(teacher, tmp_path / "b", method="quamba2", data=[text], tokens=64, window=32, device="cpu")
     assert fewer["tokens"] == 64
 

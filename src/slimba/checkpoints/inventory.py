@@ -122,6 +122,7 @@ def _inventory(spec: ModelSpec, layouts: Mapping[str, MatrixLayout], entries: En
             total[_part_component(tensor.removeprefix(name + "."), component)] += _nbytes(entries[tensor])
     for name, (_, kind) in spec.vectors().items():
         total[OF_KIND[kind]] += _nbytes(entries[name])
+    total["scales"] += sum(_nbytes(entry) for name, entry in entries.items() if name.endswith("conv1d.out_scale"))
     total["header"] = header
     used = {name: size for name, size in total.items() if size}
     return Inventory(used, weights, spec.n_params(), projection_bytes, projection_weights)

@@ -26,7 +26,8 @@ def inspect(
         str | None,
         typer.Option(
             "--format",
-            help="With --shape (all, where not given): dfssm, dfssm-published, float16, bfloat16, float32, int8, int4.",
+            help="With --shape (all, where not given): dfssm, dfssm-published, w8a8, w4a8, w4a16, float16, "
+            "bfloat16, float32, int8, int4.",
         ),
     ] = None,
     rank: Annotated[int, typer.Option("--rank", help="With --shape: rank of the low-rank correction.")] = 16,
@@ -93,6 +94,7 @@ def _inspect_model(model: str, tokenizer: Any, *, verify: bool) -> dict[str, Any
     # opening has checked them all: a disagreement would have raised
     agree = len(checkpoint.tensors) if checkpoint.kind == "slimba" and verify else None
     _print_inventory(f"{model} ({checkpoint.kind}, {checkpoint.spec.architecture})", inventory, groups)
+    print("numerics: " + ", ".join(f"{key} {value}" for key, value in checkpoint.numerics.items()))
     _print_origin(checkpoint, agree, verify)
     return {
         "model": model,

@@ -8,6 +8,8 @@ Legend: B batch, L length, D d_model, I d_inner, N d_state, K d_conv. Tests: `py
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -36,6 +38,7 @@ class Mamba1Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(spec.d_inner, spec.d_state))
         self.D = nn.Parameter(torch.empty(spec.d_inner))
         self.out_proj = nn.Linear(spec.d_inner, spec.d_model, bias=spec.proj_bias)
+        self.round_scan: Callable[[torch.Tensor], torch.Tensor] | None = None  # what an engine does to x
 
     def forward(self, u: torch.Tensor, state: LayerState | None = None) -> torch.Tensor:
         """With a state: continue from it, and leave it as it is after the last token of u."""
@@ -45,7 +48,7 @@ class Mamba1Mixer(nn.Module):
             return self.out_proj(fused)
         raw, z = self.in_proj(u).chunk(2, dim=-1)
         x, window = causal_conv1d(raw, self.conv1d.weight, self.conv1d.bias, state.conv if state else None)
-        x = F.silu(x)
+        x = self.activate(x)
         dt, B, C = self.select(x)
         y, last = selective_scan(x, dt, self.A, B, C, self.chunk_size, state.ssm if state else None)
         if state is not None:
@@ -59,7 +62,7 @@ class Mamba1Mixer(nn.Module):
         x = (window * self.conv1d.weight[:, 0].T.float()).sum(1, keepdim=True)
         if self.conv1d.bias is not None:
             x = x + self.conv1d.bias.float()
-        x = F.silu(x.to(raw.dtype))
+        x = self.activate(x.to(raw.dtype))
         dt, B, C = self.select(x)
         y, last = selective_recurrence(x, dt, self.A, B, C, state.ssm)
         state.update(window[:, 1:], last)
@@ -69,7 +72,7 @@ class Mamba1Mixer(nn.Module):
         """What goes into out_proj, by the Triton kernels; None where they do not apply (they are for training)."""
         kernels = triton.optional("mixer1") if u.is_cuda else None
         narrow = torch.is_autocast_enabled("cuda") or u.dtype != torch.float32
-        if kernels is None or not narrow or not kernels.usable(self.spec):
+        if kernels is None or not narrow or self.round_scan is not None or not kernels.usable(self.spec):
             return None
         raw, z = self.in_proj(u).chunk(2, dim=-1)
         x = kernels.conv_silu(raw, self.conv1d.weight, self.conv1d.bias)
@@ -84,6 +87,11 @@ class Mamba1Mixer(nn.Module):
     def A(self) -> torch.Tensor:
         """[I, N], negative, float32."""
         return -self.A_log.float().exp()
+
+    def activate(self, x: torch.Tensor) -> torch.Tensor:
+        """After the convolution: [B, L, I]."""
+        x = F.silu(x)
+        return x if self.round_scan is None else self.round_scan(x)
 
     def select(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [B, L, I] -> dt [B, L, I] float32 and positive, B and C [B, L, N]."""

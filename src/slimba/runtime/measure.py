@@ -27,7 +27,7 @@ from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.errors import UserError
 from slimba.formats import FORMATS, MatrixLayout
 from slimba.formats.floats import DTYPES
-from slimba.formats.presets import preset_dtypes, preset_layouts
+from slimba.formats.presets import preset_dtypes, preset_layouts, preset_numerics
 from slimba.models.spec import ModelSpec
 from slimba.runtime.backends.cpu import CpuEngine
 from slimba.runtime.engine import SamplingParams
@@ -85,7 +85,7 @@ def random_model(spec: ModelSpec, format: str, *, rank: int = 16, seed: int = 0)
     dtypes = preset_dtypes(format)
     for name, (shape, kind) in spec.vectors().items():
         tensors[name] = _vector(rng, name, shape).astype(DTYPES[dtypes[kind]])
-    return Checkpoint(spec, layouts, tensors)
+    return Checkpoint(spec, layouts, tensors, numerics=preset_numerics(format))
 
 
 # Typical size of a random code, so that scale * code has the size 1 / sqrt(cols)

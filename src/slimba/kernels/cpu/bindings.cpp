@@ -172,7 +172,7 @@ class BoundModel {
     } else {
       Layer& l = model.layers.at(std::size_t(layer));
       const std::map<std::string, std::vector<float>*> by_name = {
-          {"norm", &l.norm}, {"conv_weight", &l.conv_weight}, {"conv_bias", &l.conv_bias},  {"a", &l.a},
+          {"norm", &l.norm}, {"conv_weight", &l.conv_weight}, {"conv_bias", &l.conv_bias}, {"conv_scale", &l.conv_scale},  {"a", &l.a},
           {"d", &l.d},       {"dt_bias", &l.dt_bias},         {"gated_norm", &l.gated_norm}};
       target = by_name.at(name);
     }
@@ -201,6 +201,7 @@ class BoundModel {
       sized(l.norm, c.d_model, "norm");
       sized(l.conv_weight, c.d_conv * c.channels(), "conv1d.weight");
       if (!l.conv_bias.empty()) sized(l.conv_bias, c.channels(), "conv1d.bias");
+      if (!l.conv_scale.empty()) sized(l.conv_scale, c.channels(), "conv1d.out_scale");
       sized(l.d, c.mamba2 && !c.d_has_hdim ? c.heads() : c.d_inner, "D");
       sized(l.dt_bias, c.mamba2 ? c.heads() : c.d_inner, "dt bias");
       sized(l.a, c.mamba2 ? c.heads() : c.d_inner * c.d_state, "A_log");

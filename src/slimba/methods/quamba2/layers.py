@@ -2,9 +2,9 @@
 
     layer = Layer(spec, tensors, device)              # float
     for short, layout in layouts.items():
-        matrix = quantise(layer, short, layout, streams, settings)
-        layer.use(short, matrix)                      # what comes later sees the quantised one
-    layer.advance(streams)                            # streams: residual streams [B, L, D], changed in place
+        inputs = layer.inputs(short, layout, streams)  # streams: residual streams [B, L, D]
+        layer.use(short, quantise(layer, short, layout, inputs, settings))  # what comes later sees the quantised one
+    layer.finish(streams, inputs)                      # moves them on in place, from the inputs of out_proj
 
 Inputs are transformed and rounded as the engines do it, so the calibration of a matrix sees what it will meet.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +25,12 @@ from slimba.methods.gptq import Grid, Quantised, gptq, round_to_nearest
 from slimba.methods.quamba2.fold import rotate
 from slimba.models.lm import Block
 from slimba.models.spec import ModelSpec
-from slimba.runtime.backends.reference import round_fixed, round_int8
+from slimba.runtime.backends.reference import ScanRounding, round_fixed, round_int8
 
-__all__ = ["Layer", "Projection", "Rounding", "magnitude", "quantise", "weights_of"]
+__all__ = ["OUT_SCALE", "Layer", "Projection", "Rounding", "magnitude", "quantise", "weights_of"]
 
 BITS = {"int4": 4, "int8": 8}
+OUT_SCALE = "mixer.conv1d.out_scale"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,10 @@ class Projection(nn.Module):
         if self.seen is not None:
             self.seen.append(x)
             raise Seen
+        return self.product(x)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Of an input that is transformed already."""
         if self.int8:
             x = round_int8(x) if self.step is None else round_fixed(x, self.step)
         return F.linear(x, self.weight, self.bias)
@@ -82,6 +88,32 @@ class Layer:
         self.block.to_empty(device=device).requires_grad_(False).eval()
         self.block.load_state_dict(tensors, strict=False)
         self.int8 = int8
+        if (scale := tensors.get(OUT_SCALE)) is not None:
+            self.round_scan(scale)
+
+    def round_scan(self, scale: torch.Tensor) -> None:
+        """x, B and C are rounded from now on: scale [channels]."""
+        self.block.mixer.round_scan = ScanRounding(scale)
+
+    def channel_sizes(self, streams: Sequence[torch.Tensor], percentile: float) -> tuple[np.ndarray, float]:
+        """Largest |value| of every channel after the convolution [channels], and what a share of those of x stays
+        below.
+        """
+        inner, most, x = self.block.mixer.spec.d_inner, [], []
+
+        def spy(xbc: torch.Tensor) -> torch.Tensor:
+            most.append(xbc.abs().flatten(0, -2).amax(0))
+            x.append(xbc[..., :inner] if percentile < 1 else most[-1][:inner])
+            raise Seen
+
+        self.block.mixer.round_scan = spy
+        for u in streams:
+            try:
+                self.block(u)
+            except Seen:
+                continue
+        self.block.mixer.round_scan = None
+        return torch.stack(most).amax(0).cpu().numpy(), magnitude(x, percentile)
 
     def float_weight(self, short: str) -> torch.Tensor:
         """[rows, cols]"""
@@ -96,7 +128,6 @@ class Layer:
         new = Projection(weight, old.bias, matrix.layout, self.int8)
         if matrix.layout.input_scale:
             new.step = float(matrix.arrays["input_scale"][0])
-        delattr(self.block.mixer, short)
         setattr(self.block.mixer, short, new)
 
     def inputs(self, short: str, layout: MatrixLayout, streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -105,14 +136,12 @@ class Layer:
         old = getattr(mixer, short)
         spy = Projection(old.weight, None, layout, False)
         spy.seen = []
-        delattr(mixer, short)
         setattr(mixer, short, spy)
         for u in streams:
             try:
                 self.block(u)
             except Seen:
                 continue
-        delattr(mixer, short)
         setattr(mixer, short, old)
         return spy.seen
 
@@ -121,14 +150,18 @@ class Layer:
         for u in streams:
             u.copy_(self.block(u))
 
+    def finish(self, streams: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
+        """The same from what enters out_proj, transformed; all that comes before must be as it was then."""
+        out: Any = self.block.mixer.out_proj  # a Projection by now
+        for u, x in zip(streams, inputs, strict=True):
+            u += out.product(x)
 
-def quantise(layer: Layer, short: str, layout: MatrixLayout, streams: Sequence[torch.Tensor], how: Rounding) -> Matrix:
-    """The packed matrix of a projection, calibrated on what enters it."""
+
+def quantise(layer: Layer, short: str, layout: MatrixLayout, inputs: Sequence[torch.Tensor], how: Rounding) -> Matrix:
+    """The packed matrix of a projection, calibrated on what enters it (`Layer.inputs`)."""
     w = layer.float_weight(short)
     if layout.hadamard:
         w = rotate(w, layout.hadamard)
-    needs = how.gptq or layout.input_scale
-    inputs = layer.inputs(short, layout, streams) if needs else []
     step = magnitude(inputs, how.percentile) / 127 if layout.input_scale else None
     hessian = None
     if how.gptq:

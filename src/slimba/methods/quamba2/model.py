@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -23,14 +22,15 @@ from slimba.formats import Matrix
 from slimba.formats.floats import DTYPES
 from slimba.formats.presets import preset_dtypes
 from slimba.methods.gptq import Grid, round_to_nearest
-from slimba.methods.quamba2.fold import Source
-from slimba.methods.quamba2.layers import Layer, Rounding, quantise
+from slimba.methods.quamba2.clusters import ClusterOrder, cluster_order, scan_scales
+from slimba.methods.quamba2.fold import Source, reordered
+from slimba.methods.quamba2.layers import OUT_SCALE, Layer, Rounding, quantise
 from slimba.methods.quamba2.recipe import QuambaRecipe, layer_layouts, table_layouts
 from slimba.models.norms import rms_normalise
 from slimba.models.spec import ModelSpec
 from slimba.runtime.backends.reference import round_int8
 
-__all__ = ["Packed", "calibrate", "compare", "features", "kl_and_losses"]
+__all__ = ["Fitness", "Packed", "calibrate", "compare", "features"]
 
 PIECE = 256  # tokens whose logits are held at a time
 Tensors = dict[str, torch.Tensor]
@@ -58,12 +58,14 @@ class Packed:
         """The packed model with layer i in modes[i]."""
         matrices = dict(self.tables)
         tensors: Tensors = {"backbone.norm_f.weight": self.final_norm}
-        kinds, dtypes = self.spec.vectors(), preset_dtypes("dfssm")
+        dtypes = preset_dtypes("dfssm")
         for i, mode in enumerate(modes):
             at = f"backbone.layers.{i}."
             matrices |= {f"{at}mixer.{short}": m for short, m in self.matrices[i][mode].items()}
             tensors |= {at + name: v for name, v in self.vectors[i].items()}
-        arrays = {n: np.asarray(tensors[n].cpu()).astype(DTYPES[dtypes[kind]]) for n, (_, kind) in kinds.items()}
+        arrays = {n: v.cpu().numpy() for n, v in tensors.items()}
+        for name, (_, kind) in self.spec.vectors().items():
+            arrays[name] = arrays[name].astype(DTYPES[dtypes[kind]])
         for name, matrix in matrices.items():
             arrays |= {f"{name}.{part}": a for part, a in matrix.arrays.items()}
         return Checkpoint(
@@ -81,31 +83,51 @@ def calibrate(
     recipe: QuambaRecipe,
     windows: torch.Tensor,
     device: torch.device,
-    progress: Callable[[int], None] = lambda layer: None,
+    progress: Callable[[int], object] = lambda layers: None,
 ) -> Packed:
-    """Quantise every layer in each of the recipe's modes; windows int64 [n, L]. `progress` hears of finished layers."""
+    """Quantise every layer in each of the recipe's modes; windows int64 [n, L]. `progress` counts the layers."""
     spec = source.spec
     how = Rounding(recipe.rounding == "gptq", recipe.damping, recipe.int8_scale == "tensor", recipe.percentile)
     tables = {"backbone.embeddings": table(source.embedding(), "backbone.embeddings", spec, recipe)}
     packed = Packed(spec, recipe.activations == "int8", tables, half(source.final_norm()))
     streams = embed(packed, windows, recipe.micro_batch, device)
+    scan = recipe.ssm_inputs if packed.int8 else "float32"
     for i in range(spec.n_layer):
-        tensors = source.layer(i)
+        tensors, order = source.layer(i), None
+        if scan == "cluster":
+            tensors, order = clustered(tensors, spec, recipe, streams, device)
         vectors = {n: v if is_state(spec, n) else half(v) for n, v in tensors.items() if not is_matrix(spec, n)}
         packed.vectors.append(vectors)
         packed.matrices.append({})
-        for mode in recipe.modes:
+        for mode in reversed(recipe.modes):  # the streams of the first one go on
             layer = Layer(spec, tensors | vectors, device, int8=packed.int8)
             made = packed.matrices[i][mode] = {}
             for short, layout in layer_layouts(spec, recipe, mode).items():
-                made[short] = quantise(layer, short, layout, streams, how)
+                inputs = layer.inputs(short, layout, streams)
+                made[short] = quantise(layer, short, layout, inputs, how)
                 layer.use(short, made[short])
-        packed.layer(i, recipe.modes[0], device).advance(streams)
-        progress(i)
+                if short == "in_proj" and scan != "float32":
+                    if OUT_SCALE not in vectors:
+                        sizes, x_size = layer.channel_sizes(streams, recipe.percentile)
+                        scale = scan_scales(sizes, spec, scan, order, x_size)
+                        vectors[OUT_SCALE] = torch.from_numpy(scale).to(device)
+                    layer.round_scan(vectors[OUT_SCALE])
+        layer.finish(streams, inputs)
+        progress(1)
     head = source.head()
     if head is not None:
         packed.tables["lm_head"] = table(head, "lm_head", spec, recipe)
     return packed
+
+
+def clustered(
+    tensors: Tensors, spec: ModelSpec, recipe: QuambaRecipe, streams: Sequence[torch.Tensor], device: torch.device
+) -> tuple[Tensors, ClusterOrder]:
+    """The layer with its heads and channels in the order of their clusters."""
+    sizes, _ = Layer(spec, tensors, device, int8=False).channel_sizes(streams, 1.0)
+    order = cluster_order(sizes, spec, recipe.clusters)
+    places = (torch.from_numpy(order.channels).to(device), torch.from_numpy(order.heads).to(device))
+    return reordered(tensors, spec, *places), order
 
 
 def table(weight: torch.Tensor, name: str, spec: ModelSpec, recipe: QuambaRecipe) -> Matrix:
@@ -148,21 +170,41 @@ def features(
     return [rms_normalise(u, eps) * norm for u in streams]
 
 
+class Fitness:
+    """KL(float || quantised) a token on windows int64 [n, L + 1], for any modes of the layers."""
+
+    def __init__(self, source: Source, packed: Packed, windows: torch.Tensor, device: torch.device) -> None:
+        self._packed, self._windows, self._device = packed, windows, device
+        self.want, self.head = float_features(source, windows[:, :-1], device)
+
+    def __call__(self, modes: Sequence[str]) -> float:
+        return self.figures(modes)[0]
+
+    def figures(self, modes: Sequence[str]) -> tuple[float, float, float]:
+        """KL and the cross-entropies of the float and the quantised model, means over the tokens."""
+        packed, device, ids = self._packed, self._device, self._windows[:, :-1]
+        ours = (packed.layer(i, mode, device) for i, mode in enumerate(modes))
+        streams = embed(packed, ids, len(ids), device)
+        got = features(ours, streams, packed.final_norm.to(device), packed.spec.norm_eps)
+        head, int8 = packed_head(packed, device)
+        return kl_and_losses(self.want, self.head, got[0], head, int8, self._windows[:, 1:].to(device))
+
+
+def float_features(source: Source, ids: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the float model's head takes [n, L, D], and that head [V, D]."""
+    spec, table, head = source.spec, source.embedding(), source.head()
+    floats = (Layer(spec, source.layer(i), device, int8=False) for i in range(spec.n_layer))
+    out = features(floats, [table[ids.to(device)]], source.final_norm(), spec.norm_eps)
+    return out[0], table if head is None else head
+
+
 def compare(
     source: Source, packed: Packed, modes: Sequence[str], windows: torch.Tensor, device: torch.device
 ) -> dict[str, float]:
     """KL(float || quantised) a token and the two perplexities on windows int64 [n, L + 1] that were not calibrated
     on.
     """
-    spec, ids = source.spec, windows[:, :-1]
-    floats = (Layer(spec, source.layer(i), device, int8=False) for i in range(spec.n_layer))
-    table = source.embedding()
-    head = source.head()
-    head = table if head is None else head
-    want = features(floats, [table[ids.to(device)]], source.final_norm(), spec.norm_eps)
-    ours = (packed.layer(i, mode, device) for i, mode in enumerate(modes))
-    got = features(ours, embed(packed, ids, len(ids), device), packed.final_norm, spec.norm_eps)
-    kl, float_loss, loss = kl_and_losses(want[0], head, got[0], *packed_head(packed, device), windows[:, 1:].to(device))
+    kl, float_loss, loss = Fitness(source, packed, windows, device).figures(modes)
     return {"kl": kl, "teacher_perplexity": math.exp(float_loss), "perplexity": math.exp(loss)}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.checkpoints.packed import write_packed
 from slimba.data.tokens import ArrayTokens, Tokens
 from slimba.errors import UserError
+from slimba.evaluation.perplexity import progress_bar
 from slimba.methods.dfssm.run import check_finite
 from slimba.methods.quamba2.fold import Source
-from slimba.methods.quamba2.model import calibrate, compare
+from slimba.methods.quamba2.model import Fitness, calibrate, compare
 from slimba.methods.quamba2.recipe import QuambaRecipe, folds
+from slimba.methods.quamba2.search import budget_of, search
 from slimba.training import distributed
 from slimba.training.loop import pick_device
 
@@ -59,10 +62,10 @@ def run(
     windows = sample(text, recipe, seed)
     begin = time.perf_counter()
     try:
-        packed, figures = quantised(teacher, recipe, windows, where)
+        packed, figures = quantised(teacher, recipe, windows, where, seed)
     except torch.cuda.OutOfMemoryError:
         raise UserError("the GPU's memory is too small; set micro_batch to 1, or use fewer windows") from None
-    record = {
+    record: dict[str, Any] = {
         "method": "quamba2",
         "slimba": slimba.__version__,
         "recipe": dataclasses.asdict(recipe),
@@ -70,6 +73,7 @@ def run(
         "data": data | text.origin,
         "teacher_sha256": teacher.sha256(),
         "tokens": figures.pop("tokens"),
+        **({"modes": figures.pop("modes")} if "modes" in figures else {}),
         "device": distributed.name_of(where),
         "seconds": round(time.perf_counter() - begin, 1),
         "final": {k: round(v, 5) for k, v in figures.items()},
@@ -80,8 +84,8 @@ def run(
 
 
 def sample(text: Tokens, recipe: QuambaRecipe, seed: int) -> torch.Tensor:
-    """int64 [n, window + 1]: windows for calibration, then those held out; fewer where the text is short."""
-    wanted, length = recipe.windows + recipe.check_windows, recipe.window
+    """int64 [n, window + 1]: windows for calibration, for the search, held out; fewer where the text is short."""
+    wanted, length = recipe.windows + searched(recipe) + recipe.check_windows, recipe.window
     have = min(text.wait(max(SAMPLE, wanted * length + 1)), max(SAMPLE, wanted * length + 1))
     if have <= length:
         raise UserError(f"the text has {have} tokens, fewer than one window of {length}; give more or a shorter window")
@@ -91,18 +95,36 @@ def sample(text: Tokens, recipe: QuambaRecipe, seed: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def quantised(
-    teacher: Checkpoint, recipe: QuambaRecipe, windows: torch.Tensor, device: torch.device
+    teacher: Checkpoint, recipe: QuambaRecipe, windows: torch.Tensor, device: torch.device, seed: int = 0
 ) -> tuple[Checkpoint, dict[str, Any]]:
-    """The packed model in memory, and `tokens` calibrated on with what the held-out windows say."""
-    used, held_out = windows[: recipe.windows], windows[recipe.windows :]
+    """The packed model in memory, and `tokens` calibrated on with what the held-out windows say.
+
+    In the mode mixed also `modes`, one a layer, and the best KL of the first and the last generation.
+    """
+    used, held_out = windows[: recipe.windows], windows[recipe.windows + searched(recipe) :]
     source = Source(teacher, fold=folds(teacher.spec, recipe), device=device)
-    packed = calibrate(source, recipe, used[:, :-1], device)
-    modes = [recipe.modes[0]] * source.spec.n_layer
+    budget = budget_of(source.spec, recipe) if recipe.mode == "mixed" else None
+    with progress_bar("calibrating layers", source.spec.n_layer, show=True) as advance:
+        packed = calibrate(source, recipe, used[:, :-1], device, advance)
     figures: dict[str, Any] = {"tokens": used[:, :-1].numel()}
+    modes: Sequence[str] = [recipe.modes[0]] * source.spec.n_layer
+    if budget is not None:
+        trial = windows[recipe.windows :][: recipe.search_windows]
+        fitness = Fitness(source, packed, trial if len(trial) else used[-recipe.search_windows :], device)
+        settings = {"population": recipe.population, "generations": recipe.generations, "seed": seed}
+        modes, history = search(budget, fitness, recipe.modes, **settings)
+        figures |= {"search_first": history[0], "search_kl": history[-1], "modes": list(modes)}
     if len(held_out):
         figures |= compare(source, packed, modes, held_out, device)
     numerics = {"activations": recipe.activations, "state": recipe.state}
+    if recipe.ssm_inputs != "float32" and recipe.activations == "int8":
+        numerics["ssm_inputs"] = "int8"
     return packed.checkpoint(teacher, modes, numerics), figures
+
+
+def searched(recipe: QuambaRecipe) -> int:
+    """Windows for the search."""
+    return recipe.search_windows if recipe.mode == "mixed" else 0
 
 
 def card(record: dict[str, Any]) -> str:
@@ -118,7 +140,7 @@ def card(record: dict[str, Any]) -> str:
         before, after = final["teacher_perplexity"], final["perplexity"]
         lines += [
             "",
-            f"On {recipe['check_windows']} windows of that text that were not used: perplexity {after:.3f}, {before:.3f}",
-            "of the float model. Measure it on yours with `slimba eval DIRECTORY --text FILE`.",
+            f"On {recipe['check_windows']} windows of that text that were not used: perplexity {after:.3f},",
+            f"{before:.3f} of the float model. Measure it on yours with `slimba eval DIRECTORY --text FILE`.",
         ]
     return "\n".join(lines)

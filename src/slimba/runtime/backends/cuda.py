@@ -56,18 +56,18 @@ class CudaEngine:
         gpu: Gpu | None = None,
         exact: bool = False,
     ) -> None:
-        activations = activations or checkpoint.numerics.get("activations", "float32")
-        if activations != "float32":
-            raise UserError(
-                f"backend cuda computes with float32 activations, {activations} is not available;"
-                " use --activations float32 or --backend cpu"
-            )
         for name, layout in checkpoint.layouts.items():
             if layout.hadamard:
                 raise UserError(
                     f"backend cuda cannot transform the input of {name} (Hadamard, {layout.hadamard} columns);"
                     " use --backend cpu"
                 )
+        activations = activations or checkpoint.numerics.get("activations", "float32")
+        if activations != "float32":
+            raise UserError(
+                f"backend cuda computes with float32 activations, {activations} is not available;"
+                " use --activations float32 or --backend cpu"
+            )
         if state_dtype not in STATE_CODES:
             raise UserError(f"state dtype {state_dtype!r} is unknown, known are {', '.join(STATE_CODES)}")
         most = 256 if checkpoint.spec.architecture == "mamba2" else 128

@@ -8,10 +8,11 @@ Run the tests: `pytest tests/runtime/test_reference_engine.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from slimba.checkpoints.checkpoint import Checkpoint
+from slimba.checkpoints.checkpoint import Checkpoint, scan_scales
 from slimba.errors import UserError
 from slimba.formats import MatrixLayout
 from slimba.formats.hadamard import hadamard
@@ -86,6 +87,16 @@ class InputRounding:
         return hadamard(x, self._block) if self._block else x
 
 
+class ScanRounding:
+    """x, B and C [..., channels] to int8 and back, with the file's scale a channel; codes saturate."""
+
+    def __init__(self, scale: torch.Tensor) -> None:
+        self.scale, self._inverse = scale, 1 / scale
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.float() * self._inverse).clamp(-127, 127).round() * self.scale
+
+
 class TorchState:
     """Recurrent state of a batch of sequences; float32 numbers, rounded to the engine's state dtype."""
 
@@ -134,6 +145,10 @@ class ReferenceEngine:
         load_weights(self.model, checkpoint)
         self.model.requires_grad_(False).eval().to(device)
         self._head_input = self._round_inputs(checkpoint, device) if activations == "int8" else None
+        for i, name in enumerate(scan_scales(self.spec, checkpoint.numerics) if activations == "int8" else ()):
+            scale = torch.from_numpy(checkpoint.vector(name)).to(device)
+            mixer: Any = self.model.backbone.layers[i].mixer
+            mixer.round_scan = ScanRounding(scale)
         if self.spec.architecture == "mamba2":
             self.model.set_chunk_size(min(SCAN_CHUNK, self.spec.chunk_size))
         self._device = torch.device(device)

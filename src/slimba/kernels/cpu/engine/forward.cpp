@@ -14,6 +14,16 @@ namespace {
 constexpr std::int64_t kChunkTokens = 128;   // tokens of all sequences together in one chunk
 constexpr std::int64_t kConvBlock = 512;     // channels per task
 constexpr std::int64_t kChannelBlock = 128;  // Mamba-1 channels per task
+
+// To int8 and back with a scale a channel; codes saturate at +-127, NaN stays NaN.
+void round_to_scale(const float* scale, std::int64_t n, float* x) {
+  constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: adding and taking it away rounds to nearest, ties to even
+  for (std::int64_t i = 0; i < n; ++i) {
+    float v = x[i] * (1.0f / scale[i]);
+    v = v > 127.0f ? 127.0f : v < -127.0f ? -127.0f : v;
+    x[i] = ((v + kToInteger) - kToInteger) * scale[i];
+  }
+}
 }  // namespace
 
 std::int64_t Model::chunk_tokens(std::int64_t sequences) { return std::max<std::int64_t>(1, kChunkTokens / sequences); }
@@ -54,11 +64,14 @@ void Model::conv(const Layer& layer, std::int64_t index, const Chunk& c, const f
   float* out = conv_out_.at_least(c.tokens * channels);
   share(c.sequences * blocks, c.tokens * channels * 16, [&](std::int64_t task, int) {
     const std::int64_t s = task / blocks, first = task % blocks * kConvBlock;
-    const std::int64_t row = s * c.length;
-    kernels_.conv_silu({in + row * in_stride + first, in_stride, c.length, std::min(kConvBlock, channels - first),
+    const std::int64_t row = s * c.length, width = std::min(kConvBlock, channels - first);
+    kernels_.conv_silu({in + row * in_stride + first, in_stride, c.length, width,
                         layer.conv_weight.data() + first, channels,
                         layer.conv_bias.empty() ? nullptr : layer.conv_bias.data() + first, int(config.d_conv),
                         c.state.conv(index, c.slots[s]) + first, out + row * channels + first, channels});
+    if (layer.conv_scale.empty() || !config.int8_activations) return;
+    for (std::int64_t t = 0; t < c.length; ++t)
+      round_to_scale(layer.conv_scale.data() + first, width, out + (row + t) * channels + first);
   });
 }
 

@@ -57,6 +57,7 @@ struct Layer {
   std::vector<float> norm;         // [D]
   std::vector<float> conv_weight;  // [K, channels], tap-major
   std::vector<float> conv_bias;    // [channels] or empty
+  std::vector<float> conv_scale;   // [channels] or empty: x, B and C become int8 where activations are
   std::vector<float> a;            // -exp(A_log): [H] or [I, N]
   std::vector<float> d;            // [H] or [I]
   std::vector<float> dt_bias;      // [H] or [I]
