@@ -2,8 +2,9 @@
 
     rows = gpu_peer_speeds(named_spec("mamba2-1.3b"), batches=[1, 8], prompt_len=512, peers=("mamba-ssm",))
 
-Random float16 weights, where a peer is installed. A decode time is the difference between a long and a short generation,
-so prompts and preparations do not count; each is the fastest of REPEATS. Run the tests: `pytest tests/runtime/test_cuda_peers.py`.
+Random float16 weights, where a peer is installed. A decode time is the difference between a long and a short
+generation, so prompts and preparations do not count; each is the fastest of REPEATS. Run the tests:
+`pytest tests/runtime/test_cuda_peers.py`.
 """
 
 from __future__ import annotations
