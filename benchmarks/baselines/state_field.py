@@ -17,6 +17,7 @@ int8-feedback      int8 of S plus what the last storing left over; the remainder
 int8-stochastic    int8 rounded up or down at random
 bfloat16           rounded to nearest
 ...-each-token     after every token instead of every chunk
+...-every-K        after every K tokens
 
 Rows that --out holds already are kept, so that cases can be added.
 
@@ -48,6 +49,7 @@ CHUNK = 64
 CELLS = 23 * 23
 BANKS = 256
 SIGMAS = 3.0
+EVERY = (8, 16, 32)  # tokens between two storings, as our engines could keep them in a buffer
 
 
 class Field:
@@ -127,6 +129,8 @@ CASES: dict[str, tuple[int, Callable[[], Rounding] | None, Callable[[int], float
     "int8-feedback-each-token": (1, Feedback, lambda n: 16 + 32 / n),
     "int8-stochastic-each-token": (1, lambda: Stochastic(), lambda n: 8 + 32 / n),
     "bfloat16-each-token": (1, each(round_bfloat16), lambda n: 16.0),
+    **{f"bfloat16-every-{k}": (k, each(round_bfloat16), lambda n: 16.0) for k in EVERY},
+    **{f"int8-every-{k}": (k, each(round_int8), lambda n: 8 + 32 / n) for k in EVERY},
 }
 
 

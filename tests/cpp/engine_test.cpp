@@ -180,7 +180,7 @@ int main() {
     }
     const int before = failures, from = checks;
     test_products(*k);
-    for (const char* layout : {"published", "dfssm", "plane", "mixed"}) {
+    for (const char* layout : {"published", "dfssm", "ranked", "mixed"}) {
       Config shape = mamba2_shape(2, 72, 24, 16, 131);
       test_model(*k, shape, layout);
       shape.state_type = kStateInt8;

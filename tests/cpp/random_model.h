@@ -19,23 +19,25 @@ inline std::uint16_t to_half(float x) {  // normal numbers only, rounded towards
 }
 
 // A model and the memory that its matrices point into. `layout`: "published" (signs and the correction in every row,
-// int8 embedding), "dfssm" (B, C and dt rows at int8, int4 embedding), "plane" (dfssm and a second sign plane over an
-// eighth of the columns), or "mixed" (every format, the plane and the correction overlapping).
+// int8 embedding), "dfssm" (no correction, dt rows at int8, a second sign plane over a third of the columns of x, B, C and
+// out_proj, int4 embedding), "ranked" (B, C and dt rows at int8, the correction), or "mixed" (every format, the plane and
+// the correction overlapping).
 class RandomModel {
  public:
   RandomModel(const Config& config, const std::string& layout, const Kernels& kernels, int threads, int rank = 16)
       : model(config, kernels, threads), layout_(layout), rank_(rank) {
     const std::int64_t d = config.d_model, inner = config.d_inner, n = config.d_state;
     const std::string table = layout == "published" ? "int8" : "int4";
-    fill(model.embedding, config.vocab, d, {{format(table), config.vocab}}, 0);
+    fill(model.embedding, config.vocab, d, {{format(table), config.vocab}});
     model.norm_f.assign(std::size_t(d), 1.0f);
     for (Layer& l : model.layers) {
       const std::int64_t rows = config.mamba2 ? 2 * inner + 2 * config.n_groups * n + config.heads() : 2 * inner;
-      project(l.in_proj, rows, d, config.mamba2 && layout != "published" ? rows - 2 * inner : 0);
-      project(l.out_proj, d, inner, 0);
+      const std::int64_t tail = !config.mamba2 || layout == "published" ? 0 : layout == "dfssm" ? config.heads() : rows - 2 * inner;
+      project(l.in_proj, rows, d, tail, config.mamba2 ? inner : 0);
+      project(l.out_proj, d, inner, 0, 0);
       if (!config.mamba2) {
-        fill(l.x_proj, config.dt_rank + 2 * n, inner, {{kInt8, config.dt_rank + 2 * n}}, 0);
-        fill(l.dt_proj, inner, config.dt_rank, {{kInt8, inner}}, 0);
+        fill(l.x_proj, config.dt_rank + 2 * n, inner, {{kInt8, config.dt_rank + 2 * n}});
+        fill(l.dt_proj, inner, config.dt_rank, {{kInt8, inner}});
       }
       const std::int64_t steps = config.mamba2 ? config.heads() : inner;
       l.norm.assign(std::size_t(d), 1.0f);
@@ -90,7 +92,7 @@ class RandomModel {
     }
   }
 
-  void fill(Matrix& m, std::int64_t rows, std::int64_t cols, const std::vector<Part>& parts, int rank) {
+  void fill(Matrix& m, std::int64_t rows, std::int64_t cols, const std::vector<Part>& parts, std::int64_t plane_start = 0) {
     const float size = 1 / std::sqrt(float(cols));
     m.rows = rows;
     m.cols = cols;
@@ -100,29 +102,31 @@ class RandomModel {
       if (f == kSign) signs = first + count;
       first += count;
     }
-    if (!rank) return;
-    m.rank = rank;
-    m.lowrank_start = layout_ == "mixed" ? rows / 5 : 0;
-    m.lowrank_stop = signs;
-    m.a = segment(kInt8, 0, m.lowrank_stop - m.lowrank_start, rank, 0.1f);
-    m.b = segment(kInt8, 0, rank, cols, size);
-    if (layout_ != "plane" && layout_ != "mixed") return;
-    m.plane_cols = std::max<std::int64_t>(1, cols / 8);
-    m.plane_start = layout_ == "mixed" ? rows / 7 : 0;
+    if (!signs) return;
+    if (layout_ != "dfssm") {
+      m.rank = rank_;
+      m.lowrank_start = layout_ == "mixed" ? rows / 5 : 0;
+      m.lowrank_stop = signs;
+      m.a = segment(kInt8, 0, m.lowrank_stop - m.lowrank_start, m.rank, 0.1f);
+      m.b = segment(kInt8, 0, m.rank, cols, size);
+    }
+    if (layout_ != "dfssm" && layout_ != "mixed") return;
+    m.plane_cols = std::max<std::int64_t>(1, layout_ == "dfssm" ? cols * 33 / 100 : cols / 8);
+    m.plane_start = layout_ == "mixed" ? rows / 7 : plane_start;
     m.plane_stop = signs;
     m.plane = segment(kSign, 0, m.plane_stop - m.plane_start, m.plane_cols, size / 2);
     for (std::int64_t i = 0; i < m.plane_cols; ++i) m.plane_index.push_back(std::int32_t(i * (cols / m.plane_cols)));
   }
 
   // in_proj or out_proj: signs, the last `tail` rows at int8
-  void project(Matrix& m, std::int64_t rows, std::int64_t cols, std::int64_t tail) {
+  void project(Matrix& m, std::int64_t rows, std::int64_t cols, std::int64_t tail, std::int64_t plane_start) {
     if (layout_ == "mixed") {
       const std::int64_t part = rows / 5;
-      return fill(m, rows, cols, {{kInt8, part}, {kInt4, part}, {kFloat16, part}, {kSign, rows - 3 * part}}, rank_);
+      return fill(m, rows, cols, {{kInt8, part}, {kInt4, part}, {kFloat16, part}, {kSign, rows - 3 * part}});
     }
     std::vector<Part> parts = {{kSign, rows - tail}};
     if (tail) parts.push_back({kInt8, tail});
-    fill(m, rows, cols, parts, rank_);
+    fill(m, rows, cols, parts, plane_start);
   }
 
   std::string layout_;

@@ -290,3 +290,8 @@ def test_int8_activations_are_refused_unless_float32_is_asked_for() -> None:
     with pytest.raises(UserError, match="float32 activations, int8 is not available"):
         engine(random_checkpoint(SPECS["plain"], 1, "float32"), activations="int8")
     assert engine(checkpoint, activations="float32").name == "cuda"
+
+
+def test_hadamard_transforms_are_refused_with_the_engine_that_has_them() -> None:
+    with pytest.raises(UserError, match=r"in_proj.*Hadamard.*--backend cpu"):
+        engine(random_checkpoint(SPECS["plain"], 1, "transformed"))

@@ -57,10 +57,15 @@ def test_traffic_of_the_published_layout_is_the_honest_count() -> None:
     model = measure.random_model(named_spec("mamba2-1.3b"), "dfssm-published")
     moved = measure.traffic(model)
     assert moved.weights == pytest.approx(275_596_640, rel=2e-4)
-    assert moved.per_sequence == 48 * (64 * 64 * 128 + 3 * 4352) * 4 * 2
+    conv, entries = 2 * 3 * 4352 * 4, 64 * 64 * 128
+    wide, narrow = (64 * 64 + 128) * 4 + 256, (64 * 64 + 128) * 2 + 256  # a token in the buffer
+    assert moved.per_sequence == 48 * (4 * entries * 17 // 16 + conv + 15 * wide // 2 + wide)
     assert moved.step(8) == moved.weights + 8 * moved.per_sequence
-    assert measure.traffic(model, "bfloat16").per_sequence == 48 * (64 * 64 * 128 * 2 + 3 * 4352 * 4) * 2
-    assert measure.traffic(model, "int8").per_sequence == 48 * (64 * 64 * (128 + 4) + 3 * 4352 * 4) * 2
+    want = 48 * (2 * entries * 17 // 16 + conv + 15 * narrow // 2 + narrow)
+    assert measure.traffic(model, "bfloat16").per_sequence == want
+    rows = 64 * 64 * (128 + 4)
+    want = 48 * (rows + rows // 16 + conv + 15 * narrow // 2 + narrow)
+    assert measure.traffic(model, "int8").per_sequence == want
 
 
 def test_an_untied_embedding_is_read_by_the_row() -> None:

@@ -36,8 +36,10 @@ def test_neighbours_threads_and_cuts_change_nothing(isa: str, dtype: str, name: 
         pieces += [single.forward(row[:, i:j], state) for i, j in itertools.pairwise([20, 53, 54, 150])]
         np.testing.assert_array_equal(np.concatenate(pieces, axis=1)[0], whole[b])
         np.testing.assert_array_equal(single.prefill(row[:, 20:], twin)[0], whole[b, -1])
-    state = single.new_state()
-    single.forward(ids[:1], state)
+    state, other = single.new_state(), single.new_state()
+    single.forward(ids[:1, :77], state)
+    other.load(state.save())
+    np.testing.assert_array_equal(single.forward(ids[:1, 77:], other)[0], whole[0, 77:])
     state.reset()
     np.testing.assert_array_equal(single.forward(ids[:1], state)[0], whole[0])
 
@@ -63,16 +65,18 @@ def test_the_torch_reference_agrees(isa: str, dtype: str, name: str) -> None:
     assert np.abs(got - want).max() < rounding.max()
 
 
-def test_the_reference_rounds_by_the_token() -> None:
+def test_the_reference_stores_every_sixteen_tokens() -> None:
     pytest.importorskip("torch")
     from slimba.runtime.backends.reference import ReferenceEngine
 
     checkpoint = random_checkpoint(SPECS["plain"], 12)
-    ids = np.random.default_rng(1).integers(0, 67, (1, 9)).astype(np.int32)
+    ids = np.random.default_rng(1).integers(0, 67, (1, 35)).astype(np.int32)
     engine = ReferenceEngine(checkpoint, state_dtype="int8")
     state = engine.new_state()
-    pieces = [engine.forward(ids[:, i:j], state) for i, j in ((0, 4), (4, 5), (5, 9))]
-    np.testing.assert_allclose(np.concatenate(pieces, 1), engine.forward(ids, engine.new_state()), atol=1e-6)
+    pieces = [engine.forward(ids[:, i:j], state) for i, j in ((0, 4), (4, 5), (5, 35))]
+    np.testing.assert_allclose(np.concatenate(pieces, 1), engine.forward(ids, engine.new_state()), atol=1e-5)
+    held = state.inner.layers[0].held
+    assert held is not None and held.u.shape[1] == 35 % 16
     codes = state.inner.layers[0].ssm / (state.inner.layers[0].ssm.abs().amax(-1, keepdim=True) / 127)
     np.testing.assert_allclose(codes.numpy(), np.rint(codes.numpy()), atol=1e-3)
 

@@ -26,7 +26,10 @@ def bench(
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option("--format", help="With --shape: dfssm, dfssm-published, float16, bfloat16, float32, int8, int4."),
+        typer.Option(
+            "--format",
+            help="With --shape: dfssm, dfssm-published, w8a8, w4a8, w4a16, float16, bfloat16, float32, int8, int4.",
+        ),
     ] = None,
     batch: Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas.")] = "1",
     prompt_len: Annotated[int, typer.Option("--prompt-len", min=1, help="Tokens of the prompt.")] = 512,

@@ -10,6 +10,7 @@ Tests: `pytest tests/models`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import nn
 
 from slimba.kernels import triton
 from slimba.models.norms import GatedRMSNorm
-from slimba.models.scan import causal_conv1d, ssd_chunked, ssd_recurrence
+from slimba.models.scan import causal_conv1d, ssd_chunked, ssd_recurrence, ssd_stored
 from slimba.models.spec import ModelSpec
 from slimba.models.state import LayerState
 
@@ -46,17 +47,22 @@ class Mamba2Mixer(nn.Module):
             else None
         )
         self.out_proj = nn.Linear(spec.d_inner, spec.d_model, bias=spec.proj_bias)
+        self.round_scan: Callable[[torch.Tensor], torch.Tensor] | None = None  # what an engine does to x, B and C
 
     def forward(self, u: torch.Tensor, state: LayerState | None = None) -> torch.Tensor:
         """With a state: continue from it, and leave it as it is after the last token of u."""
-        if state is not None and u.shape[1] == 1:
+        if state is not None and u.shape[1] == 1 and state.held is None:
             return self.step(u[:, 0], state)[:, None]
         if state is None and (fused := self.fused(u)) is not None:
             return self.out_proj(fused)
         z, raw, dt = self.project(u)
         xbc, window = causal_conv1d(raw, self.conv1d.weight, self.conv1d.bias, state.conv if state else None)
         x, B, C = self.split(F.silu(xbc))
-        y, last = ssd_chunked(x, self.time_step(dt), self.A, B, C, self.chunk_size, state.ssm if state else None)
+        step, A = self.time_step(dt), self.A
+        if state is not None and state.held is not None:
+            y, last = ssd_stored(x, step, A, B, C, state.ssm, state.held)
+        else:
+            y, last = ssd_chunked(x, step, A, B, C, self.chunk_size, state.ssm if state else None)
         if state is not None:
             state.update(window, last)
         return self.out_proj(self.gate(y, x, z))
@@ -101,6 +107,8 @@ class Mamba2Mixer(nn.Module):
     def split(self, xbc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[B, L, I + 2 G N] -> x [B, L, H, P], B and C [B, L, G, N]."""
         s, (batch, length, _) = self.spec, xbc.shape
+        if self.round_scan is not None:
+            xbc = self.round_scan(xbc)
         gn = s.n_groups * s.d_state
         x, B, C = xbc.split([s.d_inner, gn, gn], dim=-1)
         grouped = (batch, length, s.n_groups, s.d_state)

@@ -14,13 +14,17 @@ Q chunk, c chunks. Arguments called `B` and `C` are the paper's B and C. Tests: 
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["causal_conv1d", "selective_recurrence", "selective_scan", "ssd_chunked", "ssd_recurrence"]
+from slimba.models.state import STATE_BLOCK, HeldTokens
+
+__all__ = ["causal_conv1d", "selective_recurrence", "selective_scan", "ssd_chunked", "ssd_recurrence", "ssd_stored"]
 
 
 def causal_conv1d(
@@ -131,6 +135,51 @@ def ssd_chunked(
     from_start = logs.exp().reshape(b, c, g, r, q).transpose(3, 4)[..., None].to(dtype)  # [B, c, G, Q, R, 1]
     y = torch.addcmul(y_diag.transpose(3, 4), y_off, from_start)  # [B, c, G, Q, R, P]
     return y.transpose(2, 3).reshape(b, c * q, h, p)[:, :length], state
+
+
+def ssd_stored(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    stored: torch.Tensor,
+    held: HeldTokens,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The recurrence on a state that is stored in fewer bits, every 16 tokens: docs/decisions.md, recurrent state.
+
+    Shapes as `ssd_recurrence`; `stored` [B, H, P, N] float32 is the state at the last storing. Returns y and what is
+    stored now; `held` is moved on in place. No gradients are wanted here.
+    """
+    per_group = x.shape[2] // B.shape[2]
+    ys = []
+    for first, last in _cut(held.u.shape[1], x.shape[1], STATE_BLOCK):
+        new_dt, new_c = dt[:, first:last].float(), C[:, first:last].float()
+        before = held.logs[:, -1:] if held.logs.shape[1] else torch.zeros_like(new_dt[:, :1])
+        held.u = torch.cat([held.u, held.hold(new_dt[..., None] * x[:, first:last].float())], 1)
+        held.b = torch.cat([held.b, held.hold(B[:, first:last].float())], 1)
+        held.logs = torch.cat([held.logs, before + (new_dt * A.float()).cumsum(1)], 1)
+        now = held.logs[:, -(last - first) :]  # [B, t, H]
+        scores = torch.einsum("btgn,bign->btig", new_c, held.b).repeat_interleave(per_group, -1)
+        future = torch.ones(scores.shape[1:3], dtype=torch.bool, device=x.device).triu(
+            held.u.shape[1] - (last - first) + 1
+        )
+        weight = (now[:, :, None] - held.logs[:, None]).masked_fill(future[..., None], -torch.inf).exp() * scores
+        c = new_c.repeat_interleave(per_group, 2)  # [B, t, H, N]
+        old = torch.einsum("bhpn,bthn->bthp", stored, c) * now.exp()[..., None]
+        ys.append(old + torch.einsum("btih,bihp->bthp", weight, held.u))
+        if held.u.shape[1] == STATE_BLOCK:
+            end = held.logs[:, -1]  # [B, H]
+            gain = (end[:, None] - held.logs).exp()[..., None] * held.u
+            b = held.b.repeat_interleave(per_group, 2)
+            stored = held.store(end.exp()[..., None, None] * stored + torch.einsum("bihp,bihn->bhpn", gain, b))
+            held.u, held.b, held.logs = held.u[:, :0], held.b[:, :0], held.logs[:, :0]
+    return torch.cat(ys, 1).to(x.dtype), stored
+
+
+def _cut(offset: int, length: int, step: int) -> Iterable[tuple[int, int]]:
+    """Pieces of 0 .. length, cut where offset + position is a multiple of `step`."""
+    return itertools.pairwise([0, *range(step - offset % step, length, step), length])
 
 
 # ------------------------------------------------------------------ Mamba-1

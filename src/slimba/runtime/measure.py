@@ -1,12 +1,13 @@
 """Speed of an engine as a share of the machine's limit: bytes that must move, bandwidth, floor, measured time.
 
-    model = random_model(named_spec("mamba2-1.3b"), "dfssm", rank=16)
+    model = random_model(named_spec("mamba2-1.3b"), "dfssm")
     check(model, threads=2)                              # the chosen kernels against the naive ones; UserError when red
     row = decode_speed(engine, traffic(model, "float32"), bandwidth(2), batch=1, new_tokens=64)
 
 A decode step makes one token for each of B sequences. It has to read every weight once (the whole head, but of an
-untied embedding only B rows), and to read and write the recurrent and convolution states of B sequences. Activations
-and logits are not counted. The verb is `slimba bench`; run the tests: `pytest tests/runtime/test_measure.py`.
+untied embedding only B rows), to read the recurrent states of B sequences (Mamba-2 writes them every 16 tokens and
+reads a buffer of what came since, Mamba-1 writes them) and to read and write those of the convolution. Activations and
+logits are not counted. The verb is `slimba bench`; run the tests: `pytest tests/runtime/test_measure.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.errors import UserError
 from slimba.formats import FORMATS, MatrixLayout
 from slimba.formats.floats import DTYPES
-from slimba.formats.presets import preset_dtypes, preset_layouts
+from slimba.formats.presets import preset_dtypes, preset_layouts, preset_numerics
 from slimba.models.spec import ModelSpec
 from slimba.runtime.backends.cpu import CpuEngine
 from slimba.runtime.engine import SamplingParams
@@ -37,6 +38,7 @@ __all__ = [
     "random_model", "resident_bytes", "traffic",
 ]  # fmt: skip
 
+STATE_BLOCK = 16  # tokens between two writings of a Mamba-2 state: kStateBlock in kernels.h
 REPEATS = 5  # timed repeats after one warm-up; the median counts
 
 
@@ -75,7 +77,7 @@ class PrefillRow:
     tokens_per_second: float
 
 
-def random_model(spec: ModelSpec, format: str, *, rank: int = 16, seed: int = 0) -> Checkpoint:
+def random_model(spec: ModelSpec, format: str, *, rank: int | None = None, seed: int = 0) -> Checkpoint:
     """Random weights in the preset `format`, with scales that keep the activations near one."""
     rng = np.random.default_rng(seed)
     layouts = preset_layouts(spec, format, rank=rank)
@@ -85,7 +87,7 @@ def random_model(spec: ModelSpec, format: str, *, rank: int = 16, seed: int = 0)
     dtypes = preset_dtypes(format)
     for name, (shape, kind) in spec.vectors().items():
         tensors[name] = _vector(rng, name, shape).astype(DTYPES[dtypes[kind]])
-    return Checkpoint(spec, layouts, tensors)
+    return Checkpoint(spec, layouts, tensors, numerics=preset_numerics(format))
 
 
 # Typical size of a random code, so that scale * code has the size 1 / sqrt(cols)
@@ -145,8 +147,15 @@ def traffic(checkpoint: Checkpoint, state_dtype: str = "float32") -> Traffic:
         row = table // spec.vocab_size
     entries = spec.d_inner * spec.d_state
     ssm = {"float32": 4 * entries, "bfloat16": 2 * entries, "int8": entries + 4 * spec.d_inner}[state_dtype]
-    state = spec.n_layer * (ssm + (spec.d_conv - 1) * spec.d_conv_channels * 4)
-    return Traffic(weights, 2 * state + row)
+    moved = 2 * (spec.d_conv - 1) * spec.d_conv_channels * 4
+    if spec.architecture == "mamba2":  # read each time, written every STATE_BLOCK tokens; the buffer is half full
+        token = (spec.d_inner + spec.n_groups * spec.d_state) * (
+            4 if state_dtype == "float32" else 2
+        ) + 4 * spec.n_heads
+        moved += ssm + ssm // STATE_BLOCK + (STATE_BLOCK - 1) * token // 2 + token
+    else:
+        moved += 2 * ssm
+    return Traffic(weights, spec.n_layer * moved + row)
 
 
 def bandwidth(threads: int, nbytes: int = 1 << 29) -> float:

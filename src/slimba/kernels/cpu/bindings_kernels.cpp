@@ -88,10 +88,10 @@ void quant_matmul(const std::string& isa, int format, const Bytes& data, const B
 }
 
 void conv_silu(const std::string& isa, const In2& in, const In2& weight, const std::optional<In1>& bias,
-               const Out2& state, const Out2& out) {
+               const Out2& state, const Out2& out, bool keep) {
   const int64_t channels = int64_t(in.shape(1));
   table(isa).conv_silu({in.data(), channels, int64_t(in.shape(0)), channels, weight.data(), channels,
-                        bias ? bias->data() : nullptr, int(weight.shape(0)), state.data(), out.data(), channels});
+                        bias ? bias->data() : nullptr, int(weight.shape(0)), state.data(), out.data(), channels, keep});
 }
 
 // A state [rows, N] for one call: float32, uint16 (bfloat16) or int8 with scales [rows]; type is kernels.h's StateType.
@@ -108,13 +108,29 @@ struct TestState {
   }
 };
 
-// x [T, P], b and c [T, N] packed into xbc [T, P + 2N]; dt and decay [T]; y [T, P]; state [P, N]
-void ssm2(const std::string& isa, const In2& xbc, const In1& dt, const In1& decay, const In1& d, int type,
-          const OutBytes& state, const Out1& scale, const Out2& y) {
-  const int64_t p = int64_t(y.shape(1)), n = (int64_t(xbc.shape(1)) - p) / 2, stride = p + 2 * n;
-  TestState s(type, state, scale, n);
-  table(isa).ssm2({int64_t(y.shape(0)), p, n, xbc.data(), xbc.data() + p, xbc.data() + p + n, stride, dt.data(),
-                   decay.data(), 1, d.data(), d.size() > 1, s.type, s.data, s.scales, y.data(), p, s.work.data()});
+// x [T, H P], b and c [T, N] packed into xbc; dt [T, H], a [H], d [H] or [H P]; state [H, P, N] and its scales [H, P];
+// buffer: filled, u [H, 16, P] and b [16, N] as bytes, logs [H, 16]; y [T, H P]. Returns how much is filled then.
+int64_t ssm2(const std::string& isa, const In2& xbc, const In2& dt, const In1& a, const In1& d, int type,
+             const OutBytes& state, const Out1& scale, int64_t filled, const OutBytes& held_u, const OutBytes& held_b,
+             const Out2& logs, const Out2& y) {
+  const int64_t inner = int64_t(y.shape(1)), heads = int64_t(a.size()), n = (int64_t(xbc.shape(1)) - inner) / 2;
+  const int64_t stride = inner + 2 * n, width = type == kStateFloat32 ? 4 : 2;
+  Buffer work;
+  work.at_least(ssm2_work_floats(n));
+  for (int64_t i = 0; i < ssm2_work_floats(n); ++i) work.data()[i] = __builtin_nanf("");
+  const int64_t length = int64_t(y.shape(0));
+  for (int64_t t = 0; t < length;) {
+    const int64_t tokens = std::min(kStateBlock - filled, length - t);
+    const float* x = xbc.data() + t * stride;
+    table(isa).ssm2({tokens, heads, inner / heads, n, x, x + inner, x + inner + n, stride, dt.data() + t * heads, heads,
+                     a.data(), d.data(), int64_t(d.size()) > heads, StateType(type), state.data(), scale.data(), filled,
+                     held_u.data(), held_b.data(), logs.data(), y.data() + t * inner, inner, work.data()});
+    for (int64_t i = 0; i < tokens; ++i)
+      table(isa).hold(StateType(type), x + inner + i * stride, n, held_b.data() + (filled + i) * n * width);
+    t += tokens;
+    filled = (filled + tokens) % kStateBlock;
+  }
+  return filled;
 }
 
 void ssm1(const std::string& isa, const In2& x, const In2& bc, const In2& dt, const In2& a, const In1& d, int type,
@@ -134,7 +150,7 @@ void bind_kernels(nb::module_& m) {
   k.def("quantize", quantize);
   k.def("quant_matmul", quant_matmul);
   k.def("conv_silu", conv_silu, nb::arg("isa"), nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),
-        nb::arg("state"), nb::arg("out"));
+        nb::arg("state"), nb::arg("out"), nb::arg("keep") = true);
   k.def("ssm2", ssm2);
   k.def("ssm1", ssm1);
   k.def(
@@ -146,15 +162,15 @@ void bind_kernels(nb::module_& m) {
   k.def("gate", [](const std::string& isa, const In1& y, const In1& z, const Out1& out) {
     table(isa).gate(y.data(), z.data(), int64_t(y.size()), out.data());
   });
+  k.def("hadamard", [](const std::string& isa, const Out1& x, int64_t block) {
+    table(isa).hadamard(x.data(), int64_t(x.size()), block);
+  });
   k.def("max", [](const std::string& isa, const In1& x) { return table(isa).max(x.data(), int64_t(x.size())); });
   k.def("sum_exp", [](const std::string& isa, const In1& x, float shift) {
     return table(isa).sum_exp(x.data(), int64_t(x.size()), shift);
   });
   k.def("softplus", [](const std::string& isa, const In1& x, const In1& bias, float low, float high, const Out1& out) {
     table(isa).softplus(x.data(), bias.data(), int64_t(x.size()), low, high, out.data());
-  });
-  k.def("decay", [](const std::string& isa, const In1& dt, const In1& a, const Out1& out) {
-    table(isa).decay(dt.data(), a.data(), int64_t(dt.size()), out.data());
   });
   k.def(
       "read_seconds",

@@ -75,34 +75,48 @@ struct ConvArgs {
   std::int64_t weight_stride;
   const float* bias;  // [channels] or null
   int taps;           // K
-  float* state;       // [K - 1, weight_stride]: inputs before the first token, oldest first; moved on by T tokens
+  float* state;       // [K - 1, weight_stride]: inputs before the first token, oldest first
   float* out;         // [T, out_stride], not overlapping `in`
   std::int64_t out_stride;
+  bool keep;  // whether `state` is to move on
 };
 
-// How a recurrent state is stored. The recurrence itself is float32; after every token the state is rounded to what is
-// stored: to nearest-even bfloat16, or to int8 with one float32 scale for each row of N entries, max |S| / 127, codes
-// nearest-even (a row below 1e-30 becomes zero, one that holds NaN or infinity stays damaged). A token's y is taken
-// before its state is rounded.
+// How a recurrent state is stored: in float32, in nearest-even bfloat16, or in int8 with one float32 scale for each row of
+// N entries, max |S| / 127, codes nearest-even (a row below 1e-30 becomes zero, one that holds NaN or infinity stays
+// damaged). All arithmetic is float32. A Mamba-1 state is stored after every token, whose y is taken before the rounding;
+// a Mamba-2 state after every kStateBlock tokens.
 enum StateType : int { kStateFloat32, kStateBfloat16, kStateInt8 };
 
-// Mamba-2 recurrence of one head over T tokens: S[p, :] = a[t] S[p, :] + (dt[t] x[t, p]) B[t], y[t, p] = <S[p], C[t]> +
-// D[p] x[t, p].
+// Mamba-2: what the tokens since the last storing add to the state is held in a buffer (docs/decisions.md, recurrent
+// state). For the j-th of them, with r = bfloat16 where the state is not float32:
+//     u_j = r(dt_j x_j), b_j = r(B_j), L_j = dt_1 A + ... + dt_j A
+//     y_j = exp(L_j) S C_j + sum_(i <= j) exp(L_j - L_i) <b_i, C_j> u_i + D x_j
+// and after j = kStateBlock S becomes exp(L_j) S + sum_i exp(L_j - L_i) u_i b_i^T, stored.
+constexpr std::int64_t kStateBlock = 16;
+
+// T more tokens for some heads of one group, filled + T <= kStateBlock. Reads the first `filled` rows of held_b and leaves
+// them alone; whoever calls adds the new ones by `hold` when all heads have run.
 struct Ssm2Args {
-  std::int64_t tokens, headdim, d_state;
-  const float *x, *b, *c;
+  std::int64_t tokens, heads, headdim, d_state;
+  const float *x, *b, *c;  // [T, xbc_stride]: x of the first head, B and C of the group
   std::int64_t xbc_stride;
-  const float *dt, *decay;  // [T, dt_stride], this head's column
+  const float* dt;  // [T, dt_stride], from the first head's column on
   std::int64_t dt_stride;
-  const float* d;  // D of this head: one value, or one per channel when d_per_channel
+  const float* a;  // [heads], negative
+  const float* d;  // D: [heads], or [heads, P] when d_per_channel
   bool d_per_channel;
   StateType type;
-  std::uint8_t* state;  // [P, N] in its type
-  float* state_scale;   // [P], int8 only
-  float* y;             // [T, y_stride]
+  std::uint8_t* state;  // [heads, P, N] in its type
+  float* state_scale;   // [heads, P], int8 only
+  std::int64_t filled;  // tokens in the buffer
+  std::uint8_t* held_u;  // [heads, kStateBlock, P], float32 or bfloat16
+  const std::uint8_t* held_b;  // [kStateBlock, N], the same
+  float* logs;                 // L [heads, kStateBlock]
+  float* y;                    // [T, y_stride]
   std::int64_t y_stride;
-  float* work;  // round_up(N, 16) floats of this thread; untouched when the state is float32
+  float* work;  // ssm2_work_floats(N) of this thread, 64-byte aligned
 };
+constexpr std::int64_t ssm2_work_floats(std::int64_t n) { return (2 * kStateBlock + 2) * ((n + 31) / 32 * 32); }
 
 // Mamba-1 recurrence of `channels` channels: S[i, :] = exp(dt[t, i] A[i, :]) S[i, :] + (dt[t, i] x[t, i]) B[t], y =
 // <S[i], C[t]> + D[i] x.
@@ -138,10 +152,14 @@ struct Kernels {
   float (*max)(const float* x, std::int64_t n);                              // NaN or infinity anywhere gives NaN
   double (*sum_exp)(const float* x, std::int64_t n, float shift);            // sum of exp(x - shift)
   void (*read)(const float* x, std::int64_t n, float* sink);                 // bandwidth probe
+  // The transform of formats/hadamard.py in place: n a multiple of block, block a power of two. Stages of distance 1, 2, 4,
+  // ... turn (a, b) into (a + b, a - b), then all is multiplied by float(1 / sqrt(block)): the same bits everywhere.
+  void (*hadamard)(float* x, std::int64_t n, std::int64_t block);
   // ssm/
   void (*conv_silu)(const ConvArgs& a);
   void (*softplus)(const float* x, const float* bias, std::int64_t n, float low, float high, float* out);  // clamped
-  void (*decay)(const float* dt, const float* a, std::int64_t n, float* out);  // exp(dt * a)
+  // n numbers as a buffer holds them: float32, or nearest-even bfloat16 where the state's type is not float32
+  void (*hold)(StateType type, const float* x, std::int64_t n, std::uint8_t* out);
   void (*ssm2)(const Ssm2Args& a);
   void (*ssm1)(const Ssm1Args& a);
 };

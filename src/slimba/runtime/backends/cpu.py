@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from slimba import _core
-from slimba.checkpoints.checkpoint import Checkpoint
+from slimba.checkpoints.checkpoint import Checkpoint, scan_scales
 from slimba.errors import UserError
 from slimba.models.spec import ModelSpec
 from slimba.runtime.engine import SamplingParams
@@ -90,15 +90,32 @@ class CpuState:
     def reset(self) -> None:
         self._core.reset()
 
+    def save(self, b: int = 0) -> np.ndarray:
+        """Sequence b as bytes, of the same number whatever its length: a prefix to go on from by `load`."""
+        out = np.empty(self._core.saved_bytes, np.uint8)
+        try:
+            self._core.save(b, out)
+        except ValueError as e:
+            raise UserError(str(e)) from None
+        return out
+
+    def load(self, saved: np.ndarray, b: int = 0) -> None:
+        """Sequence b goes on from what `save` gave. UserError when that is of another model or state type."""
+        try:
+            self._core.load(b, _bytes(saved))
+        except ValueError as e:
+            raise UserError(str(e)) from None
+
 
 class CpuEngine:
     """Implements `runtime.engine.Engine`.
 
     `threads` defaults to the cores at hand; `isa` forces an instruction set, else SLIMBA_CPU_ISA, else the best one is
-    taken. `state_dtype` is float32, bfloat16 or int8 (a scale for each head and channel): the recurrent state is
-    rounded to it after every token. `activations` is float32 or int8, by default what the checkpoint says: with int8
-    the input of every matrix that is not all floats is rounded, one scale a token. All can be read back as attributes.
-    UserError for settings that are not available and for a checkpoint whose tensors do not fit its spec.
+    taken. `state_dtype` is float32, bfloat16 or int8 (a scale for each head and channel): what the recurrent state is
+    stored in, by Mamba-2 after every 16 tokens, by Mamba-1 after each (docs/decisions.md). `activations` is float32 or
+    int8, by default what the checkpoint says: with int8 the input of every matrix that is not all floats is rounded,
+    one scale a token. All can be read back as attributes. UserError for settings that are not available and for a
+    checkpoint whose tensors do not fit its spec.
     """
 
     name = "cpu"
@@ -224,7 +241,7 @@ def _config(spec: ModelSpec) -> dict[str, float]:
 
 def _fill(core: Any, checkpoint: Checkpoint) -> None:
     """Hands every tensor to the core."""
-    spec = checkpoint.spec
+    spec, scales = checkpoint.spec, scan_scales(checkpoint.spec, checkpoint.numerics)
 
     def matrix(name: str, short: str, layer: int, bias: np.ndarray | None = None) -> None:
         m = checkpoint.matrix(name)
@@ -243,7 +260,10 @@ def _fill(core: Any, checkpoint: Checkpoint) -> None:
             signs, scale = _bytes(m.arrays["plane_packed"]), _bytes(m.arrays["plane_scale"])
             plane = (p.cols, p.start, p.stop, signs, scale, index)
         col_scale = m.arrays["col_scale"].astype(np.float32) if m.layout.col_scale else None
-        core.set_matrix(short, layer, m.layout.rows, m.layout.cols, segments, lowrank, plane, col_scale, bias)
+        step = float(m.arrays["input_scale"][0]) if m.layout.input_scale else 0.0
+        shape = short, layer, m.layout.rows, m.layout.cols
+        keep = m.layout.activations == "float32"
+        core.set_matrix(*shape, segments, lowrank, plane, col_scale, bias, m.layout.hadamard, step, keep)
 
     def vector(name: str, short: str, layer: int) -> None:
         core.set_vector(short, layer, np.ascontiguousarray(checkpoint.vector(name).reshape(-1)))
@@ -262,6 +282,8 @@ def _fill(core: Any, checkpoint: Checkpoint) -> None:
         core.set_vector("conv_weight", i, np.ascontiguousarray(taps).reshape(-1))
         if spec.conv_bias:
             vector(at + "mixer.conv1d.bias", "conv_bias", i)
+        if (name := at + "mixer.conv1d.out_scale") in scales:
+            vector(name, "conv_scale", i)
         # exp in float64: the decay is a power of it, so its error would grow with the length
         a = -np.exp(checkpoint.vector(at + "mixer.A_log").astype(np.float64))
         core.set_vector("a", i, np.ascontiguousarray(a.astype(np.float32).reshape(-1)))

@@ -79,6 +79,12 @@ class CudaEngine:
         gpu: Gpu | None = None,
         exact: bool = False,
     ) -> None:
+        for name, layout in checkpoint.layouts.items():
+            if layout.hadamard:
+                raise UserError(
+                    f"backend cuda cannot transform the input of {name} (Hadamard, {layout.hadamard} columns);"
+                    " use --backend cpu"
+                )
         activations = activations or checkpoint.numerics.get("activations", "float32")
         if activations != "float32":
             raise UserError(

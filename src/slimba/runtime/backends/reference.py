@@ -8,13 +8,14 @@ Run the tests: `pytest tests/runtime/test_reference_engine.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from slimba.checkpoints.checkpoint import Checkpoint
+from slimba.checkpoints.checkpoint import Checkpoint, scan_scales
 from slimba.errors import UserError
-from slimba.formats import FORMATS
-from slimba.formats.floats import FloatFormat
+from slimba.formats import MatrixLayout
+from slimba.formats.hadamard import hadamard
 from slimba.models.spec import ModelSpec
 from slimba.runtime.engine import SamplingParams
 from slimba.runtime.sampling import Sampler
@@ -25,6 +26,7 @@ try:
     import torch.nn.functional as F
 
     from slimba.models.lm import ModelState, SSMForCausalLM, load_weights
+    from slimba.models.state import HeldTokens, Rounding
 except ModuleNotFoundError as e:
     if e.name != "torch":
         raise
@@ -52,48 +54,83 @@ def round_int8(state: torch.Tensor) -> torch.Tensor:
     return codes * torch.where(zero, 0.0, top / 127)
 
 
+def round_fixed(x: torch.Tensor, step: float) -> torch.Tensor:
+    """float32 to the nearest of -127..127 steps, ties to even; NaN stays NaN."""
+    inverse = float(np.float32(1) / np.float32(step))
+    return (x * inverse).clamp(-127, 127).round() * step
+
+
 ROUND = {"float32": None, "bfloat16": round_bfloat16, "int8": round_int8}
 
 
 class InputRounding:
     """A forward pre-hook: x [..., cols] to int8 and back, one scale a token, as QuantArgs in kernels.h lays it down.
 
-    With a column scale c, x c is what is rounded; the module's weights hold c already, so it is divided out again.
+    With a Hadamard transform H and a column scale c, (H x) c is what is rounded; the module's weights hold both, so
+    they are undone again. With a stored scale that one is used for all tokens, and codes saturate.
     """
 
-    def __init__(self, column: torch.Tensor | None) -> None:
-        self._column = column
+    def __init__(self, layout: MatrixLayout, arrays: dict[str, np.ndarray], device: str) -> None:
+        self._block = layout.hadamard
+        column = arrays["col_scale"].astype(np.float32) if layout.col_scale else None
+        self._column = None if column is None else torch.from_numpy(column).to(device)
+        self._step = float(arrays["input_scale"][0]) if layout.input_scale else None
 
     def __call__(self, module: torch.nn.Module | None, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
         x = args[0].float()
+        if self._block:
+            x = hadamard(x, self._block)
         if self._column is not None:
             x = x * self._column
-        x = round_int8(x)
-        return x if self._column is None else torch.where(self._column == 0, 0.0, x / self._column)
+        x = round_int8(x) if self._step is None else round_fixed(x, self._step)
+        if self._column is not None:
+            x = torch.where(self._column == 0, 0.0, x / self._column)
+        return hadamard(x, self._block) if self._block else x
+
+
+class ScanRounding:
+    """x, B and C [..., channels] to int8 and back, with the file's scale a channel; codes saturate."""
+
+    def __init__(self, scale: torch.Tensor) -> None:
+        self.scale, self._inverse = scale, 1 / scale
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.float() * self._inverse).clamp(-127, 127).round() * self.scale
 
 
 class TorchState:
-    """Recurrent state of a batch of sequences; float32 numbers, rounded to the engine's state dtype."""
+    """Recurrent state of a batch of sequences; float32 numbers, rounded by `store` (None: float32 it is)."""
 
-    def __init__(self, model: SSMForCausalLM, batch: int, inner: ModelState | None = None) -> None:
+    def __init__(
+        self, model: SSMForCausalLM, batch: int, store: Rounding | None = None, inner: ModelState | None = None
+    ) -> None:
         self.batch = batch
         self._model = model
-        self.inner = inner or model.new_state(batch)
+        self._store = store
+        self.inner = inner or self._empty()
 
     def clone(self) -> TorchState:
-        return TorchState(self._model, self.batch, self.inner.clone())
+        return TorchState(self._model, self.batch, self._store, self.inner.clone())
 
     def reset(self) -> None:
-        self.inner = self._model.new_state(self.batch)
+        self.inner = self._empty()
+
+    def _empty(self) -> ModelState:
+        state = self._model.new_state(self.batch)
+        if self._store is not None and self._model.spec.architecture == "mamba2":
+            for layer in state.layers:
+                device = layer.ssm.device
+                layer.held = HeldTokens.none(self._model.spec, self.batch, device, round_bfloat16, self._store)
+        return state
 
 
 class ReferenceEngine:
     """Implements `runtime.engine.Engine` with torch.
 
     threads sets torch's threads (for the process). device: a torch device name. state_dtype: what the recurrent state
-    is rounded to after every token; with bfloat16 and int8 tokens therefore run one by one. activations: float32 or
-    int8, by default what the checkpoint says; with int8 the input of every matrix that is not all floats is rounded,
-    one scale a token. UserError for other types and for weights that are not finite.
+    is stored in, by Mamba-2 every 16 tokens, by Mamba-1 after each, whose tokens therefore run one by one. activations:
+    float32 or int8, by default what the checkpoint says; with int8 the input of every matrix that is not all floats is
+    rounded, one scale a token unless the matrix says otherwise. UserError for other types and for weights that are not finite.
     """
 
     name = "reference"
@@ -120,6 +157,10 @@ class ReferenceEngine:
         load_weights(self.model, checkpoint)
         self.model.requires_grad_(False).eval().to(device)
         self._head_input = self._round_inputs(checkpoint, device) if activations == "int8" else None
+        for i, name in enumerate(scan_scales(self.spec, checkpoint.numerics) if activations == "int8" else ()):
+            scale = torch.from_numpy(checkpoint.vector(name)).to(device)
+            mixer: Any = self.model.backbone.layers[i].mixer
+            mixer.round_scan = ScanRounding(scale)
         if self.spec.architecture == "mamba2":
             self.model.set_chunk_size(min(SCAN_CHUNK, self.spec.chunk_size))
         self._device = torch.device(device)
@@ -128,7 +169,7 @@ class ReferenceEngine:
         """An empty state for `batch` sequences."""
         if batch < 1:
             raise UserError(f"batch is {batch}, it must be at least 1")
-        return TorchState(self.model, batch)
+        return TorchState(self.model, batch, self._round)
 
     @torch.inference_mode()
     def forward(self, ids: np.ndarray, state: TorchState) -> np.ndarray:
@@ -189,7 +230,7 @@ class ReferenceEngine:
         return torch.from_numpy(check_ids(ids, self.spec.vocab_size).astype(np.int64)).to(self._device)
 
     def _features(self, x: torch.Tensor, state: TorchState) -> torch.Tensor:
-        if self._round is None:
+        if self._round is None or self.spec.architecture == "mamba2":
             whole: torch.Tensor = self.model.backbone(x, state.inner)
             return whole
         pieces = []
@@ -203,11 +244,9 @@ class ReferenceEngine:
         """Rounds what enters the projections; returns what rounds the head's input (None where the head is float)."""
         found: dict[str, InputRounding] = {}
         for name, layout in checkpoint.layouts.items():
-            if all(isinstance(FORMATS[segment.format], FloatFormat) for segment in layout.segments):
+            if not layout.takes_int8:
                 continue
-            scale = checkpoint.matrix(name).arrays["col_scale"] if layout.col_scale else None
-            column = None if scale is None else torch.from_numpy(scale.astype(np.float32)).to(device)
-            found[name] = InputRounding(column)
+            found[name] = InputRounding(layout, checkpoint.matrix(name).arrays, device)
             if name not in ("backbone.embeddings", "lm_head"):
                 self.model.get_submodule(name).register_forward_pre_hook(found[name])
         return found.get(checkpoint.head)

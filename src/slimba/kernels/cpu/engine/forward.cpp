@@ -14,6 +14,17 @@ namespace {
 constexpr std::int64_t kChunkTokens = 128;   // tokens of all sequences together in one chunk
 constexpr std::int64_t kConvBlock = 512;     // channels per task
 constexpr std::int64_t kChannelBlock = 128;  // Mamba-1 channels per task
+constexpr std::int64_t kHeadTasks = 4;       // tasks of heads, a thread
+
+// To int8 and back with a scale a channel; codes saturate at +-127, NaN stays NaN.
+void round_to_scale(const float* scale, std::int64_t n, float* x) {
+  constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: adding and taking it away rounds to nearest, ties to even
+  for (std::int64_t i = 0; i < n; ++i) {
+    float v = x[i] * (1.0f / scale[i]);
+    v = v > 127.0f ? 127.0f : v < -127.0f ? -127.0f : v;
+    x[i] = ((v + kToInteger) - kToInteger) * scale[i];
+  }
+}
 }  // namespace
 
 std::int64_t Model::chunk_tokens(std::int64_t sequences) { return std::max<std::int64_t>(1, kChunkTokens / sequences); }
@@ -45,66 +56,124 @@ const float* Model::hidden(const std::int32_t* ids, std::int64_t n, std::int64_t
     matmul(layer.out_proj, y_.data(), config.d_inner, c.tokens, u, d, true);
   }
   norm(norm_f);
+  for (std::int64_t s = 0; s < n; ++s) state.advance(slots[s], length);
   state.interrupted = false;
   return x;
 }
 
-void Model::conv(const Layer& layer, std::int64_t index, const Chunk& c, const float* in, std::int64_t in_stride) {
+// Channels first .. first + count of sequence s, to out [T, out_stride]; `keep`: the convolution's state moves on.
+void Model::conv_channels(const Layer& layer, std::int64_t index, const Chunk& c, std::int64_t s, std::int64_t first,
+                          std::int64_t count, float* out, std::int64_t out_stride, bool keep) {
+  const std::int64_t channels = config.channels(), stride = layer.in_proj.rows, row = s * c.length;
+  const float* in = projected_.data() + (config.mamba2 ? config.d_inner : 0);
+  kernels_.conv_silu({in + row * stride + first, stride, c.length, count, layer.conv_weight.data() + first, channels,
+                      layer.conv_bias.empty() ? nullptr : layer.conv_bias.data() + first, int(config.d_conv),
+                      c.state.floats(State::kConv, index, c.slots[s]) + first, out, out_stride, keep});
+  if (layer.conv_scale.empty() || !config.int8_activations) return;
+  for (std::int64_t t = 0; t < c.length; ++t) round_to_scale(layer.conv_scale.data() + first, count, out + t * out_stride);
+}
+
+void Model::conv(const Layer& layer, std::int64_t index, const Chunk& c) {
   const std::int64_t channels = config.channels(), blocks = (channels + kConvBlock - 1) / kConvBlock;
-  float* out = conv_out_.at_least(c.tokens * channels);
   share(c.sequences * blocks, c.tokens * channels * 16, [&](std::int64_t task, int) {
     const std::int64_t s = task / blocks, first = task % blocks * kConvBlock;
-    const std::int64_t row = s * c.length;
-    kernels_.conv_silu({in + row * in_stride + first, in_stride, c.length, std::min(kConvBlock, channels - first),
-                        layer.conv_weight.data() + first, channels,
-                        layer.conv_bias.empty() ? nullptr : layer.conv_bias.data() + first, int(config.d_conv),
-                        c.state.conv(index, c.slots[s]) + first, out + row * channels + first, channels});
+    float* out = conv_out_.data() + s * c.length * channels + first;
+    conv_channels(layer, index, c, s, first, std::min(kConvBlock, channels - first), out, channels, true);
   });
 }
 
 // In: projected_ [T, z | x | B | C | dt]. Out: y_ [T, I], ready for out_proj.
 void Model::mixer2(const Layer& layer, std::int64_t index, const Chunk& c) {
-  const std::int64_t inner = config.d_inner, heads = config.heads(), n = config.d_state, p = config.headdim;
-  const std::int64_t stride = layer.in_proj.rows, channels = config.channels(), per_group = heads / config.n_groups;
-  const float* projected = projected_.data();
-  conv(layer, index, c, projected + inner, stride);
-  float* dt = dt_.at_least(c.tokens * heads);
-  float* decay = decay_.at_least(c.tokens * heads);
-  share(c.tokens, c.tokens * heads * 64, [&](std::int64_t t, int) {
-    kernels_.softplus(projected + t * stride + inner + channels, layer.dt_bias.data(), heads, config.dt_low,
-                      config.dt_high, dt + t * heads);
-    kernels_.decay(dt + t * heads, layer.a.data(), heads, decay + t * heads);
+  const std::int64_t heads = config.heads(), groups = config.n_groups, per_group = heads / groups;
+  conv_out_.at_least(c.tokens * config.channels());
+  if (c.length > 1) conv(layer, index, c);  // a single token's is computed by those who need it, one job less
+  dt_.at_least(c.tokens * heads);
+  y_.at_least(c.tokens * config.d_inner);
+  for (auto& buffer : scratch_) buffer.at_least(ssm2_work_floats(config.d_state) + 2 * config.d_state);
+  // A task shares the products of B and C between its heads, so it has more than one where there are enough
+  const std::int64_t tasks = kHeadTasks * pool_.threads() / c.sequences / groups;
+  const std::int64_t count = std::clamp<std::int64_t>(per_group / std::max<std::int64_t>(1, tasks), 1, per_group);
+  const std::int64_t parts = (per_group + count - 1) / count;
+  share(c.sequences * groups * parts, c.tokens * config.d_inner * config.d_state, [&](std::int64_t task, int thread) {
+    const std::int64_t s = task / (groups * parts), g = task / parts % groups, first = task % parts * count;
+    heads2(layer, index, c, {s, g * per_group + first, std::min(count, per_group - first)},
+           scratch_[std::size_t(thread)].data());
   });
-  float* y = y_.at_least(c.tokens * inner);
-  const std::int64_t state_bytes = config.ssm_bytes() / heads;
-  for (auto& buffer : scratch_) buffer.at_least((n + 15) / 16 * 16);
-  share(c.sequences * heads, c.tokens * inner * n, [&](std::int64_t task, int thread) {
-    const std::int64_t s = task / heads, h = task % heads, row = s * c.length;
-    const float* x = conv_out_.data() + row * channels;
-    const float* b = x + inner + h / per_group * n;
-    kernels_.ssm2({c.length, p, n, x + h * p, b, b + config.n_groups * n, channels, dt + row * heads + h,
-                   decay + row * heads + h, heads, layer.d.data() + (config.d_has_hdim ? h * p : h), config.d_has_hdim,
-                   config.state_type, c.state.ssm(index, c.slots[s]) + h * state_bytes,
-                   c.state.scales(index, c.slots[s]) + h * p, y + row * inner + h * p, inner,
-                   scratch_[std::size_t(thread)].data()});
-  });
-  gate2(layer, c);
+  hold2(layer, index, c);
+  norm2(layer, c);
 }
 
-// y_ = norm(y * silu(z)), norm(y) * silu(z) or y * silu(z), one RMS per norm_group_size channels.
-void Model::gate2(const Layer& layer, const Chunk& c) {
-  const std::int64_t inner = config.d_inner, group = config.norm_group_size, stride = layer.in_proj.rows;
-  share(c.tokens, c.tokens * inner * 16, [&](std::int64_t t, int) {
-    float* y = y_.data() + t * inner;
-    const float* z = projected_.data() + t * stride;
-    const auto norm = [&] {
-      for (std::int64_t g = 0; g < inner; g += group) {
-        kernels_.rms_norm(y + g, layer.gated_norm.data() + g, group, config.norm_eps, y + g);
+// Step sizes, recurrence in blocks of the buffer, gate.
+void Model::heads2(const Layer& layer, std::int64_t index, const Chunk& c, const Heads& part, float* scratch) {
+  const std::int64_t inner = config.d_inner, heads = config.heads(), n = config.d_state, p = config.headdim;
+  const std::int64_t h = part.first, g = h / (heads / config.n_groups), channels = config.channels();
+  const std::int64_t slot = c.slots[part.sequence], row = part.sequence * c.length, stride = layer.in_proj.rows;
+  for (std::int64_t t = row; t < row + c.length; ++t) {
+    kernels_.softplus(projected_.data() + t * stride + inner + channels + h, layer.dt_bias.data() + h, part.count,
+                      config.dt_low, config.dt_high, dt_.data() + t * heads + h);
+  }
+  const float *b = conv_out_.data() + row * channels + inner + g * n, *after = b + config.n_groups * n;
+  if (c.length == 1) {
+    float* own = scratch + ssm2_work_floats(n);  // B and C are everybody's, so everybody makes them
+    conv_channels(layer, index, c, part.sequence, h * p, part.count * p, conv_out_.data() + row * channels + h * p,
+                  channels, true);
+    conv_channels(layer, index, c, part.sequence, inner + g * n, n, own, channels, false);
+    conv_channels(layer, index, c, part.sequence, inner + (config.n_groups + g) * n, n, own + n, channels, false);
+    b = own, after = own + n;
+  }
+  const std::int64_t width = config.held_bytes(), head_bytes = State::Sizes(config).bytes[State::kSsm] / heads;
+  std::int64_t filled = c.state.filled(slot);
+  for (std::int64_t t = row; t < row + c.length;) {
+    const std::int64_t tokens = std::min(kStateBlock - filled, row + c.length - t);
+    const std::int64_t skip = (t - row) * channels;
+    const float* x = conv_out_.data() + row * channels + h * p;
+    kernels_.ssm2({tokens, part.count, p, n, x + skip, b + skip, after + skip, channels, dt_.data() + t * heads + h,
+                   heads, layer.a.data() + h, layer.d.data() + (config.d_has_hdim ? h * p : h), config.d_has_hdim,
+                   config.state_type, c.state.part(State::kSsm, index, slot) + h * head_bytes,
+                   c.state.floats(State::kScales, index, slot) + h * p, filled,
+                   c.state.part(State::kHeldU, index, slot) + h * kStateBlock * p * width,
+                   c.state.part(State::kHeldB, index, slot) + g * kStateBlock * n * width,
+                   c.state.floats(State::kLogs, index, slot) + h * kStateBlock, y_.data() + t * inner + h * p, inner,
+                   scratch});
+    t += tokens;
+    filled = (filled + tokens) % kStateBlock;
+  }
+  if (config.gated_norm && config.norm_before_gate) return;
+  for (std::int64_t t = row; t < row + c.length; ++t) {
+    float* y = y_.data() + t * inner + h * p;
+    kernels_.gate(y, projected_.data() + t * stride + h * p, part.count * p, y);
+  }
+}
+
+// B of the tokens after the last multiple of kStateBlock, for the next call.
+void Model::hold2(const Layer& layer, std::int64_t index, const Chunk& c) {
+  const std::int64_t n = config.d_state, channels = config.channels(), width = config.held_bytes();
+  for (std::int64_t s = 0; s < c.sequences; ++s) {
+    if (c.length == 1) {  // nobody needs the old state of B and C any more
+      float* out = conv_out_.data() + s * channels + config.d_inner;
+      conv_channels(layer, index, c, s, config.d_inner, channels - config.d_inner, out, channels, true);
+    }
+    const std::int64_t end = c.state.filled(c.slots[s]) + c.length, left = end % kStateBlock;
+    for (std::int64_t t = std::max<std::int64_t>(0, c.length - left); t < c.length; ++t) {
+      const std::int64_t j = (c.state.filled(c.slots[s]) + t) % kStateBlock;
+      const float* b = conv_out_.data() + (s * c.length + t) * channels + config.d_inner;
+      for (std::int64_t g = 0; g < config.n_groups; ++g) {
+        kernels_.hold(config.state_type, b + g * n, n,
+                      c.state.part(State::kHeldB, index, c.slots[s]) + (g * kStateBlock + j) * n * width);
       }
-    };
-    if (config.gated_norm && config.norm_before_gate) norm();
-    kernels_.gate(y, z, inner, y);
-    if (config.gated_norm && !config.norm_before_gate) norm();
+    }
+  }
+}
+
+// y_, gated already, becomes norm(y * silu(z)); or norm(y) * silu(z): one RMS per norm_group_size channels.
+void Model::norm2(const Layer& layer, const Chunk& c) {
+  if (!config.gated_norm) return;
+  const std::int64_t inner = config.d_inner, group = config.norm_group_size;
+  share(c.tokens, c.tokens * inner * 4, [&](std::int64_t t, int) {
+    float* y = y_.data() + t * inner;
+    for (std::int64_t g = 0; g < inner; g += group)
+      kernels_.rms_norm(y + g, layer.gated_norm.data() + g, group, config.norm_eps, y + g);
+    if (config.norm_before_gate) kernels_.gate(y, projected_.data() + t * layer.in_proj.rows, inner, y);
   });
 }
 
@@ -112,7 +181,8 @@ void Model::gate2(const Layer& layer, const Chunk& c) {
 void Model::mixer1(const Layer& layer, std::int64_t index, const Chunk& c) {
   const std::int64_t inner = config.d_inner, n = config.d_state, rank = config.dt_rank, stride = layer.in_proj.rows;
   const std::int64_t width = rank + 2 * n;
-  conv(layer, index, c, projected_.data(), stride);
+  conv_out_.at_least(c.tokens * inner);
+  conv(layer, index, c);
   const float* x = conv_out_.data();
   float* bcdt = bcdt_.at_least(c.tokens * width);  // dt | B | C
   matmul(layer.x_proj, x, inner, c.tokens, bcdt, width, false);
@@ -128,7 +198,7 @@ void Model::mixer1(const Layer& layer, std::int64_t index, const Chunk& c) {
   matmul(layer.dt_proj, bcdt, width, c.tokens, dt, inner, false);
   float* y = y_.at_least(c.tokens * inner);
   const std::int64_t blocks = (inner + kChannelBlock - 1) / kChannelBlock;
-  const std::int64_t state_bytes = config.ssm_bytes() / inner;
+  const std::int64_t state_bytes = State::Sizes(config).bytes[State::kSsm] / inner;
   for (auto& buffer : scratch_) buffer.at_least((n + 15) / 16 * 16);
   share(c.sequences * blocks, c.tokens * inner * n * 4, [&](std::int64_t task, int thread) {
     const std::int64_t s = task / blocks, first = task % blocks * kChannelBlock, row = s * c.length;
@@ -139,8 +209,8 @@ void Model::mixer1(const Layer& layer, std::int64_t index, const Chunk& c) {
     }
     kernels_.ssm1({c.length, count, n, x + row * inner + first, inner, bcdt + row * width + rank,
                    bcdt + row * width + rank + n, width, dt + row * inner + first, inner, layer.a.data() + first * n,
-                   layer.d.data() + first, config.state_type, c.state.ssm(index, c.slots[s]) + first * state_bytes,
-                   c.state.scales(index, c.slots[s]) + first, y + row * inner + first, inner,
+                   layer.d.data() + first, config.state_type, c.state.part(State::kSsm, index, c.slots[s]) + first * state_bytes,
+                   c.state.floats(State::kScales, index, c.slots[s]) + first, y + row * inner + first, inner,
                    scratch_[std::size_t(thread)].data()});
     for (std::int64_t t = row; t < row + c.length; ++t) {
       kernels_.gate(y + t * inner + first, projected_.data() + t * stride + inner + first, count,

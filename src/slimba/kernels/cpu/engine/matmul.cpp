@@ -15,6 +15,27 @@ std::int64_t padded(std::int64_t n, std::int64_t step) { return (n + step - 1) /
 std::int64_t sums_of(std::int64_t cols) { return (cols + 127) / 128 + 1; }  // see QuantArgs
 bool quantised(Format f) { return f == kInt8 || f == kInt4 || f == kSign; }
 
+// Kernels::quantize with a scale that is given: codes saturate at +-127. Returns the scale, NaN for a damaged token.
+float quantize_fixed(const float* x, std::int64_t n, float scale, std::int8_t* q, std::int32_t* sums) {
+  constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: adding and taking it away rounds to nearest, ties to even
+  const float inverse = 1.0f / scale;
+  float poison = 0;
+  std::int32_t total = 0;
+  for (std::int64_t first = 0; first < n; first += 128) {
+    std::int32_t sum = 0;
+    for (std::int64_t i = first; i < std::min(n, first + 128); ++i) {
+      poison += x[i] - x[i];
+      const float v = std::clamp(x[i] * inverse, -127.0f, 127.0f);
+      q[i] = std::int8_t(poison == 0 ? (v + kToInteger) - kToInteger : 0.0f);
+      sum += q[i];
+    }
+    total += *sums++ = sum;
+  }
+  std::fill(q + n, q + padded(n, 64), std::int8_t(0));
+  *sums = total;
+  return poison == 0 ? scale : __builtin_nanf("");
+}
+
 template <class T>
 T* elements(Buffer& b, std::int64_t count) {
   return reinterpret_cast<T*>(b.at_least((count * std::int64_t(sizeof(T)) + 3) / 4));
@@ -65,9 +86,14 @@ Model::Inputs Model::prepare(const Matrix& m, const float* x, std::int64_t x_str
   return in;
 }
 
-// One token: column scale, rounding, and every form that was asked for; scratch holds cols + plane_cols floats.
+// One token: transform, column scale, rounding, and every form that was asked for; scratch holds cols + plane_cols floats.
 void Model::prepare_token(const Matrix& m, const Inputs& in, const float* row, std::int64_t t, float* scratch) {
   const Input &whole = in.whole, &plane = in.plane;
+  if (m.hadamard) {
+    std::copy(row, row + m.cols, scratch);
+    kernels_.hadamard(scratch, m.cols, m.hadamard);
+    row = scratch;
+  }
   if (!m.col_scale.empty()) {
     for (std::int64_t c = 0; c < m.cols; ++c) scratch[c] = row[c] * m.col_scale[std::size_t(c)];
     row = scratch;
@@ -79,7 +105,9 @@ void Model::prepare_token(const Matrix& m, const Inputs& in, const float* row, s
   std::int8_t* q = const_cast<std::int8_t*>(whole.q) + t * whole.q_stride;
   if (whole.int8) {
     float* scale = const_cast<float*>(whole.q_scale) + t;
-    kernels_.quantize(row, m.cols, q, scale, const_cast<std::int32_t*>(whole.q_sums) + t * sums_of(m.cols));
+    std::int32_t* sums = const_cast<std::int32_t*>(whole.q_sums) + t * sums_of(m.cols);
+    if (m.input_scale > 0) *scale = quantize_fixed(row, m.cols, m.input_scale, q, sums);
+    else kernels_.quantize(row, m.cols, q, scale, sums);
     for (const int f : {kInt8, kInt4, kSign}) for_few(whole, f, q, m.cols);
     if (whole.floats[kFloat32] || whole.floats[kFloat16] || whole.floats[kBfloat16]) {  // they see the rounded input
       for (std::int64_t c = 0; c < m.cols; ++c) scratch[c] = float(q[c]) * *scale;
@@ -203,8 +231,7 @@ void Model::split(const Matrix& m, std::int64_t tokens, std::int64_t work) {
   }
 }
 
-// One job for everything: first the factor blocks, which wait for nobody, then the panels, which are claimed after
-// them. The last rows go first: in a mixed matrix they are the int8 ones, which take longest.
+// With few tokens one job for everything: the factors of a correction wait for nobody and are claimed before the panels.
 void Model::matmul(const Matrix& m, const float* x, std::int64_t x_stride, std::int64_t tokens, float* y,
                    std::int64_t y_stride, bool add) {
   const Inputs in = prepare(m, x, x_stride, tokens);
@@ -226,11 +253,15 @@ void Model::matmul(const Matrix& m, const float* x, std::int64_t x_stride, std::
 
   split(m, tokens, work);
   const std::int64_t panels = std::int64_t(panels_.size());
-  share(blocks + panels, work, [&](std::int64_t task, int thread) {
-    float* own = scratch_[std::size_t(thread)].data();
-    if (task < blocks) return factor_block(m, in.whole, task, factors, own);
-    const Range rows = panels_[std::size_t(blocks + panels - 1 - task)];
-    panel(m, in, rows.begin, rows.end, {y, y_stride, add}, factors, own);
+  const auto own = [&](int thread) { return scratch_[std::size_t(thread)].data(); };
+  const auto factor = [&](std::int64_t task, int thread) { factor_block(m, in.whole, task, factors, own(thread)); };
+  const bool alone = blocks > 1;  // many tokens: the factors are worth sharing, and a job of their own
+  if (alone) share(blocks, work, factor);
+  const std::int64_t first = alone ? 0 : blocks;
+  share(first + panels, work, [&](std::int64_t task, int thread) {
+    if (task < first) return factor(task, thread);
+    const Range rows = panels_[std::size_t(task - first)];
+    panel(m, in, rows.begin, rows.end, {y, y_stride, add}, factors, own(thread));
   });
 }
 

@@ -2,7 +2,8 @@
 #include "model.h"
 
 #include <algorithm>
-#include <utility>
+#include <numeric>
+#include <stdexcept>
 
 namespace slimba {
 
@@ -28,35 +29,66 @@ void Matrix::row(std::int64_t r, float* out, float* temp) const {
     for (std::int64_t c = 0; c < cols; ++c) out[c] *= col_scale[std::size_t(c)];
 }
 
-State::State(const Config& config, std::int64_t batch)
-    : n_layer_(config.n_layer),
-      ssm_bytes_(config.ssm_bytes()),
-      ssm_scales_(config.ssm_scales()),
-      conv_floats_(config.conv_floats()),
-      batch_(batch) {
-  const std::int64_t copies = n_layer_ * batch_;
-  ssm_.at_least(std::max<std::int64_t>(1, (copies * ssm_bytes_ + 3) / 4));
-  scales_.at_least(std::max<std::int64_t>(1, copies * ssm_scales_));
-  conv_.at_least(std::max<std::int64_t>(1, copies * conv_floats_));
+State::Sizes::Sizes(const Config& c) : bytes{} {
+  bytes[kSsm] = c.d_inner * c.d_state * (c.state_type == kStateFloat32 ? 4 : c.state_type == kStateBfloat16 ? 2 : 1);
+  bytes[kScales] = c.state_type == kStateInt8 ? c.d_inner * 4 : 0;
+  bytes[kConv] = (c.d_conv - 1) * c.channels() * 4;
+  if (!c.mamba2) return;
+  bytes[kHeldU] = kStateBlock * c.d_inner * c.held_bytes();
+  bytes[kHeldB] = kStateBlock * c.n_groups * c.d_state * c.held_bytes();
+  bytes[kLogs] = kStateBlock * c.heads() * 4;
+}
+
+State::State(const Config& config, std::int64_t batch) : n_layer_(config.n_layer), batch_(batch), sizes_(config) {
+  for (int p = 0; p < kParts; ++p) parts_[p].at_least(std::max<std::int64_t>(1, (n_layer_ * batch_ * sizes_.bytes[p] + 3) / 4));
   reset();
 }
 
 State State::clone() const {
-  State copy;
-  copy.n_layer_ = n_layer_;
-  copy.ssm_bytes_ = ssm_bytes_;
-  copy.ssm_scales_ = ssm_scales_;
-  copy.conv_floats_ = conv_floats_;
-  copy.batch_ = batch_;
-  copy.interrupted = interrupted;
-  for (auto [to, from] : {std::pair{&copy.ssm_, &ssm_}, {&copy.scales_, &scales_}, {&copy.conv_, &conv_}})
-    std::memcpy(to->at_least(from->size()), from->data(), std::size_t(from->size()) * 4);
+  State copy(*this, Empty());
+  for (int p = 0; p < kParts; ++p)
+    std::memcpy(copy.parts_[p].at_least(parts_[p].size()), parts_[p].data(), std::size_t(parts_[p].size()) * 4);
   return copy;
 }
 
 void State::reset() {
-  for (Buffer* part : {&ssm_, &scales_, &conv_}) std::memset(part->data(), 0, std::size_t(part->size()) * 4);
+  for (Buffer& part : parts_) std::memset(part.data(), 0, std::size_t(part.size()) * 4);
+  filled_.assign(std::size_t(batch_), 0);
   interrupted = false;
+}
+
+std::int64_t State::bytes(const Config& c, std::int64_t batch) {
+  const Sizes sizes(c);
+  return c.n_layer * batch * std::accumulate(sizes.bytes, sizes.bytes + kParts, std::int64_t(0));
+}
+
+std::int64_t State::saved_bytes() const {
+  return 8 + n_layer_ * std::accumulate(sizes_.bytes, sizes_.bytes + kParts, std::int64_t(0));
+}
+
+void State::save(std::int64_t b, std::uint8_t* out) {
+  std::memcpy(out, &filled_[std::size_t(b)], 8);
+  out += 8;
+  for (std::int64_t layer = 0; layer < n_layer_; ++layer) {
+    for (int p = 0; p < kParts; ++p) {
+      std::memcpy(out, part(Part(p), layer, b), std::size_t(sizes_.bytes[p]));
+      out += sizes_.bytes[p];
+    }
+  }
+}
+
+void State::load(std::int64_t b, const std::uint8_t* from) {
+  std::int64_t filled;
+  std::memcpy(&filled, from, 8);
+  if (filled < 0 || filled >= kStateBlock) throw std::invalid_argument("this is not a saved state");
+  filled_[std::size_t(b)] = filled;
+  from += 8;
+  for (std::int64_t layer = 0; layer < n_layer_; ++layer) {
+    for (int p = 0; p < kParts; ++p) {
+      std::memcpy(part(Part(p), layer, b), from, std::size_t(sizes_.bytes[p]));
+      from += sizes_.bytes[p];
+    }
+  }
 }
 
 Model::Model(const Config& c, const Kernels& kernels, int threads) : config(c), kernels_(kernels), pool_(threads) {

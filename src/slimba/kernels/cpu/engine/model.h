@@ -5,6 +5,7 @@
 // chunk.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -24,8 +25,8 @@ struct Segment {
   const std::uint8_t* scale;
 };
 
-// W = (segments stacked; rows lowrank_start.. += A B; rows plane_start.., columns plane_index += plane) * col_scale, see
-// docs/file-format.md.
+// W = (segments stacked; rows lowrank_start.. += A B; rows plane_start.., columns plane_index += plane) * col_scale *
+// Hadamard, see docs/file-format.md.
 struct Matrix {
   std::int64_t rows = 0, cols = 0;
   std::vector<Segment> segments;
@@ -36,10 +37,14 @@ struct Matrix {
   std::vector<std::int32_t> plane_index;  // [plane_cols]; empty: all columns
   std::vector<float> col_scale;  // empty: none
   std::vector<float> bias;       // empty: none
+  std::int64_t hadamard = 0;     // block of the transform of the input; 0: none
+  float input_scale = 0;         // of int8 inputs, the same for all tokens; 0: one a token
+  bool float_input = false;      // whatever the model's activations are
 
   bool present() const { return rows > 0; }
   // Whether int8 activations, where the model asks for them, apply: not to a matrix of floats alone.
   bool takes_int8() const {
+    if (float_input) return false;
     for (const Segment& s : segments)
       if (s.format == kInt8 || s.format == kInt4 || s.format == kSign) return true;
     return false;
@@ -53,6 +58,7 @@ struct Layer {
   std::vector<float> norm;         // [D]
   std::vector<float> conv_weight;  // [K, channels], tap-major
   std::vector<float> conv_bias;    // [channels] or empty
+  std::vector<float> conv_scale;   // [channels] or empty: x, B and C become int8 where activations are
   std::vector<float> a;            // -exp(A_log): [H] or [I, N]
   std::vector<float> d;            // [H] or [I]
   std::vector<float> dt_bias;      // [H] or [I]
@@ -76,42 +82,54 @@ struct Config {
 
   std::int64_t heads() const { return d_inner / headdim; }
   std::int64_t channels() const { return d_inner + (mamba2 ? 2 * n_groups * d_state : 0); }
-  // Of one sequence and layer: rows of N entries, each with a scale when they are int8
-  std::int64_t ssm_bytes() const {
-    return d_inner * d_state * (state_type == kStateFloat32 ? 4 : state_type == kStateBfloat16 ? 2 : 1);
-  }
-  std::int64_t ssm_scales() const { return state_type == kStateInt8 ? d_inner : 0; }
-  std::int64_t conv_floats() const { return (d_conv - 1) * channels(); }  // of one sequence and layer
+  std::int64_t held_bytes() const { return state_type == kStateFloat32 ? 4 : 2; }  // of a number in the buffer
 };
 
-// ssm [layer][B][H, P, N] or [layer][B][I, N] in the state's type, scales [layer][B][I]; conv [layer][B][K - 1,
-// channels] float32, oldest first.
+// ssm [layer][B][H, P, N] or [layer][B][I, N] in the state's type, scales [layer][B][I] (int8); conv [layer][B][K - 1,
+// channels] float32, oldest first. Mamba-2's buffer, see Ssm2Args: u [layer][B][H, 16, P], b [layer][B][G, 16, N], logs
+// [layer][B][H, 16], and how many tokens of it are filled, for each sequence.
 class State {
  public:
+  enum Part : int { kSsm, kScales, kConv, kHeldU, kHeldB, kLogs, kParts };
+  struct Sizes {
+    std::int64_t bytes[kParts];  // of one sequence and layer
+    explicit Sizes(const Config& c);
+  };
+
   State(const Config& config, std::int64_t batch);
   State clone() const;
   void reset();
 
-  std::uint8_t* ssm(std::int64_t layer, std::int64_t b) {
-    return reinterpret_cast<std::uint8_t*>(ssm_.data()) + (layer * batch_ + b) * ssm_bytes_;
+  std::uint8_t* part(Part p, std::int64_t layer, std::int64_t b) {
+    return reinterpret_cast<std::uint8_t*>(parts_[p].data()) + (layer * batch_ + b) * sizes_.bytes[p];
   }
-  float* scales(std::int64_t layer, std::int64_t b) { return scales_.data() + (layer * batch_ + b) * ssm_scales_; }
-  float* conv(std::int64_t layer, std::int64_t b) { return conv_.data() + (layer * batch_ + b) * conv_floats_; }
+  float* floats(Part p, std::int64_t layer, std::int64_t b) { return reinterpret_cast<float*>(part(p, layer, b)); }
+  std::int64_t filled(std::int64_t b) const { return filled_[std::size_t(b)]; }
+  void advance(std::int64_t b, std::int64_t tokens) { filled_[std::size_t(b)] = (filled(b) + tokens) % kStateBlock; }
   std::int64_t batch() const { return batch_; }
   bool fits(const Config& c) const {
-    return c.n_layer == n_layer_ && c.ssm_bytes() == ssm_bytes_ && c.ssm_scales() == ssm_scales_ &&
-           c.conv_floats() == conv_floats_;
+    const Sizes other(c);
+    return c.n_layer == n_layer_ && std::equal(other.bytes, other.bytes + kParts, sizes_.bytes);
   }
-  static std::int64_t bytes(const Config& c, std::int64_t batch) {
-    return c.n_layer * batch * (c.ssm_bytes() + (c.ssm_scales() + c.conv_floats()) * 4);
-  }
+  static std::int64_t bytes(const Config& c, std::int64_t batch);
+
+  // One sequence as bytes, from whose first token on everything is remembered; `load` takes what `save` gave for a model of
+  // the same shape and state type.
+  std::int64_t saved_bytes() const;
+  void save(std::int64_t b, std::uint8_t* out);
+  void load(std::int64_t b, const std::uint8_t* from);
 
   bool interrupted = false;  // an exception left some layers ahead of others; reset() makes it usable again
 
  private:
-  State() = default;
-  std::int64_t n_layer_ = 0, ssm_bytes_ = 0, ssm_scales_ = 0, conv_floats_ = 0, batch_ = 0;
-  Buffer ssm_, scales_, conv_;
+  struct Empty {};
+  State(const State& like, Empty)
+      : interrupted(like.interrupted), n_layer_(like.n_layer_), batch_(like.batch_), sizes_(like.sizes_), filled_(like.filled_) {}
+
+  std::int64_t n_layer_, batch_;
+  Sizes sizes_;
+  Buffer parts_[kParts];
+  std::vector<std::int64_t> filled_;
 };
 
 // Called between layers; throws to stop the work (Ctrl-C).
@@ -185,8 +203,16 @@ class Model {
   void split(const Matrix& m, std::int64_t tokens, std::int64_t work);
   void mixer2(const Layer& layer, std::int64_t index, const Chunk& c);
   void mixer1(const Layer& layer, std::int64_t index, const Chunk& c);
-  void conv(const Layer& layer, std::int64_t index, const Chunk& c, const float* in, std::int64_t in_stride);
-  void gate2(const Layer& layer, const Chunk& c);
+  void conv(const Layer& layer, std::int64_t index, const Chunk& c);
+  void conv_channels(const Layer& layer, std::int64_t index, const Chunk& c, std::int64_t s, std::int64_t first,
+                     std::int64_t count, float* out, std::int64_t out_stride, bool keep);
+  // Some heads of one group of a sequence, as one task
+  struct Heads {
+    std::int64_t sequence, first, count;
+  };
+  void heads2(const Layer& layer, std::int64_t index, const Chunk& c, const Heads& heads, float* scratch);
+  void hold2(const Layer& layer, std::int64_t index, const Chunk& c);
+  void norm2(const Layer& layer, const Chunk& c);
   // Calls f(task, thread) for every task, on this thread alone when `work` (multiplications and the like, all tasks
   // together) is so little that waking the others would take longer.
   template <class F>
@@ -211,7 +237,7 @@ class Model {
   };
   std::vector<Range> panels_;  // rows of the matrix at hand, a task each
   Buffer factor_, factor_prepared_;
-  Buffer residual_, normed_, projected_, conv_out_, dt_, decay_, y_, bcdt_;
+  Buffer residual_, normed_, projected_, conv_out_, dt_, y_, bcdt_;
 };
 
 }  // namespace slimba

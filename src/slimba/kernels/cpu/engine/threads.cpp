@@ -31,6 +31,9 @@ void relax() {
 
 }  // namespace
 
+// Every thread owns a run of consecutive tasks, so that it reads memory in order and claims without meeting others; a
+// thread that is done takes from the others' runs, from the front too.
+//
 // A job is open while `generation` is odd. A worker announces itself in `active` and then looks at the generation
 // again: the caller closes the job first and waits for `active` to fall to zero second, so no worker can touch a closed
 // job.
@@ -41,15 +44,34 @@ struct ThreadPool::Shared {
   bool stop = false;
   std::vector<std::thread> workers;
 
+  struct alignas(64) Run {
+    std::atomic<std::int64_t> next{0};
+    std::int64_t end = 0;
+  };
+  std::vector<Run> runs;  // one a thread
+
   alignas(64) std::atomic<std::uint64_t> generation{0};
-  alignas(64) std::atomic<std::int64_t> next{0};
   alignas(64) std::atomic<int> active{0};
-  std::int64_t tasks = 0;
   Function function = nullptr;
   void* context = nullptr;
 
+  explicit Shared(int threads) : runs(std::size_t(threads)) {}
+
+  void deal(std::int64_t tasks) {
+    const std::int64_t n = std::int64_t(runs.size());
+    for (std::int64_t i = 0; i < n; ++i) {
+      runs[std::size_t(i)].next.store(tasks * i / n, std::memory_order_relaxed);
+      runs[std::size_t(i)].end = tasks * (i + 1) / n;
+    }
+  }
+
   void claim(int thread) {
-    for (std::int64_t task; (task = next.fetch_add(1)) < tasks;) function(context, task, thread);
+    const int n = int(runs.size());
+    for (int i = 0; i < n; ++i) {
+      Run& run = runs[std::size_t((thread + i) % n)];
+      if (i && run.next.load(std::memory_order_relaxed) >= run.end) continue;  // a look costs others less than a claim
+      for (std::int64_t task; (task = run.next.fetch_add(1)) < run.end;) function(context, task, thread);
+    }
   }
 
   void work(int thread) {
@@ -99,7 +121,7 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::start() {
-  shared_ = new Shared;
+  shared_ = new Shared(threads_);
   owner_pid_ = long(getpid());
   for (int i = 1; i < threads_; ++i) shared_->workers.emplace_back([shared = shared_, i] { shared->work(i); });
 }
@@ -111,10 +133,9 @@ void ThreadPool::run_raw(std::int64_t tasks, Function function, void* context) {
   }
   if (!shared_ || owner_pid_ != long(getpid())) start();
   Shared& s = *shared_;
-  s.tasks = tasks;
+  s.deal(tasks);
   s.function = function;
   s.context = context;
-  s.next.store(0);
   bool asleep;
   {
     std::lock_guard<std::mutex> lock(s.mutex);

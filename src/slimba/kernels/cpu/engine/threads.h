@@ -1,4 +1,5 @@
-// A small thread pool: workers claim numbered tasks, spin for a moment after a job, then sleep. No OpenMP.
+// A small thread pool: each thread has a run of consecutive tasks and helps others when it is done; workers spin for a
+// moment after a job, then sleep. No OpenMP.
 //
 // Which thread runs a task is not fixed, so a task's result must not depend on it. Survives fork(): the child starts
 // workers of its own at its first job.

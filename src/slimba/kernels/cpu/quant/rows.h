@@ -1,7 +1,8 @@
 // Few tokens: rows are read as they are stored, once, for AVX2, AVX-VNNI and AVX-512 VNNI.
 //
-// AVX-512 reads 64 signs into a mask register: they choose the activations that one instruction adds up. AVX2 has no
-// such masks; there, 32 rows are transposed and their nibbles look up sums of four activations (lookup.h).
+// With AVX-512, 512 signs are one vector, of which a mask leaves bit k of every byte: 0 or 2^k times the activations of 64
+// columns, which lie in that order, is one instruction. With AVX2, 32 rows are transposed and their nibbles look up sums of
+// four activations (lookup.h).
 #pragma once
 
 #include "panel.h"
@@ -9,64 +10,118 @@
 namespace slimba {
 namespace {
 
-constexpr int64_t kAhead = 8192;  // bytes between what is read and what is fetched into the cache
+constexpr int64_t kAhead = 16384;  // bytes between what is read and what is fetched into the cache
 
 #if defined(__AVX512F__)
-// 64 bits at any address; as assembly, because GCC takes what memcpy loads through a general register
-inline __mmask64 load_mask(const uint8_t* p) {
-  struct __attribute__((packed)) Word {
-    uint64_t bits;
-  };
-  __mmask64 mask;
-  asm("kmovq %1, %0" : "=k"(mask) : "m"(((const Word*)p)->bits));
-  return mask;
-}
+constexpr int64_t kSignColumns = 512;  // whose bits fill a vector
 
-// sum[t][i] of the rows row .. row + RB
-template <int RB, int TK>
-inline void sign_dots(const uint8_t* const* rows, const QuantArgs& a, int64_t token, vi (*sum)[W], int first) {
-  const vi one = ibytes(1);
-  const int64_t bytes = SignPanel::row_bytes(a.cols);
-  vi acc[RB][TK];
-#pragma GCC unroll 8
-  for (int r = 0; r < RB; ++r)
-#pragma GCC unroll 4
-    for (int t = 0; t < TK; ++t) acc[r][t] = izero();
-  for (int64_t b = 0; b < bytes; b += 8) {
-    _mm_prefetch((const char*)rows[0] + kAhead + b * RB, _MM_HINT_T0);
-    vi x[TK];
-#pragma GCC unroll 4
-    for (int t = 0; t < TK; ++t) x[t] = iload(a.x + (token + t) * a.x_stride + b * 8);
-#pragma GCC unroll 8
-    for (int r = 0; r < RB; ++r) {
-      const __mmask64 plus = load_mask(rows[r] + b);
-#pragma GCC unroll 4
-      for (int t = 0; t < TK; ++t) acc[r][t] = dot4(acc[r][t], one, _mm512_maskz_mov_epi8(plus, x[t]));
+inline int64_t sign_prepared_bytes(int64_t cols) { return round_up(cols, kSignColumns); }
+
+// 512 activations so that vector k of eight holds the columns 8 j + k, j = 0 .. 63: those whose bits are bit k of the bytes.
+inline void place_signs(const int8_t* x, uint8_t* out) {
+  const vi pairs = irepeat(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
+  vi v[8], a[8], b[8];
+  for (int i = 0; i < 8; ++i) {  // lane l: columns 128 l + 16 i and on, as eight pairs of (column k, column k + 8)
+    v[i] = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)(x + 16 * i)));
+    v[i] = _mm512_inserti32x4(v[i], _mm_loadu_si128((const __m128i*)(x + 16 * i + 128)), 1);
+    v[i] = _mm512_inserti32x4(v[i], _mm_loadu_si128((const __m128i*)(x + 16 * i + 256)), 2);
+    v[i] = ishuffle(_mm512_inserti32x4(v[i], _mm_loadu_si128((const __m128i*)(x + 16 * i + 384)), 3), pairs);
+  }
+  for (int i = 0; i < 4; ++i) {
+    a[2 * i] = _mm512_unpacklo_epi16(v[2 * i], v[2 * i + 1]);      // k = 0 .. 3 of two vectors
+    a[2 * i + 1] = _mm512_unpackhi_epi16(v[2 * i], v[2 * i + 1]);  // k = 4 .. 7
+  }
+  for (int half = 0; half < 2; ++half) {
+    for (int i = 0; i < 2; ++i) {
+      b[4 * half + 2 * i] = _mm512_unpacklo_epi32(a[4 * i + half], a[4 * i + 2 + half]);
+      b[4 * half + 2 * i + 1] = _mm512_unpackhi_epi32(a[4 * i + half], a[4 * i + 2 + half]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      istore(out + (4 * half + 2 * i) * 64, _mm512_unpacklo_epi64(b[4 * half + i], b[4 * half + 2 + i]));
+      istore(out + (4 * half + 2 * i + 1) * 64, _mm512_unpackhi_epi64(b[4 * half + i], b[4 * half + 2 + i]));
     }
   }
+}
+
+void sign_prepare(const int8_t* x, int64_t cols, uint8_t* out) {
+  const int64_t end = round_up(cols, 64);
+  for (int64_t c = 0; c < end; c += kSignColumns) {
+    if (c + kSignColumns <= end) {
+      place_signs(x + c, out + c);
+      continue;
+    }
+    alignas(64) int8_t tail[kSignColumns] = {};
+    for (int64_t i = 0; i < end - c; i += 64) istore(tail + i, iload(x + c + i));
+    place_signs(tail, out + c);
+  }
+}
+
+// 64 bytes of RB rows, whose bits stay where they are: bit k stands for 2^k, and sums of different k < 4 are kept apart.
+// Bits 4 .. 7 are moved down first.
+template <int RB>
+inline void sign_step(const vi (&w)[RB], const uint8_t* x, vi (&acc)[RB][4]) {
+  vi high[RB];
+#pragma GCC unroll 4
+  for (int r = 0; r < RB; ++r) high[r] = ishr16<4>(w[r]);
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    const vi mask = ibytes(1 << k), even = iload(x + k * 64), odd = iload(x + (k + 4) * 64);
+#pragma GCC unroll 4
+    for (int r = 0; r < RB; ++r) acc[r][k] = dot4(acc[r][k], iand(w[r], mask), even);
+#pragma GCC unroll 4
+    for (int r = 0; r < RB; ++r) acc[r][k] = dot4(acc[r][k], iand(high[r], mask), odd);
+  }
+}
+
+// sum[i]: activations where the bit is 1, of RB rows and the token whose prepared activations are x. `fetch`: these rows are
+// read for the first time, so what lies kAhead bytes on is fetched.
+template <int RB>
+inline void sign_dots(const uint8_t* const* rows, int64_t bytes, const uint8_t* x, bool fetch, vi* sum) {
+  vi acc[RB][4], w[RB];
+#pragma GCC unroll 4
   for (int r = 0; r < RB; ++r)
-    for (int t = 0; t < TK; ++t) sum[t][first + r] = acc[r][t];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) acc[r][k] = izero();
+  int64_t b = 0;
+  for (; b + 64 <= bytes; b += 64, x += kSignColumns) {
+#pragma GCC unroll 4
+    for (int r = 0; r < RB; ++r) {
+      if (fetch) _mm_prefetch((const char*)rows[r] + b + kAhead, _MM_HINT_T0);
+      w[r] = iload(rows[r] + b);
+    }
+    sign_step<RB>(w, x, acc);
+  }
+  if (b < bytes) {
+    const __mmask64 some = (__mmask64(1) << (bytes - b)) - 1;
+    for (int r = 0; r < RB; ++r) {
+      if (fetch) _mm_prefetch((const char*)rows[r] + b + kAhead, _MM_HINT_T0);
+      w[r] = _mm512_maskz_loadu_epi8(some, rows[r] + b);
+    }
+    sign_step<RB>(w, x, acc);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < RB; ++r) {
+    sum[r] = iadd(iadd(acc[r][0], _mm512_srai_epi32(acc[r][1], 1)),
+                  iadd(_mm512_srai_epi32(acc[r][2], 2), _mm512_srai_epi32(acc[r][3], 3)));
+  }
 }
 
-template <int TK>
-inline void sign_rows(const QuantArgs& a, int64_t row, int64_t n, int64_t token) {
-  constexpr int RB = TK == 4 ? 4 : 8;
-  const uint8_t* rows[W];
-  for (int i = 0; i < W; ++i) rows[i] = a.data + (row + min64(i, n - 1)) * SignPanel::row_bytes(a.cols);
-  vi sum[TK][W];
-  for (int r = 0; r < W; r += RB) sign_dots<RB, TK>(rows + r, a, token, sum, r);
+void sign_few(const QuantArgs& a) {
+  constexpr int RB = 4;
   const Finish finish = {a};
-  const vf scale = finish.scales(row, n);
-  for (int t = 0; t < TK; ++t)
-    finish.scaled(row, n, token + t, SignPanel::correct(reduce_ints(sum[t]), finish.total(token + t)), scale);
+  const int64_t bytes = SignPanel::row_bytes(a.cols), stride = sign_prepared_bytes(a.cols);
+  for (int64_t row = a.row_begin; row < a.row_end; row += W) {
+    const int64_t n = min64(W, a.row_end - row);
+    const vf scale = finish.scales(row, n);
+    const uint8_t* rows[W];
+    for (int i = 0; i < W; ++i) rows[i] = a.data + (row + min64(i, n - 1)) * bytes;
+    for (int64_t t = 0; t < a.tokens; ++t) {
+      vi sum[W];
+      for (int r = 0; r < W; r += RB) sign_dots<RB>(rows + r, bytes, a.prepared + t * stride, t == 0, sum + r);
+      finish.scaled(row, n, t, SignPanel::correct(reduce_ints(sum), finish.total(t)), scale);
+    }
+  }
 }
-
-struct SignRows {
-  const QuantArgs& a;
-  int64_t row, n;
-  template <int TK>
-  void tokens(int64_t t) const { sign_rows<TK>(a, row, n, t); }
-};
 #endif
 
 // One vector of an int8 row against one of x; the last one may be cut to `left` bytes.
