@@ -199,14 +199,14 @@ DEV void recur(const Recurrence& p, u8* smem, int block, int blocks, Ready ready
     const bool of_head = first % (int)p.headdim == 0, of_group = of_head && head % (heads / (int)p.groups) == 0;
     if (of_head && mine == 0) kept.l[j * heads + head] = now;
     __syncthreads();
-    for (int i = mine; i < span; i += THREADS) {
-      const float u = as_kept(type, dt * xs[i]);
-      us[j * span + i] = u;
-      keep_value(kept, kept.u, (i64)j * inner + first + i, u);
+    if (mine < span) {
+      const float u = as_kept(type, dt * xs[mine]);
+      us[j * span + mine] = u;
+      keep_value(kept, kept.u, j * inner + first + mine, u);
     }
-    for (int i = mine; i < n; i += THREADS) {
-      kept_b[j * n + i] = as_kept(type, bs[i]);
-      if (of_group) keep_value(kept, kept.b, ((i64)j * p.groups + group) * n + i, bs[i]);
+    if (mine < n) {  // N <= THREADS
+      kept_b[j * n + mine] = as_kept(type, bs[mine]);
+      if (of_group) keep_value(kept, kept.b, (j * (int)p.groups + group) * n + mine, bs[mine]);
     }
 #pragma unroll
     for (int k = 0; k < KEPT / WARPS; ++k) {  // b_i . C_j of two tokens a warp
