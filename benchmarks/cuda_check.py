@@ -127,7 +127,9 @@ def batches_of_sequences(state_dtype: str) -> str:
     pool = engine.new_state(9)
     for b in range(9):
         engine.prefill(ids[b : b + 1, : 8 + b], pool.view([b]))
-    got = np.stack([engine.step(ids[range(9), range(8 + t, 17 + t)], pool).cpu().numpy() for t in range(20)], axis=1)
+    got = np.stack(
+        [engine.step(ids[range(9), range(8 + t, 17 + t)], pool).cpu().numpy().copy() for t in range(20)], axis=1
+    )
     models = [NumpyModel(checkpoint) if state_dtype == "float32" else StoredModel(checkpoint, state_dtype) for _ in ids]
     want = np.stack([m.logits(ids[b, : 28 + b])[8 + b :] for b, m in enumerate(models)])
     return f"largest difference {close(got, want, 2e-2 if state_dtype == 'float32' else 8e-2):.2g}"
