@@ -1,5 +1,5 @@
 #!/bin/sh
-# The CUDA kernels under compute-sanitizer of a CUDA toolkit: accesses, races in shared memory, barriers, uninitialised memory.
+# The CUDA kernels under compute-sanitizer of a CUDA toolkit: accesses, races in shared memory, barriers.
 #
 #     scripts/compute_sanitizer.sh            # needs a GPU, torch with CUDA and compute-sanitizer; some ten minutes
 #
@@ -7,7 +7,7 @@
 # finds something.
 set -eu
 cd "$(dirname "$0")/.."
-for tool in memcheck racecheck synccheck initcheck; do
+for tool in memcheck racecheck synccheck; do
     echo "== $tool"
     compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
         "${PYTHON:-python}" benchmarks/cuda_check.py --only quick,correct --seconds 0
