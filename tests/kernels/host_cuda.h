@@ -217,6 +217,11 @@ DEV u16 float_to_half_bits(float f) {
   const u32 m = __float_as_uint(a);
   return u16(sign | ((m + 0xfffu + (m >> 13 & 1)) >> 13) - (112u << 10));
 }
+DEV u16 float_to_bfloat(float f) {
+  const u32 bits = __float_as_uint(f);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+  return u16((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
 DEV int dot4(u32 a, u32 b, int c) {
   for (int i = 0; i < 4; ++i) c += int(i8(a >> 8 * i)) * int(i8(b >> 8 * i));
   return c;
@@ -293,6 +298,7 @@ DEV float shuffle_up(float v, int by) {
 }
 DEV float fast_exp(float v) { return std::exp(v); }
 DEV float fast_rsqrt(float v) { return 1.0f / std::sqrt(v); }
+DEV void touch(float) {}
 DEV float fast_reciprocal(float v) { return 1.0f / v; }
 // Element (r, k) of A: lane r % 8 * 4 + k % 8 / 2, register r / 8 + k / 8 * 2, half k % 2; (k, n) of B alike.
 DEV void mma_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {

@@ -13,7 +13,7 @@ struct LeanShared {
   u8 lr[WARPS_ALL][LR ? 8 / H * WARP : 1][16];  // right low-rank factor, as its lanes read it
   u8 q[WARPS_ALL][3][SLICE], q2[PG ? PG : 1][3][SLICE];
   int tile[TILES][CG][TILE][4], plane[PG ? TILES : 1][PG ? PG : 1][TILE][4];  // partial sums; 3 of 4 slices
-  int row8[ROWS8 ? ROWS8 : 1][CG][4], factor[WARPS_ALL][TILE][4], total[CG][4], total2[CG][4];
+  int row8[ROWS8 ? ROWS8 : 1][CG][4], factor[WARPS_ALL][TILE][4], total[CG][4], total2[PG ? PG : 1][4];
   float of_rank[WARPS_ALL][TILE], squares[CG], top[CG];
 };
 
@@ -124,10 +124,15 @@ DEV void lean(const Product& p, u8* smem, Ready ready) {
     w[b] = weight ? *(const float2*)(weight + column + 8 * b) : float2{1, 1};
     if (col_scale) w[b].x *= col_scale[column + 8 * b], w[b].y *= col_scale[column + 8 * b + 1];
   }
-  i32 place[4][2];
+  constexpr int HALF = 4 / H;  // of a lane's columns, those 8 b further for which this warp fills the second plane's slices
+  i32 place[HALF][2];
 #pragma unroll
-  for (int b = 0; b < 4 && PG; ++b)
-    for (int k = 0; k < 2; ++k) place[b][k] = h == 0 ? ((const i32*)p.plane_inverse)[column + 8 * b + k] : -1;
+  for (int i = 0; i < HALF && PG; ++i)
+    for (int k = 0; k < 2; ++k) {
+      const int c = ((const i32*)p.plane_inverse)[column + 8 * (h * HALF + i) + k], of = c % 256;
+      const int at = ((of / 32 % 2 * 2 + of % 8 / 4) * 4 + of / 64) * 16 + of % 4 * 4 + of / 8 % 4;
+      place[i][k] = c < 0 ? -1 : c / 256 * 3 * SLICE + at;
+    }
   for (int i = threadIdx.x; i < PG * 3 * SLICE / 4; i += ALL * WARP) ((u32*)v.q2)[i] = 0;
   // what finishing a row takes: thread 4 r + s has slice s of row r of the block's tiles, then of its int8 rows
   const int entry = threadIdx.x, slice = lane % 4;
@@ -197,28 +202,13 @@ DEV void lean(const Product& p, u8* smem, Ready ready) {
     const int at = ((lane / 4 % 2 * 2 + lane % 4 / 2) * 4 + lane / 8) * 16 + lane % 2 * 8;
     *(uint2*)(v.q[warp][s] + at) = uint2{d[0][s], d[1][s]};
   }
-  if (PG && h == 0) {  // the chosen columns once more, side by side
-    int sum[3] = {0, 0, 0};
 #pragma unroll
-    for (int b = 0; b < 4; ++b)
+  for (int i = 0; i < HALF && PG; ++i)  // the chosen columns once more, side by side
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const int c = place[b][k];
-        if (c < 0) continue;
-        const int of = c % 256, word_of = of / 32 % 2 * 2 + of % 8 / 4, at = (word_of * 4 + of / 64) * 16 + of % 4 * 4 + of / 8 % 4;
+    for (int k = 0; k < 2; ++k)
 #pragma unroll
-        for (int s = 0; s < 3; ++s) {
-          const u8 digit = (u8)(d[k][s] >> 8 * b);
-          v.q2[c / 256][s][at] = digit;
-          sum[s] += (i8)digit;
-        }
-      }
-#pragma unroll
-    for (int s = 0; s < 3; ++s) {
-      sum[s] = warp_sum(sum[s]);
-      if (lane == 0) v.total2[cg][s] = sum[s];
-    }
-  }
+      for (int s = 0; s < 3; ++s)
+        if (place[i][k] >= 0) v.q2[0][s][place[i][k]] = (u8)(d[k][s] >> 8 * (h * HALF + i));
   if (h == 0) {
 #pragma unroll
     for (int s = 0; s < 3; ++s) {
@@ -259,6 +249,14 @@ DEV void lean(const Product& p, u8* smem, Ready ready) {
   if (PG) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) xs[i] = *(const uint4*)(v.q2[pg][g < 3 ? g : 2] + (i * 4 + t) * 16);
+    if (ph == 0) {
+      int sum = 0;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) sum = dot4(word(xs[i / 4], i % 4), 0x01010101u, sum);
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      if (t == 0 && g < 3) v.total2[pg][g] = sum;
+    }
 #pragma unroll
     for (int i = 0; i < PW; ++i)
       if (ph + i * PH < TILES && ph < PH) lean_tile(bits2[i], xs, v.plane[ph + i * PH][pg]);
@@ -291,7 +289,7 @@ DEV void lean(const Product& p, u8* smem, Ready ready) {
     const int sum = lean_sum<CG>(&v.tile[unit][0][at][slice], TILE * 4), all = lean_sum<CG>(&v.total[0][slice], 4);
     finish((float)(2 * sum - all), scale);
     if (PG) {
-      const int sum2 = lean_sum<PG>(&v.plane[unit][0][at][slice], TILE * 4), all2 = lean_sum<CG>(&v.total2[0][slice], 4);
+      const int sum2 = lean_sum<PG>(&v.plane[unit][0][at][slice], TILE * 4), all2 = lean_sum<PG>(&v.total2[0][slice], 4);
       finish((float)(2 * sum2 - all2), scale2);
     }
   } else {

@@ -41,7 +41,15 @@ DEV void mid_norm(const MidNorm& p, u8* smem) {
     for (int w = 0; w < WARPS; ++w) v += scratch[w];
     return v;
   };
+  const i32* place = (const i32*)p.plane_inverse;
   for (int i = threadIdx.x; i < (int)m.plane_kpad; i += THREADS) chosen[i] = 0;
+  float seen = 0;  // what does not depend on the kernel before comes into L1 while that runs
+#pragma unroll 8
+  for (int i = threadIdx.x; i < cols; i += THREADS) {
+    if (weight) seen += weight[i];
+    if (m.plane_cols) seen += (float)place[i];
+  }
+  touch(seen);
   await_previous();
   release_next();
   float squares = 0;
@@ -73,7 +81,6 @@ DEV void mid_norm(const MidNorm& p, u8* smem) {
     __syncthreads();
   }
   u16* out = (u16*)p.out + b * (i64)kpad;
-  const i32* place = (const i32*)p.plane_inverse;
 #pragma unroll 4
   for (int i = threadIdx.x; i < kpad; i += THREADS) {
     float* at = e + (i >> 5) * 32 + (i & 7) * 4 + ((i >> 3) & 3);
@@ -231,13 +238,20 @@ DEV void mid_finish(const Mid& p, const Output& out, const Segment& s, int row0,
     const int local = row0 + g + 8 * h, row = (int)s.first + local;
     if (local >= (int)s.rows) break;
     const float scale = mid_scale(s, local), bias = m.bias && whole ? ((const float*)m.bias)[row] : 0.0f;
+    // where the row goes: base + v * stride for vector v, or a row of its ring
+    const bool in_proj = out.mode == IN_PROJ, z = in_proj && row >= (int)out.z0 && row < (int)out.z1;
+    const bool ring = in_proj && !z && row >= (int)out.ring0 && row < (int)out.ring1;
+    const i64 stride = z ? out.z_stride : out.stride;
+    float* base = z ? (float*)out.z + row - out.z0 : (float*)out.y + row - (in_proj ? out.rest0 : 0);
+    base += first * stride;
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int v = n * 8 + 2 * t + c;
-        if (first + v < (int)p.batch)
-          put_output(out, rings[v], row, first + v, fmaf(acc[n][2 * h + c], scale, fmaf(lr_scale[h], lr[n][2 * h + c], bias)));
+        if (first + v >= (int)p.batch) continue;
+        float* at = ring ? (float*)rings[v] + (row - (int)out.ring0) : base + v * (int)stride;
+        *at = fmaf(acc[n][2 * h + c], scale, fmaf(lr_scale[h], lr[n][2 * h + c], bias));
       }
   }
 }
@@ -268,12 +282,12 @@ DEV void mid(const Mid& p, u8* smem) {
   auto fetch_chunk = [&](int c) {  // 16-byte pieces of all vectors; those beyond the batch repeat the last
     const bool plane = c < planes;
     const u8* x = (const u8*)(plane ? p.x2 : p.x) + (plane ? c : from + c - planes) * (CHUNK_COLS * 2);
-    const i64 stride = 2 * (plane ? m.plane_kpad : m.kpad);
-    u8* to = smem + c % STAGES * STAGE;
+    const int stride = 2 * (int)(plane ? m.plane_kpad : m.kpad), piece = threadIdx.x % 64, last = (int)p.batch - 1;
+    u8* to = smem + c % STAGES * STAGE + piece / 16 * PIECE + piece % 16 * 16;
 #pragma unroll
-    for (int i = threadIdx.x; i < 8 * NT * 64; i += THREADS) {
-      const int v = i / 64, piece = i % 64, b = (int)least(first + v, p.batch - 1);
-      copy_async(to + v * VECTOR_BYTES + piece / 16 * PIECE + piece % 16 * 16, x + b * stride + piece * 16);
+    for (int v = threadIdx.x / 64; v < 8 * NT; v += THREADS / 64) {
+      const int b = first + v < last ? first + v : last;
+      copy_async(to + v * VECTOR_BYTES, x + (i64)(b * stride) + piece * 16);
     }
   };
 

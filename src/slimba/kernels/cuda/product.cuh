@@ -174,21 +174,6 @@ DEV float item_value(const Matrix& m, const Segment& s, int own, int in_item, in
   return m.bias ? y + (NB == 1 ? asked.bias : ((const float*)m.bias)[row]) : y;
 }
 
-DEV void put_output(const Output& o, i64 ring, int row, int b, float y) {
-  if (o.mode == STORE) {
-    ((float*)o.y)[b * o.stride + row] = y;
-  } else if (o.mode == ADD) {
-    float* u = (float*)o.y + b * o.stride + row;
-    *u = load_fresh(u) + y;
-  } else if (row >= (int)o.z0 && row < (int)o.z1) {
-    ((float*)o.z)[b * o.z_stride + row - (int)o.z0] = y;
-  } else if (row >= (int)o.ring0 && row < (int)o.ring1) {
-    ((float*)ring)[row - (int)o.ring0] = y;
-  } else {
-    ((float*)o.y)[b * o.stride + row - (int)o.rest0] = y;
-  }
-}
-
 // The right low-rank factor B, in tiles of 16 ranks whose columns all warps of a block share.
 struct AskedFactors {
   uint4 raw[RAW];

@@ -20,6 +20,11 @@ from slimba.kernels.cuda.driver import Module
 __all__ = ["Gpu", "open_gpu"]
 
 OLDEST = (8, 0)
+MODULE_OF = {  # where a kernel is, by how its name begins; else in "main"
+    "slimba_product": "generic", "slimba_recur": "generic", "slimba_mid": "mid", "slimba_prepare": "mid",
+    "slimba_states": "mid", "slimba_sample": "sample", "slimba_expand": "bulk", "slimba_add_norm": "bulk",
+    "slimba_conv": "bulk", "slimba_push": "bulk", "slimba_scan": "bulk", "slimba_ssd": "bulk", "slimba_gate": "bulk",
+}  # fmt: skip
 OVERLAPS = (9, 0)  # first with programmatic dependent launch
 
 
@@ -62,7 +67,7 @@ class Gpu:
         module: Any = None,
     ) -> None:
         """Puts a kernel into torch's current stream; `overlap` where the GPU can and the kernel knows how."""
-        module = module or self.module("main")
+        module = module or self.module(next((m for start, m in MODULE_OF.items() if name.startswith(start)), "main"))
         module.launch(name, grid, threads, shared, fields, self._stream(), overlap=overlap and self._overlap)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:

@@ -41,7 +41,8 @@ class Lean:
         slices, plane = 960, tiles * self.plane * 256 if self.plane else 256
         return (
             warps * lowrank + (warps + max(1, self.plane)) * slices + tiles * self.groups * 256 + plane
-            + max(1, rows) * self.groups * 16 + warps * 256 + self.groups * 32 + warps * 64 + self.groups * 8
+            + max(1, rows) * self.groups * 16 + warps * 256 + self.groups * 16 + max(1, self.plane) * 16 + warps * 64
+            + self.groups * 8
         )  # fmt: skip
 
 
