@@ -113,8 +113,8 @@ def sign_layouts(
 
     The correction of rank `rank` covers the sign rows (the span from the first to the last), and the second sign plane
     those of `plane_rows` that are signs, in the share `plane` of their columns. A column scale is stored only where no
-    norm stands before the matrix to hold it (Mamba-1's out_proj, a Mamba-2 without a last norm). UserError for an unknown name of
-    rows, a rank beyond a matrix, plane rows that have others between them.
+    norm stands before the matrix to hold it (Mamba-1's out_proj, a Mamba-2 without a last norm). UserError for an
+    unknown name of rows, a rank beyond a matrix, plane rows that have others between them.
     """
     for row in (*formats, *plane_rows):
         if row not in ROWS:
