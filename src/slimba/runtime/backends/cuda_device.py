@@ -71,7 +71,7 @@ class Gpu:
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """What `work` puts into the stream, to be repeated at will: one CUDA graph. `work` must have run before, and is
-        not run here. A graph has memory of its own: torch frees a shared pool with the last graph that uses it, and then
+        not run here. A graph has memory of its own: torch frees a shared pool with the last graph in it and then
         refuses to record into it."""
         if self.device.type != "cuda":
             return work

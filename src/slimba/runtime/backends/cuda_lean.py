@@ -16,8 +16,8 @@ FEWEST_GROUPS = 9  # with fewer warps the kernel for any shape was faster (docs/
 
 @dataclass(frozen=True, slots=True)
 class Lean:
-    """Arguments of the template `lean`: groups of columns, a warp each, tiles and int8 rows of a block, groups of columns
-    of the second plane, whether there is a low-rank correction."""
+    """Arguments of the template `lean`: groups of columns, a warp each, tiles and int8 rows of a block, groups of
+    columns of the second plane, whether there is a low-rank correction."""
 
     groups: int
     tiles: int
