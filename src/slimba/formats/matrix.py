@@ -234,7 +234,8 @@ class Matrix:
     ) -> Matrix:
         """Round-to-nearest of float32 w [rows, cols] into `layout`; `lowrank` is (A [n, R], B [R, cols]).
 
-        A second plane gets the columns in which most is missing. With a Hadamard transform, w is the matrix that meets the untransformed input.
+        A second plane gets the columns in which most is missing. With a Hadamard transform, w is the matrix that meets
+        the untransformed input.
         """
         if w.shape != (layout.rows, layout.cols):
             raise UserError(f"a matrix of shape {w.shape} does not fit a layout of {(layout.rows, layout.cols)}")

@@ -48,8 +48,9 @@ def run(
 ) -> dict[str, Any]:
     """Quantise `teacher` and write the packed model to `out`. Returns the run's record.
 
-    `tokens`: how many to calibrate on instead of the recipe's windows. Raises UserError for a teacher that is not float
-    or holds NaN, for `resume`, and where memory runs out.
+    `tokens`: how many to calibrate on instead of the recipe's windows. Started by torchrun, the first process works and
+    the others wait. Raises UserError for a teacher that is not float or holds NaN, for `resume`, and where memory runs
+    out.
     """
     if resume:
         raise UserError("quamba2 takes minutes and keeps nothing to resume; start it again without --resume")
@@ -57,30 +58,34 @@ def run(
     check_finite(teacher)
     if tokens is not None:
         recipe = dataclasses.replace(recipe, windows=max(1, tokens // recipe.window))
-    where = torch.device(pick_device(device))
     text = ArrayTokens(ids) if isinstance(ids, np.ndarray) else ids
-    windows = sample(text, recipe, seed)
-    begin = time.perf_counter()
-    try:
-        packed, figures = quantised(teacher, recipe, windows, where, seed)
-    except torch.cuda.OutOfMemoryError:
-        raise UserError("the GPU's memory is too small; set micro_batch to 1, or use fewer windows") from None
-    record: dict[str, Any] = {
-        "method": "quamba2",
-        "slimba": slimba.__version__,
-        "recipe": dataclasses.asdict(recipe),
-        "seed": seed,
-        "data": data | text.origin,
-        "teacher_sha256": teacher.sha256(),
-        "tokens": figures.pop("tokens"),
-        **({"modes": figures.pop("modes")} if "modes" in figures else {}),
-        "device": distributed.name_of(where),
-        "seconds": round(time.perf_counter() - begin, 1),
-        "final": {k: round(v, 5) for k, v in figures.items()},
-    }
-    packed.provenance = record
-    write_packed(packed, out, card=card(record), overwrite=overwrite)
-    return record
+    with distributed.group(pick_device(device)) as where:
+
+        def work() -> dict[str, Any]:
+            windows = sample(text, recipe, seed)
+            begin = time.monotonic()
+            try:
+                packed, figures = quantised(teacher, recipe, windows, where, seed)
+            except torch.cuda.OutOfMemoryError:
+                raise UserError("the GPU's memory is too small; set micro_batch to 1, or use fewer windows") from None
+            record: dict[str, Any] = {
+                "method": "quamba2",
+                "slimba": slimba.__version__,
+                "recipe": dataclasses.asdict(recipe),
+                "seed": seed,
+                "data": data | text.origin,
+                "teacher_sha256": teacher.sha256(),
+                "tokens": figures.pop("tokens"),
+                **({"modes": figures.pop("modes")} if "modes" in figures else {}),
+                "device": distributed.name_of(where),
+                "seconds": round(time.monotonic() - begin, 1),
+                "final": {k: round(v, 5) for k, v in figures.items()},
+            }
+            packed.provenance = record
+            write_packed(packed, out, card=card(record), overwrite=overwrite)
+            return record
+
+        return distributed.from_first(work)
 
 
 def sample(text: Tokens, recipe: QuambaRecipe, seed: int) -> torch.Tensor:

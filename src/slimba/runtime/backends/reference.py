@@ -130,7 +130,8 @@ class ReferenceEngine:
     threads sets torch's threads (for the process). device: a torch device name. state_dtype: what the recurrent state
     is stored in, by Mamba-2 every 16 tokens, by Mamba-1 after each, whose tokens therefore run one by one. activations:
     float32 or int8, by default what the checkpoint says; with int8 the input of every matrix that is not all floats is
-    rounded, one scale a token unless the matrix says otherwise. UserError for other types and for weights that are not finite.
+    rounded, one scale a token unless the matrix says otherwise. UserError for other types and for weights that are not
+    finite.
     """
 
     name = "reference"

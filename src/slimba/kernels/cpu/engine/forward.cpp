@@ -11,10 +11,10 @@
 namespace slimba {
 
 namespace {
-constexpr std::int64_t kChunkTokens = 128;   // tokens of all sequences together in one chunk
+constexpr std::int64_t kChunkTokens = 256;   // tokens of all sequences together in one chunk
 constexpr std::int64_t kConvBlock = 512;     // channels per task
 constexpr std::int64_t kChannelBlock = 128;  // Mamba-1 channels per task
-constexpr std::int64_t kHeadTasks = 4;       // tasks of heads, a thread
+constexpr std::int64_t kHeadTasks = 2;       // tasks of heads, a thread
 
 // To int8 and back with a scale a channel; codes saturate at +-127, NaN stays NaN.
 void round_to_scale(const float* scale, std::int64_t n, float* x) {
