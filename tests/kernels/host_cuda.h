@@ -217,6 +217,7 @@ DEV u16 float_to_half_bits(float f) {
   const u32 m = __float_as_uint(a);
   return u16(sign | ((m + 0xfffu + (m >> 13 & 1)) >> 13) - (112u << 10));
 }
+DEV u32 pack_halves(float lo, float hi) { return (u32)float_to_half_bits(lo) | (u32)float_to_half_bits(hi) << 16; }
 DEV u16 float_to_bfloat(float f) {
   const u32 bits = __float_as_uint(f);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;

@@ -27,8 +27,8 @@ def nvrtc() -> ctypes.CDLL:
 
 
 BAKED = """
-KERNEL(slimba_a, Product, 512, 2) { SHARED(smem); lean<8, 2, 2, 1, 4, 1>(p, smem, InOrder()); }
-KERNEL(slimba_b, Product, 512, 2) { SHARED(smem); lean<16, 1, 1, 0, 0, 0>(p, smem, InOrder()); }
+KERNEL(slimba_a, Product, 512, 2) { SHARED(smem); lean<8, 2, 1, 4, 1>(p, smem, InOrder()); }
+KERNEL(slimba_b, Product, 512, 2) { SHARED(smem); lean<16, 1, 0, 0, 0>(p, smem, InOrder()); }
 KERNEL(slimba_c, Product, THREADS, 2) { SHARED(smem); product<1>(p, smem, 0, blockIdx.x, gridDim.x, InOrder()); }
 KERNEL(slimba_d, Recurrence, THREADS, 2) { SHARED(smem); recur<1, true>(p, smem, blockIdx.x, gridDim.x, InOrder()); }
 """  # what cuda_bake.py writes, without the constants

@@ -33,6 +33,11 @@ DEV u16 float_to_half_bits(float f) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
   return h;
 }
+DEV u32 pack_halves(float lo, float hi) {
+  u32 two;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(hi), "f"(lo));
+  return two;
+}
 DEV u16 float_to_bfloat(float f) {  // to the nearest, ties to even; NaN stays NaN
   u16 h;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
@@ -176,7 +181,6 @@ DEV float warp_sum(float v) {
   for (int m = 16; m; m >>= 1) v += shuffle_xor(v, m);
   return v;
 }
-DEV u32 pack_halves(float lo, float hi) { return (u32)float_to_half_bits(lo) | (u32)float_to_half_bits(hi) << 16; }
 DEV float low_half(u32 two) { return half_bits_to_float((u16)two); }
 DEV float high_half(u32 two) { return half_bits_to_float((u16)(two >> 16)); }
 DEV float silu(float v) { return v * fast_reciprocal(1.0f + fast_exp(-v)); }

@@ -256,9 +256,63 @@ DEV void mid_finish(const Mid& p, const Output& out, const Segment& s, int row0,
   }
 }
 
+// acc += words first .. of chunk `at`, COUNT of them, of a strip of codes.
+template <int NT, int R, int COUNT>
+DEV void mid_int8(const Segment& s, int row0, int rows, int at, const u8* x, int first, float (&acc)[R][NT][4]) {
+  const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+  uint4 q[COUNT][R][2][2];
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k)
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+      for (int h = 0; h < 4; ++h) {
+        const int row = row0 + r * TILE + g + h / 2 * 8;
+        const u8* from = (const u8*)s.data + row * s.stride + at * 512 + t * 128 + (first + k) * 32 + h % 2 * 16;
+        q[k][r][h / 2][h % 2] = row < rows ? load_weights(from) : uint4{0, 0, 0, 0};
+      }
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k)
+    mid_word<NT, R>(x, first + k, acc, [&](int r, int jj, u32 (&a)[4]) {
+      const int j = 2 * jj % 8;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        a[h] = int8_pair(word(q[k][r][h][j / 4], j % 4), jj);
+        a[2 + h] = int8_pair(word(q[k][r][h][j / 4], j % 4 + 1), jj);
+      }
+    });
+}
+template <int NT, int R, int COUNT>
+DEV void mid_int4(const Segment& s, int row0, int rows, int at, const u8* x, int first, float (&acc)[R][NT][4]) {
+  const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4, group = at * 4 + t;
+  uint4 q[COUNT][R][2];
+  u32 scale[R][2];
+#pragma unroll
+  for (int r = 0; r < R; ++r)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = row0 + r * TILE + g + h * 8;
+      const bool there = row < rows && group < (int)s.groups;
+#pragma unroll
+      for (int k = 0; k < COUNT; ++k)
+        q[k][r][h] = there ? load_weights((const u8*)s.data + row * s.stride + at * 256 + t * 64 + (first + k) * 16) : uint4{0, 0, 0, 0};
+      scale[r][h] = there ? ((const u16*)s.scale)[row * s.groups + group] * 0x10001u : 0;
+    }
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k)
+    mid_word<NT, R>(x, first + k, acc, [&](int r, int jj, u32 (&a)[4]) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        a[h] = int4_pair(word(q[k][r][h], jj % 4), jj < 4 ? 0 : 8, scale[r][h]);
+        a[2 + h] = int4_pair(word(q[k][r][h], jj % 4), jj < 4 ? 4 : 12, scale[r][h]);
+      }
+    });
+}
+
 template <int NT, int R, int S>
 DEV void mid(const Mid& p, u8* smem) {
   constexpr int WORDS = 4 / S, STAGE = 8 * NT * VECTOR_BYTES;
+  constexpr int AT_ONCE = R == 1 ? WORDS : 1;  // words of codes whose loads are in flight together
   const Matrix& m = p.m;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, ks = warp % S;
   const int first = blockIdx.y * 8 * NT, part = blockIdx.z;
@@ -340,47 +394,9 @@ DEV void mid(const Mid& p, u8* smem) {
     } else if (strip.there && c >= planes) {
       const int at = from + c - planes;
 #pragma unroll 1
-      for (int k = 0; k < WORDS; ++k) {
-        const int i = ks * WORDS + k;
-        if (s.format == INT8) {
-          uint4 q[R][2][2];
-#pragma unroll
-          for (int r = 0; r < R; ++r)
-#pragma unroll
-            for (int h = 0; h < 4; ++h) {
-              const int row = strip.row0 + r * TILE + g + h / 2 * 8;
-              q[r][h / 2][h % 2] = row < strip.rows ? load_weights((const u8*)s.data + row * s.stride + at * 512 + t * 128 + i * 32 + h % 2 * 16)
-                                                    : uint4{0, 0, 0, 0};
-            }
-          mid_word<NT, R>(x, i, acc, [&](int r, int jj, u32 (&a)[4]) {
-            const int j = 2 * jj % 8;
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              a[h] = int8_pair(word(q[r][h][j / 4], j % 4), jj);
-              a[2 + h] = int8_pair(word(q[r][h][j / 4], j % 4 + 1), jj);
-            }
-          });
-        } else {
-          uint4 q[R][2];
-          u32 scale[R][2];
-          const int group = at * 4 + t;
-#pragma unroll
-          for (int r = 0; r < R; ++r)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const int row = strip.row0 + r * TILE + g + h * 8;
-              const bool there = row < strip.rows && group < (int)s.groups;
-              q[r][h] = there ? load_weights((const u8*)s.data + row * s.stride + at * 256 + t * 64 + i * 16) : uint4{0, 0, 0, 0};
-              scale[r][h] = there ? ((const u16*)s.scale)[row * s.groups + group] * 0x10001u : 0;
-            }
-          mid_word<NT, R>(x, i, acc, [&](int r, int jj, u32 (&a)[4]) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              a[h] = int4_pair(word(q[r][h], jj % 4), jj < 4 ? 0 : 8, scale[r][h]);
-              a[2 + h] = int4_pair(word(q[r][h], jj % 4), jj < 4 ? 4 : 12, scale[r][h]);
-            }
-          });
-        }
+      for (int k0 = 0; k0 < WORDS; k0 += AT_ONCE) {
+        if (s.format == INT8) mid_int8<NT, R, AT_ONCE>(s, strip.row0, strip.rows, at, x, ks * WORDS + k0, acc);
+        else mid_int4<NT, R, AT_ONCE>(s, strip.row0, strip.rows, at, x, ks * WORDS + k0, acc);
       }
     }
   }

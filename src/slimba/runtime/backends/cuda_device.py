@@ -47,7 +47,6 @@ class Gpu:
         self._overlap = overlap
         self.module_builder = build
         self._modules: dict[tuple[str, str], Any] = {}
-        self._pool: Any = None
 
     def module(self, name: str, extra: str = "") -> Any:
         """The module `name` with `extra` behind it, compiled at first use."""
@@ -72,13 +71,13 @@ class Gpu:
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """What `work` puts into the stream, to be repeated at will: one CUDA graph. `work` must have run before, and is
-        not run here. All graphs share the memory of what they allocate, so it is overwritten by the next replay."""
+        not run here. A graph has memory of its own: torch frees a shared pool with the last graph in it and then
+        refuses to record into it."""
         if self.device.type != "cuda":
             return work
         torch.cuda.synchronize(self.device)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             work()
         return graph.replay
 

@@ -74,7 +74,8 @@ class Mid:
     def _shape(self, m: DeviceMatrix, parts: int) -> tuple[int, int, int]:
         """(R, S, blocks of rows): the largest blocks of which there are enough."""
         groups = -(-self._batch // (8 * self._tiles)) * parts
-        for r, s in SHAPES:
+        signs = any(s.format == "sign" for s in m.layout.segments)
+        for r, s in SHAPES if signs else SHAPES[1:]:  # one tile a warp has more loads of codes in flight
             strips = sum(-(-rows // (TILE * r)) for rows in m.segment_rows)
             blocks = -(-strips // (WARPS // s))
             if blocks * groups >= 0.9 * self._gpu.blocks:
