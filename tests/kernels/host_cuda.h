@@ -227,6 +227,7 @@ DEV int dot4(u32 a, u32 b, int c) {
   for (int i = 0; i < 4; ++i) c += int(i8(a >> 8 * i)) * int(i8(b >> 8 * i));
   return c;
 }
+DEV int count_bits(u32 v) { return __builtin_popcount(v); }
 DEV u32 byte_perm(u32 a, u32 b, u32 pick) {
   const u64 both = u64(b) << 32 | a;
   u32 out = 0;

@@ -44,6 +44,7 @@ DEV u16 float_to_bfloat(float f) {  // to the nearest, ties to even; NaN stays N
   return h;
 }
 DEV int dot4(u32 a, u32 b, int c) { return __dp4a((int)a, (int)b, c); }
+DEV int count_bits(u32 v) { return __popc(v); }
 DEV u32 byte_perm(u32 a, u32 b, u32 pick) { return __byte_perm(a, b, pick); }
 DEV int warp_sum(int v) { return __reduce_add_sync(0xffffffffu, v); }
 DEV u32 warp_max_bits(u32 v) { return __reduce_max_sync(0xffffffffu, v); }

@@ -12,6 +12,8 @@
 #define PIECE 272                 // bytes of 128 columns of a vector in shared memory, padding included
 #define VECTOR_BYTES (4 * PIECE)  // of a chunk of a vector
 
+#define NORM_AHEAD 8              // numbers of a vector that a thread loads together
+
 DEV int place_of(int c) { return (c & ~31) | (c & 15) >> 1 << 2 | (c & 1) << 1 | (c >> 4 & 1); }
 
 // u += the parts; e = u (or x) * silu(gate) * weight, divided by the RMS; float16 to out, chosen columns to out2, and
@@ -19,7 +21,7 @@ DEV int place_of(int c) { return (c & ~31) | (c & 15) >> 1 << 2 | (c & 1) << 1 |
 struct MidNorm {
   Matrix m;  // that will multiply the vectors
   Input in;
-  i64 residual, parts, part_stride, n_parts;  // residual: 1 where in.x is added to and written
+  i64 residual, parts, part_stride, n_parts;  // n_parts: 0 to 2; residual: 1 where in.x is added to and written
   i64 out, out2, factors, plane_inverse;      // float16 [B][kpad], [B][plane_kpad], [B][rank]
 };
 
@@ -52,16 +54,27 @@ DEV void mid_norm(const MidNorm& p, u8* smem) {
   touch(seen);
   await_previous();
   release_next();
+  const float* added = (const float*)p.parts + b * (i64)cols;  // at most two results of the product before
+  const int second = (int)p.part_stride;
   float squares = 0;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < kpad; i += THREADS) {
-    float v = i < cols ? load_fresh(x + i) : 0.0f;
-    if (i < cols && p.residual) {
-      for (int k = 0; k < (int)p.n_parts; ++k) v += load_fresh((const float*)p.parts + k * p.part_stride + b * (i64)cols + i);
-      x[i] = v;
+#pragma unroll 1
+  for (int first = threadIdx.x; first < kpad; first += NORM_AHEAD * THREADS) {
+    float v[NORM_AHEAD];  // all loads before any store, which might be to where they come from
+#pragma unroll
+    for (int k = 0; k < NORM_AHEAD; ++k) {
+      const int i = first + k * THREADS;
+      v[k] = i < cols ? load_fresh(x + i) : 0.0f;
+      if (i < cols && p.n_parts > 0) v[k] += load_fresh(added + i);
+      if (i < cols && p.n_parts > 1) v[k] += load_fresh(added + second + i);
     }
-    squares += v * v;
-    e[(i >> 5) * 32 + (i & 7) * 4 + ((i >> 3) & 3)] = v;
+#pragma unroll
+    for (int k = 0; k < NORM_AHEAD; ++k) {
+      const int i = first + k * THREADS;
+      if (i >= kpad) break;
+      if (i < cols && p.residual) x[i] = v[k];
+      squares += v[k] * v[k];
+      e[(i >> 5) * 32 + (i & 7) * 4 + ((i >> 3) & 3)] = v[k];
+    }
   }
   if (groups > 1) {
     __syncthreads();
@@ -81,19 +94,29 @@ DEV void mid_norm(const MidNorm& p, u8* smem) {
     __syncthreads();
   }
   u16* out = (u16*)p.out + b * (i64)kpad;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < kpad; i += THREADS) {
-    float* at = e + (i >> 5) * 32 + (i & 7) * 4 + ((i >> 3) & 3);
-    float v = 0;
-    if (i < cols) {
-      v = *at * inverse[groups > 1 ? i / size : 0];
-      if (weight) v *= weight[i];
-      if (col_scale) v *= col_scale[i];
-      if (gate) v *= silu(load_fresh(gate + i));
+#pragma unroll 1
+  for (int first = threadIdx.x; first < kpad; first += NORM_AHEAD * THREADS) {
+    float v[NORM_AHEAD];
+    i32 where[NORM_AHEAD];
+#pragma unroll
+    for (int k = 0; k < NORM_AHEAD; ++k) {
+      const int i = first + k * THREADS;
+      v[k] = 0;
+      where[k] = m.plane_cols && i < cols ? place[i] : -1;
+      if (i >= cols) continue;
+      v[k] = e[(i >> 5) * 32 + (i & 7) * 4 + ((i >> 3) & 3)] * inverse[groups > 1 ? i / size : 0];
+      if (weight) v[k] *= weight[i];
+      if (col_scale) v[k] *= col_scale[i];
+      if (gate) v[k] *= silu(load_fresh(gate + i));
     }
-    *at = v;
-    out[place_of(i)] = float_to_half_bits(v);
-    if (m.plane_cols && i < cols && place[i] >= 0) chosen[place_of(place[i])] = float_to_half_bits(v);
+#pragma unroll
+    for (int k = 0; k < NORM_AHEAD; ++k) {
+      const int i = first + k * THREADS;
+      if (i >= kpad) break;
+      e[(i >> 5) * 32 + (i & 7) * 4 + ((i >> 3) & 3)] = v[k];
+      out[place_of(i)] = float_to_half_bits(v[k]);
+      if (where[k] >= 0) chosen[place_of(where[k])] = float_to_half_bits(v[k]);
+    }
   }
   __syncthreads();
   u16* out2 = (u16*)p.out2 + b * m.plane_kpad;
