@@ -67,8 +67,8 @@ def test_two_stages_are_the_two_methods_one_after_the_other(here: Path, capsys: 
     assert not Path("out.work").exists() and Path("out/training.jsonl").is_file()
     card = Path("out/README.md").read_text()
     assert "## Stage 1: dfssm" in card and "## Stage 2: ptq" in card
-    assert "a second sign plane in 30% of the columns (x)" in card
-    assert "rank 2; dt at int8; out at float16" in card and "out at int4" in card
+    assert "a second sign plane on 30% of the columns in the rows x" in card
+    assert "rank 2; int8 in the rows dt; float16 in the rows out" in card and "out at int4" in card
     assert len(load("out", backend="cpu").generate("The sea", max_new_tokens=3).ids) >= 1
 
 
