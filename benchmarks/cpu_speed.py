@@ -1,57 +1,139 @@
-"""The CPU figures of the README: `slimba bench` over formats, numerics and instruction sets, one JSON file each.
+"""The CPU table: our 1-bit formats in every state type beside llama.cpp, at the shape of Mamba-2 1.3B, in one run.
 
-    python benchmarks/cpu_speed.py [--threads 2] [--quick] [--llama-cpp TQ2_0,Q1_0]
+    python benchmarks/cpu_speed.py [--threads 2] [--llama-cpp TQ2_0,Q1_0,Q4_0,Q8_0,F16] [--rows dfssm:int8:bf16,...]
 
-Run it on a machine with nothing else to do; every file in `results/` says what it ran on and how busy that was. The
-whole set takes some twenty minutes and 4 GB of memory on two cores; --quick only does the 1-bit formats at batch 1,
-with the best kernels. llama.cpp runs in the same command where llama-cpp-python is installed.
+Run it on a machine with nothing else to do (some twelve minutes and 4 GB of memory on two cores; the files say how busy
+it was). llama.cpp is measured in the same run where llama-cpp-python is installed, twice, before and after ours: the
+better of the two counts. Every figure is a median of five. Also measured: the time from the start of a process to the
+first token of an 8-token prompt, from the packed model on disk, and the memory resident then. Writes
+`results/cpu-table.json`, and one file of `slimba bench` a row; the table goes to stdout as Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import statistics
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
-from slimba.cli.main import main as slimba
+from slimba.checkpoints.packed import write_packed
+from slimba.models.configs import named_spec
+from slimba.runtime import measure
+from slimba.runtime.backends.cpu import default_threads
+from slimba.runtime.peers import has_llama_cpp, llama_cpp_speeds
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = "mamba2-1.3b"
-# format, activations, state, instruction set ("" for the best)
-QUICK = [
-    ("dfssm-published", "int8", "bf16", ""),
-    ("dfssm", "int8", "bf16", ""),
-    ("dfssm", "int8", "int8", ""),
-    ("dfssm-published", "float32", "fp32", ""),
-]
-WHOLE = [
-    *QUICK,
-    ("dfssm-published", "int8", "bf16", "avx2"),
-    ("dfssm", "int8", "int8", "avx2"),
-    ("int4", "int8", "bf16", ""),
-    ("int8", "int8", "bf16", ""),
-    ("float16", "float32", "bf16", ""),
-]
+STARTS = 5
+# format:activations:state[:instruction set]
+ROWS = (
+    "dfssm:int8:int8", "dfssm:int8:bf16", "dfssm:int8:fp32", "dfssm:float32:fp32",
+    "dfssm-published:int8:int8", "dfssm-published:int8:bf16", "dfssm-published:int8:fp32",
+    "dfssm:int8:int8:avx2", "int4:int8:bf16", "int8:int8:bf16", "float16:float32:bf16",
+)  # fmt: skip
+FIRST_TOKEN = """
+import sys, numpy as np, slimba
+from slimba.runtime import measure
+from slimba.runtime.engine import SamplingParams
+model = slimba.load(sys.argv[1], backend="cpu", threads=int(sys.argv[2]), state_dtype="bf16", activations="int8")
+prompt = np.arange(1, 9, dtype=np.int32)[None]
+next(model.engine.generate(prompt, model.engine.new_state(1), SamplingParams(max_new_tokens=1)))
+print(measure.resident_bytes(), flush=True)
+"""
 
 
-def main() -> int:
+def ours(row: str, threads: int) -> dict[str, Any]:
+    """`slimba bench` in a process of its own, so that the memory it reports is its own too."""
+    format, activations, state, *isa = row.split(":")
+    path = RESULTS / f"cpu-{SHAPE}-{row.replace(':', '-')}.json"
+    line = [str(Path(sys.executable).with_name("slimba")), "bench", "--shape", SHAPE, "--format", format]
+    line += ["--activations", activations, "--state-dtype", state, "--threads", str(threads), "--llama-cpp", "none"]
+    line += ["--prompt-len", "512", "--new-tokens", "80", "--json", str(path)]
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"SLIMBA_CPU_ISA": "".join(isa)})
+    record: dict[str, Any] = json.loads(path.read_text())
+    return {"row": row, "decode": record["decode"][0], "prefill": record["prefill"][0]} | {
+        key: record[key] for key in ("weight_bytes", "bandwidth", "resident_bytes", "machine")
+    }
+
+
+def start(format: str, threads: int) -> dict[str, Any]:
+    """Seconds from the start of a process to the first token, the model's pages in the system's cache."""
+    with tempfile.TemporaryDirectory(prefix="slimba-start-") as folder:
+        model = Path(folder) / "model"
+        write_packed(measure.random_model(named_spec(SHAPE), format), model)
+        times, resident = [], 0
+        for _ in range(STARTS + 1):
+            begin = time.perf_counter()
+            run = subprocess.Popen(
+                [sys.executable, "-c", FIRST_TOKEN, str(model), str(threads)], stdout=subprocess.PIPE, text=True
+            )
+            assert run.stdout is not None
+            resident = int(run.stdout.readline())
+            times.append(time.perf_counter() - begin)
+            run.wait()
+    return {"format": format, "first_token_seconds": statistics.median(times[1:]), "resident_bytes": resident}
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown: ours against the best llama.cpp type, for decode and prefill each."""
+    theirs = record["llama_cpp"]
+    most = {k: max((r[f"{k}_tokens_per_second"] for r in theirs), default=None) for k in ("decode", "prefill")}
+
+    def ratio(kind: str, speed: float) -> str:
+        return "" if most[kind] is None else f" ({speed / most[kind]:.2f}x)"
+
+    lines = [
+        "| format, activations, state | MB a token | decode tok/s | share of the limit | prefill of 512, tok/s |",
+        "|---|---|---|---|---|",
+    ]
+    for r in record["ours"]:
+        decode, prefill = r["decode"], r["prefill"]
+        lines.append(
+            f"| {r['row'].replace(':', ', ')} | {decode['bytes'] / 1e6:.0f} "
+            f"| {decode['tokens_per_second']:.1f}{ratio('decode', decode['tokens_per_second'])} "
+            f"| {100 * decode['share']:.0f} % of {r['bandwidth'] / 1e9:.0f} GB/s "
+            f"| {prefill['tokens_per_second']:.0f}{ratio('prefill', prefill['tokens_per_second'])} |"
+        )
+    for r in theirs:
+        lines.append(
+            f"| llama.cpp {r['type']} | {r['bytes'] / 1e6:.0f} (file) | {r['decode_tokens_per_second']:.1f} | "
+            f"| {r['prefill_tokens_per_second']:.0f} |"
+        )
+    for r in record["start"]:
+        lines.append(
+            f"\n{r['format']}: first token {r['first_token_seconds']:.2f} s after the start of the process, "
+            f"{r['resident_bytes'] / 1e6:.0f} MB resident"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, help="default: all cores")
-    parser.add_argument("--quick", action="store_true", help="1-bit formats at batch 1 only")
-    parser.add_argument("--llama-cpp", default="TQ2_0,Q1_0,Q4_0,Q8_0", help="GGUF types, or none")
+    parser.add_argument("--threads", type=int, default=default_threads(), help="default: all cores")
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--llama-cpp", default="TQ2_0,Q1_0,Q4_0,Q8_0,F16", help="GGUF types, or none")
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu-table.json")
     args = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
-    for format, activations, state, isa in QUICK if args.quick else WHOLE:
-        os.environ["SLIMBA_CPU_ISA"] = isa
-        name = "-".join(["cpu", SHAPE, format, activations, state] + ([isa] if isa else []))
-        line = ["bench", "--shape", SHAPE, "--format", format, "--batch", "1" if args.quick else "1,8"]
-        line += ["--activations", activations, "--state-dtype", state, "--llama-cpp", args.llama_cpp]
-        line += ["--prompt-len", "512", "--json", str(RESULTS / f"{name}.json")]
-        if code := slimba(line + (["--threads", str(args.threads)] if args.threads else [])):
-            return code
-    return 0
+    types = tuple(args.llama_cpp.split(",")) if args.llama_cpp != "none" and has_llama_cpp() else ()
+    peers = [llama_cpp_speeds(named_spec(SHAPE), args.threads, 512, 80, types)]
+    rows = [ours(row, args.threads) for row in args.rows.split(",")]
+    peers.append(llama_cpp_speeds(named_spec(SHAPE), args.threads, 512, 80, types))
+    best = []
+    for a, b in zip(*peers, strict=True):
+        speeds = {k: max(a[k], b[k]) for k in ("decode_tokens_per_second", "prefill_tokens_per_second")}
+        best.append(a | speeds | {"runs": [a, b]})
+    begun = [start(format, args.threads) for format in ("dfssm", "dfssm-published")]
+    record = {"command": " ".join(sys.argv), "threads": args.threads, "ours": rows, "llama_cpp": best, "start": begun}
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(table(record))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

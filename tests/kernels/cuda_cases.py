@@ -74,9 +74,9 @@ def product(gpu: Any, matrix: Matrix, x: np.ndarray) -> np.ndarray:
 
 
 LEAN_LAYOUTS: dict[str, MatrixLayout] = {
-    "lean-512": MatrixLayout(512, (Segment(40, "sign"),), col_scale=True),
+    "lean-512": MatrixLayout(512, (Segment(16, "sign"),), col_scale=True),
     "lean-1024": MatrixLayout(
-        1024, (Segment(9, "int8"), Segment(70, "sign")), LowRank(16, 12, 60), plane=Plane(300, 20, 75)
+        1024, (Segment(9, "int8"), Segment(27, "sign")), LowRank(16, 12, 30), plane=Plane(300, 20, 35)
     ),
     "lean-2048": MatrixLayout(2048, (Segment(100, "sign"), Segment(10, "int8")), LowRank(10, 0, 100)),
     "lean-2560": MatrixLayout(2560, (Segment(31, "sign"), Segment(5, "sign")), plane=Plane(2560, 0, 36)),
@@ -93,7 +93,7 @@ def lean_product(gpu: Any, matrix: Matrix, x: np.ndarray, norm: np.ndarray | Non
     from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of
 
     m = DeviceMatrix(matrix, gpu.device, gpu.blocks)
-    lean = lean_of(m, gpu.blocks, 1, False)
+    lean = lean_of(m, gpu.blocks, 1, False, fewest=1)
     assert lean is not None
     given, out = torch.from_numpy(x).to(gpu.device), torch.ones(m.rows, device=gpu.device)
     weight = torch.from_numpy(norm).to(gpu.device) if norm is not None else None

@@ -217,10 +217,17 @@ DEV u16 float_to_half_bits(float f) {
   const u32 m = __float_as_uint(a);
   return u16(sign | ((m + 0xfffu + (m >> 13 & 1)) >> 13) - (112u << 10));
 }
+DEV u32 pack_halves(float lo, float hi) { return (u32)float_to_half_bits(lo) | (u32)float_to_half_bits(hi) << 16; }
+DEV u16 float_to_bfloat(float f) {
+  const u32 bits = __float_as_uint(f);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+  return u16((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
 DEV int dot4(u32 a, u32 b, int c) {
   for (int i = 0; i < 4; ++i) c += int(i8(a >> 8 * i)) * int(i8(b >> 8 * i));
   return c;
 }
+DEV int count_bits(u32 v) { return __builtin_popcount(v); }
 DEV u32 byte_perm(u32 a, u32 b, u32 pick) {
   const u64 both = u64(b) << 32 | a;
   u32 out = 0;
@@ -293,6 +300,7 @@ DEV float shuffle_up(float v, int by) {
 }
 DEV float fast_exp(float v) { return std::exp(v); }
 DEV float fast_rsqrt(float v) { return 1.0f / std::sqrt(v); }
+DEV void touch(float) {}
 DEV float fast_reciprocal(float v) { return 1.0f / v; }
 // Element (r, k) of A: lane r % 8 * 4 + k % 8 / 2, register r / 8 + k / 8 * 2, half k % 2; (k, n) of B alike.
 DEV void mma_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {

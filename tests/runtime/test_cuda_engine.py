@@ -196,10 +196,12 @@ def test_larger_batches_are_the_recurrence(batch: int) -> None:
 
 
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("d_state", [64, 128])
-def test_batches_are_the_recurrence(d_state: int, state_dtype: str) -> None:
+@pytest.mark.parametrize(("d_state", "groups"), [(64, 2), (128, 1)])
+def test_batches_are_the_recurrence(d_state: int, groups: int, state_dtype: str) -> None:
     """The kernels for tens of sequences, each of them elsewhere in its buffer, past the token that stores the state."""
-    spec = mamba2_spec(headdim=64, d_inner=512, d_state=d_state, n_groups=2, n_layer=1, norm_group_size=256)
+    spec = mamba2_spec(
+        headdim=64, d_inner=512, d_state=d_state, n_groups=groups, n_layer=1, norm_group_size=512 // groups
+    )
     checkpoint = random_checkpoint(spec, 8, "mixed")
     ids = np.random.default_rng(6).integers(0, 67, (9, 30)).astype(np.int32)
     cuda = engine(checkpoint, state_dtype=state_dtype)

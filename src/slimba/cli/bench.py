@@ -69,8 +69,8 @@ def bench(
         "state": resolve_state_dtype(state_dtype, checkpoint),
     }
     if backend == "cuda":
-        from slimba.runtime.backends.cuda_speed import gpu_record
         from slimba.runtime.backends.cuda_peers import gpu_peer_speeds, installed_peers
+        from slimba.runtime.backends.cuda_speed import gpu_record
 
         names = () if peers == "none" else installed_peers(peers.split(","))
         record = gpu_record(checkpoint, batches, prompt_len, new_tokens, numerics)

@@ -1,4 +1,4 @@
-"""The plot of `slimba bench --plot FILE.svg`: decode speed by batch, the limit of the memory, and peers of the same run."""
+"""The plot of `slimba bench --plot FILE.svg`: decode speed by batch, the memory's limit, and peers of the run."""
 
 from __future__ import annotations
 

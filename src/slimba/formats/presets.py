@@ -112,9 +112,9 @@ def sign_layouts(
     """The layout of every matrix of a one-bit model: rows are signs unless `formats` names another format for them.
 
     The correction of rank `rank` covers the sign rows (the span from the first to the last), and the second sign plane
-    those of `plane_rows`, in the share `plane` of their columns. A column scale is stored only where no norm stands
-    before the matrix to hold it (Mamba-1's out_proj, a Mamba-2 without a last norm). UserError for an unknown name of
-    rows, a rank beyond a matrix, plane rows that are not signs or have others between them.
+    those of `plane_rows` that are signs, in the share `plane` of their columns. A column scale is stored only where no
+    norm stands before the matrix to hold it (Mamba-1's out_proj, a Mamba-2 without a last norm). UserError for an
+    unknown name of rows, a rank beyond a matrix, plane rows that have others between them.
     """
     for row in (*formats, *plane_rows):
         if row not in ROWS:
@@ -181,14 +181,13 @@ def _plane(
 ) -> Plane | None:
     if not 0 <= share <= 1:
         raise UserError(f"plane is {share}, it must be a share of the columns from 0 to 1")
-    here = [row for row in names if row in wanted]
+    here = [row for row in names if row in wanted and kinds[row] == "sign"]
     if not share or not here:
         return None
     spans = _spans(names)
     start, stop = spans[here[0]][0], spans[here[-1]][1]
     between = [row for row in names if start <= spans[row][0] < stop]
-    if between != here or any(kinds[row] != "sign" for row in here):
-        where = f"plane_rows {', '.join(here)} must be sign rows next to each other"
-        raise UserError(where + "; leave out those that have another format")
+    if between != here:
+        raise UserError(f"plane_rows: {', '.join(here)} are not next to each other; name those between them or fewer")
     # whole bytes of signs, at least one
     return Plane(cols if share == 1 else min(cols, max(8, round(share * cols / 8) * 8)), start, stop)

@@ -72,7 +72,7 @@ class Mamba1Mixer(nn.Module):
         """What goes into out_proj, by the Triton kernels; None where they do not apply (they are for training)."""
         kernels = triton.optional("mixer1") if u.is_cuda else None
         narrow = torch.is_autocast_enabled("cuda") or u.dtype != torch.float32
-        if kernels is None or not narrow or not kernels.usable(self.spec):
+        if kernels is None or not narrow or self.round_scan is not None or not kernels.usable(self.spec):
             return None
         raw, z = self.in_proj(u).chunk(2, dim=-1)
         x = kernels.conv_silu(raw, self.conv1d.weight, self.conv1d.bias)

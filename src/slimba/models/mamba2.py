@@ -83,7 +83,7 @@ class Mamba2Mixer(nn.Module):
         """What goes into out_proj, by the Triton kernels; None where they do not apply (they are for training)."""
         kernels = triton.optional("mixer") if u.is_cuda else None
         narrow = torch.is_autocast_enabled("cuda") or u.dtype != torch.float32
-        if kernels is None or not narrow or not kernels.usable(self.spec):
+        if kernels is None or not narrow or self.round_scan is not None or not kernels.usable(self.spec):
             return None
         assert self.norm is not None and self.conv1d.bias is not None  # `usable` says so
         taps, bias = self.conv1d.weight, self.conv1d.bias

@@ -228,8 +228,12 @@ def _data_and_scale(parts: dict[str, np.ndarray]) -> tuple[str, str]:
 
 
 def decode_speed(engine: CpuEngine, moved: Traffic, bandwidth: float, batch: int, new_tokens: int) -> DecodeRow:
-    """Median time of a decode step, sampling included, over REPEATS pieces of new_tokens / REPEATS tokens."""
-    stride = max(1, -(-new_tokens // REPEATS))
+    """Median time of a decode step, sampling included, over REPEATS pieces of new_tokens / REPEATS tokens.
+
+    Rounded up so that Mamba-2 writes its state as often in each piece.
+    """
+    block = STATE_BLOCK if engine.spec.architecture == "mamba2" else 1
+    stride = -(-new_tokens // (REPEATS * block)) * block
     prompt = np.zeros((batch, 1), np.int32)
     params = SamplingParams(max_new_tokens=stride * (REPEATS + 1))
     pieces = engine.generate(prompt, engine.new_state(batch), params, stride=stride)

@@ -27,25 +27,50 @@ DEV void prepare(const BatchRecurrence& all, u8* smem) {
     release_next();
     if (channel >= inner) return;
     const float raw = load_fresh((const float*)p.dt + b * (int)p.dt_stride + head);
-    const float x = convolve(p.state, ring, time, c, channel), dt = softplus(raw + bias, param_float(p.dt_low), param_float(p.dt_high));
+    const float x = convolve(c, ask_input(p.state, ring, time, channel)), dt = softplus(raw + bias, param_float(p.dt_low), param_float(p.dt_high));
     keep_value(kept, kept.u, (i64)j * inner + channel, dt * x);
     ((float*)all.skip)[(i64)b * inner + channel] = d * x;
     if (channel % (int)p.headdim == 0) kept.l[j * heads + head] = before + dt * a;
     return;
   }
   float *bc = (float*)smem, *tops = bc + 2 * groups * n;  // B and C of all groups
+  constexpr int ENTRIES = 256 / WARP;  // most of a row in a lane
+  float before[KEPT / WARPS][ENTRIES];  // rows warp and warp + 8 of what was kept, of the only group
+#pragma unroll
+  for (int r = 0; r < KEPT / WARPS; ++r)
+#pragma unroll
+    for (int e = 0; e < ENTRIES; ++e) {
+      const int i = r * WARPS + warp, at = e * WARP + lane;
+      before[r][e] = groups == 1 && i < j && at < n ? kept_value(kept, kept.b, i * n + at) : 0.0f;
+    }
   await_previous();
   release_next();
 #pragma unroll 1
   for (int i = threadIdx.x; i < 2 * groups * n; i += THREADS) {
-    const float v = convolve(p.state, ring, time, ask_channel(p.state, p.conv_weight, p.conv_bias, inner + i), inner + i);
+    const ConvChannel c = ask_channel(p.state, p.conv_weight, p.conv_bias, inner + i);
+    const float v = convolve(c, ask_input(p.state, ring, time, inner + i));
     bc[i] = i < groups * n ? as_kept(p.state_type, v) : v;
     if (i < groups * n) keep_value(kept, kept.b, (i64)j * groups * n + i, v);
     else ((float*)all.c)[(i64)b * groups * n + i - groups * n] = v;
   }
   __syncthreads();
+  if (groups == 1) {
+    float sum[KEPT / WARPS] = {};
+#pragma unroll
+    for (int e = 0; e < ENTRIES; ++e) {
+      const int at = e * WARP + lane;
+      if (at >= n) continue;
+#pragma unroll
+      for (int r = 0; r < KEPT / WARPS; ++r) sum[r] = fmaf(r * WARPS + warp == j ? bc[at] : before[r][e], bc[n + at], sum[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < KEPT / WARPS; ++r) {
+      sum[r] = warp_sum(sum[r]);
+      if (lane == 0) ((float*)all.dots)[b * KEPT + r * WARPS + warp] = sum[r];
+    }
+  }
 #pragma unroll 1
-  for (int k = warp; k < groups * (j + 1); k += WARPS) {
+  for (int k = warp; groups > 1 && k < groups * (j + 1); k += WARPS) {
     const int g = k / (j + 1), i = k % (j + 1);
     float sum = 0;
 #pragma unroll 4

@@ -99,6 +99,45 @@ DEV void expand_float(const Expand& p, float* factors) {
   }
 }
 
+// Which of eight columns are in the second plane, and the place of the first: those of ascending columns follow each other.
+struct ChosenOctet {
+  u32 mask;
+  int place;
+  DEV_MEMBER int rank(int i) const { return count_bits(mask & ((1u << i) - 1)); }
+};
+DEV ChosenOctet chosen_octet(const Expand& p, int c, int count) {
+  ChosenOctet out = {0, 0};
+  for (int i = 0; i < count && p.m.plane_cols; ++i) {
+    const i32 at = ((const i32*)p.plane_inverse)[c + i];
+    if (at >= 0 && !out.mask) out.place = at;
+    out.mask |= (at >= 0 ? 1u : 0u) << i;
+  }
+  return out;
+}
+// What a sign row is made of at an octet, without its low rank. sign: whether that is all. Only loads: nothing waits yet.
+struct OctetBits {
+  u32 bits, scale, plane, more, scale2;  // plane: the byte that holds the first chosen column, and the next if needed
+  bool sign;
+};
+DEV OctetBits octet_bits(const Expand& p, int local, int octet, const ChosenOctet& chosen) {
+  const Matrix& m = p.m;
+  OctetBits out = {0, 0, 0, 0, 0, false};
+  if (local >= (int)p.rows || m.col_scale) return out;
+  const int row = (int)p.row0 + local;
+  const Segment& s = m.segment[segment_at(m, row)];
+  if (s.format != SIGN) return out;
+  out.sign = true;
+  out.bits = ((const u8*)s.data)[(i64)(row - (int)s.first) * s.stride + octet];
+  out.scale = ((const u16*)s.scale)[row - (int)s.first];
+  const int in_plane = row - (int)m.plane_start;
+  if (!chosen.mask || in_plane < 0 || row >= (int)m.plane_stop) return out;
+  const u8* from = (const u8*)m.plane_data + (i64)in_plane * m.plane_stride + (chosen.place >> 3);
+  out.plane = from[0];
+  if ((chosen.place & 7) + count_bits(chosen.mask) > 8) out.more = from[1];
+  out.scale2 = ((const u16*)m.plane_scale)[in_plane];
+  return out;
+}
+
 // The same in float16: the low-rank product is summed in float16, which is what it is rounded to. Shared memory:
 // rank * (128 + 64) pairs of halves, B and then A, each of whose entries fills a pair.
 DEV void expand_half(const Expand& p, u32* right) {
@@ -136,18 +175,30 @@ DEV void expand_half(const Expand& p, u32* right) {
         for (int i = 0; i < 4; ++i) sum[k][i] = fma_halves(word(r < 4 ? a0 : a1, r % 4), word(b[r], i), sum[k][i]);
     }
   }
+  const ChosenOctet chosen = chosen_octet(p, c, count);
+  OctetBits own[8];  // all loads before any store
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    const int local = (int)blockIdx.y * 64 + k * 8 + warp;
+    own[k] = octet_bits(p, local, octet, chosen);
+  }
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
     const i64 local = (i64)blockIdx.y * 64 + k * 8 + warp, row = p.row0 + local;
     if (local >= p.rows) break;
-    const Segment& s = m.segment[segment_at(m, row)];
     u32 out[4];
-    if (s.format == SIGN && !m.plane_cols && !m.col_scale) {
-      const u32 scale = ((const u16*)s.scale)[row - s.first] * 0x10001u;
-      const u32 minus = ~(u32)((const u8*)s.data)[(row - s.first) * s.stride + octet];
-      for (int i = 0; i < 4; ++i)
+    if (own[k].sign) {
+      const u32 scale = own[k].scale * 0x10001u, minus = ~own[k].bits, scale2 = own[k].scale2;
+      const u32 plane = (own[k].plane | own[k].more << 8) >> (chosen.place & 7);
+      for (int i = 0; i < 4; ++i) {
         out[i] = add_halves(scale ^ ((minus >> 2 * i & 1) << 15 | (minus >> (2 * i + 1) & 1) << 31), sum[k][i]);
+        u32 two = 0;  // of the second plane
+        for (int h = 0; h < 2; ++h)
+          if (chosen.mask >> (2 * i + h) & 1) two |= (scale2 ^ (~plane >> chosen.rank(2 * i + h) & 1) << 15) << 16 * h;
+        if (scale2) out[i] = add_halves(out[i], two);
+      }
     } else {
+      const Segment& s = m.segment[segment_at(m, row)];
       float w[8];
       unpack_octet(s, row - s.first, octet, m.cols, w);
       for (int i = 0; i < 4; ++i) {

@@ -33,7 +33,18 @@ DEV u16 float_to_half_bits(float f) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
   return h;
 }
+DEV u32 pack_halves(float lo, float hi) {
+  u32 two;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(hi), "f"(lo));
+  return two;
+}
+DEV u16 float_to_bfloat(float f) {  // to the nearest, ties to even; NaN stays NaN
+  u16 h;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+}
 DEV int dot4(u32 a, u32 b, int c) { return __dp4a((int)a, (int)b, c); }
+DEV int count_bits(u32 v) { return __popc(v); }
 DEV u32 byte_perm(u32 a, u32 b, u32 pick) { return __byte_perm(a, b, pick); }
 DEV int warp_sum(int v) { return __reduce_add_sync(0xffffffffu, v); }
 DEV u32 warp_max_bits(u32 v) { return __reduce_max_sync(0xffffffffu, v); }
@@ -111,6 +122,7 @@ DEV float fast_reciprocal(float v) {  // within 1 unit in the last place; 0 for 
   asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
   return r;
 }
+DEV void touch(float v) { asm volatile("" ::"f"(v)); }  // v has been computed here
 DEV void sync_warp() { __syncwarp(); }
 // Weights are read once a step: not kept in L1. Activations come from other blocks: read from L2.
 DEV uint4 load_weights(const void* p) {
@@ -166,17 +178,10 @@ DEV void release_next() {
 DEV float bits_to_float(u32 u) { return __uint_as_float(u); }
 DEV u32 float_to_bits(float f) { return __float_as_uint(f); }
 DEV float bfloat_to_float(u16 b) { return bits_to_float((u32)b << 16); }
-// To the nearest, ties to even; NaN stays NaN.
-DEV u16 float_to_bfloat(float f) {
-  const u32 bits = float_to_bits(f);
-  if ((bits & 0x7fffffffu) > INF_BITS) return 0x7fc0;
-  return (u16)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
 DEV float warp_sum(float v) {
   for (int m = 16; m; m >>= 1) v += shuffle_xor(v, m);
   return v;
 }
-DEV u32 pack_halves(float lo, float hi) { return (u32)float_to_half_bits(lo) | (u32)float_to_half_bits(hi) << 16; }
 DEV float low_half(u32 two) { return half_bits_to_float((u16)two); }
 DEV float high_half(u32 two) { return half_bits_to_float((u16)(two >> 16)); }
 DEV float silu(float v) { return v * fast_reciprocal(1.0f + fast_exp(-v)); }

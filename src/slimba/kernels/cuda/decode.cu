@@ -61,11 +61,15 @@ DEV u64 choice_key(float v, int id) {
   const u32 ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
   return (u64)ordered << 32 | (0x7fffffffu - (u32)id);
 }
-DEV u64 largest_key(u64 key, u64* scratch) {  // of a block, in thread 0
+DEV u64 largest_of_warp(u64 key) {
   for (int by = 16; by; by /= 2) {
     const u64 other = shuffle_xor(key, by);
     key = other > key ? other : key;
   }
+  return key;
+}
+DEV u64 largest_key(u64 key, u64* scratch) {  // of a block, in thread 0
+  key = largest_of_warp(key);
   if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = key;
   __syncthreads();
   for (int w = 0; threadIdx.x == 0 && w < WARPS; ++w) key = scratch[w] > key ? scratch[w] : key;
@@ -85,15 +89,21 @@ DEV void argmax(const Argmax& p, u64* scratch) {
     key = one > key ? one : key;
   }
   key = largest_key(key, scratch);
-  if (threadIdx.x) return;
+  if (threadIdx.x >= WARP) return;
   u64* keys = (u64*)p.keys + (i64)b * parts;
-  store_fresh(keys + blockIdx.x, key);
-  if (take_ticket((u32*)p.tickets + b) != (u32)parts - 1) return;
-  *((u32*)p.tickets + b) = 0;
-  for (int i = 0; i < parts; ++i) {
-    const u64 other = load_fresh(keys + i);
-    key = other > key ? other : key;
+  int last = 0;
+  if (threadIdx.x == 0) {
+    store_fresh(keys + blockIdx.x, key);
+    last = take_ticket((u32*)p.tickets + b) == (u32)parts - 1;
   }
+  if (!warp_sum(last)) return;
+  for (int i = threadIdx.x; i < parts; i += WARP) {
+    const u64 other = load_fresh(keys + i);
+    key = i == (int)threadIdx.x || other > key ? other : key;
+  }
+  key = largest_of_warp(key);
+  if (threadIdx.x) return;
+  *((u32*)p.tickets + b) = 0;
   const i32 chosen = key == ~0ull ? -2 : (i32)(0x7fffffffu - (u32)key);
   ((i32*)p.ids)[b] = chosen < 0 ? 0 : chosen;
   i32* count = (i32*)p.count + b;

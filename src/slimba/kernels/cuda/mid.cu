@@ -12,6 +12,8 @@
 #define PIECE 272                 // bytes of 128 columns of a vector in shared memory, padding included
 #define VECTOR_BYTES (4 * PIECE)  // of a chunk of a vector
 
+#define NORM_AHEAD 8              // numbers of a vector that a thread loads together
+
 DEV int place_of(int c) { return (c & ~31) | (c & 15) >> 1 << 2 | (c & 1) << 1 | (c >> 4 & 1); }
 
 // u += the parts; e = u (or x) * silu(gate) * weight, divided by the RMS; float16 to out, chosen columns to out2, and
@@ -19,7 +21,7 @@ DEV int place_of(int c) { return (c & ~31) | (c & 15) >> 1 << 2 | (c & 1) << 1 |
 struct MidNorm {
   Matrix m;  // that will multiply the vectors
   Input in;
-  i64 residual, parts, part_stride, n_parts;  // residual: 1 where in.x is added to and written
+  i64 residual, parts, part_stride, n_parts;  // n_parts: 0 to 2; residual: 1 where in.x is added to and written
   i64 out, out2, factors, plane_inverse;      // float16 [B][kpad], [B][plane_kpad], [B][rank]
 };
 
@@ -41,19 +43,38 @@ DEV void mid_norm(const MidNorm& p, u8* smem) {
     for (int w = 0; w < WARPS; ++w) v += scratch[w];
     return v;
   };
+  const i32* place = (const i32*)p.plane_inverse;
   for (int i = threadIdx.x; i < (int)m.plane_kpad; i += THREADS) chosen[i] = 0;
+  float seen = 0;  // what does not depend on the kernel before comes into L1 while that runs
+#pragma unroll 8
+  for (int i = threadIdx.x; i < cols; i += THREADS) {
+    if (weight) seen += weight[i];
+    if (m.plane_cols) seen += (float)place[i];
+  }
+  touch(seen);
   await_previous();
   release_next();
+  const float* added = (const float*)p.parts + b * (i64)cols;  // at most two results of the product before
+  const int second = (int)p.part_stride;
   float squares = 0;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < kpad; i += THREADS) {
-    float v = i < cols ? load_fresh(x + i) : 0.0f;
-    if (i < cols && p.residual) {
-      for (int k = 0; k < (int)p.n_parts; ++k) v += load_fresh((const float*)p.parts + k * p.part_stride + b * (i64)cols + i);
-      x[i] = v;
+#pragma unroll 1
+  for (int first = threadIdx.x; first < kpad; first += NORM_AHEAD * THREADS) {
+    float v[NORM_AHEAD];  // all loads before any store, which might be to where they come from
+#pragma unroll
+    for (int k = 0; k < NORM_AHEAD; ++k) {
+      const int i = first + k * THREADS;
+      v[k] = i < cols ? load_fresh(x + i) : 0.0f;
+      if (i < cols && p.n_parts > 0) v[k] += load_fresh(added + i);
+      if (i < cols && p.n_parts > 1) v[k] += load_fresh(added + second + i);
     }
-    squares += v * v;
-    e[(i >> 5) * 32 + (i & 7) * 4 + ((i >> 3) & 3)] = v;
+#pragma unroll
+    for (int k = 0; k < NORM_AHEAD; ++k) {
+      const int i = first + k * THREADS;
+      if (i >= kpad) break;
+      if (i < cols && p.residual) x[i] = v[k];
+      squares += v[k] * v[k];
+      e[(i >> 5) * 32 + (i & 7) * 4 + ((i >> 3) & 3)] = v[k];
+    }
   }
   if (groups > 1) {
     __syncthreads();
@@ -73,20 +94,29 @@ DEV void mid_norm(const MidNorm& p, u8* smem) {
     __syncthreads();
   }
   u16* out = (u16*)p.out + b * (i64)kpad;
-  const i32* place = (const i32*)p.plane_inverse;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < kpad; i += THREADS) {
-    float* at = e + (i >> 5) * 32 + (i & 7) * 4 + ((i >> 3) & 3);
-    float v = 0;
-    if (i < cols) {
-      v = *at * inverse[groups > 1 ? i / size : 0];
-      if (weight) v *= weight[i];
-      if (col_scale) v *= col_scale[i];
-      if (gate) v *= silu(load_fresh(gate + i));
+#pragma unroll 1
+  for (int first = threadIdx.x; first < kpad; first += NORM_AHEAD * THREADS) {
+    float v[NORM_AHEAD];
+    i32 where[NORM_AHEAD];
+#pragma unroll
+    for (int k = 0; k < NORM_AHEAD; ++k) {
+      const int i = first + k * THREADS;
+      v[k] = 0;
+      where[k] = m.plane_cols && i < cols ? place[i] : -1;
+      if (i >= cols) continue;
+      v[k] = e[(i >> 5) * 32 + (i & 7) * 4 + ((i >> 3) & 3)] * inverse[groups > 1 ? i / size : 0];
+      if (weight) v[k] *= weight[i];
+      if (col_scale) v[k] *= col_scale[i];
+      if (gate) v[k] *= silu(load_fresh(gate + i));
     }
-    *at = v;
-    out[place_of(i)] = float_to_half_bits(v);
-    if (m.plane_cols && i < cols && place[i] >= 0) chosen[place_of(place[i])] = float_to_half_bits(v);
+#pragma unroll
+    for (int k = 0; k < NORM_AHEAD; ++k) {
+      const int i = first + k * THREADS;
+      if (i >= kpad) break;
+      e[(i >> 5) * 32 + (i & 7) * 4 + ((i >> 3) & 3)] = v[k];
+      out[place_of(i)] = float_to_half_bits(v[k]);
+      if (where[k] >= 0) chosen[place_of(where[k])] = float_to_half_bits(v[k]);
+    }
   }
   __syncthreads();
   u16* out2 = (u16*)p.out2 + b * m.plane_kpad;
@@ -231,20 +261,81 @@ DEV void mid_finish(const Mid& p, const Output& out, const Segment& s, int row0,
     const int local = row0 + g + 8 * h, row = (int)s.first + local;
     if (local >= (int)s.rows) break;
     const float scale = mid_scale(s, local), bias = m.bias && whole ? ((const float*)m.bias)[row] : 0.0f;
+    // where the row goes: base + v * stride for vector v, or a row of its ring
+    const bool in_proj = out.mode == IN_PROJ, z = in_proj && row >= (int)out.z0 && row < (int)out.z1;
+    const bool ring = in_proj && !z && row >= (int)out.ring0 && row < (int)out.ring1;
+    const i64 stride = z ? out.z_stride : out.stride;
+    float* base = z ? (float*)out.z + row - out.z0 : (float*)out.y + row - (in_proj ? out.rest0 : 0);
+    base += first * stride;
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int v = n * 8 + 2 * t + c;
-        if (first + v < (int)p.batch)
-          put_output(out, rings[v], row, first + v, fmaf(acc[n][2 * h + c], scale, fmaf(lr_scale[h], lr[n][2 * h + c], bias)));
+        if (first + v >= (int)p.batch) continue;
+        float* at = ring ? (float*)rings[v] + (row - (int)out.ring0) : base + v * (int)stride;
+        *at = fmaf(acc[n][2 * h + c], scale, fmaf(lr_scale[h], lr[n][2 * h + c], bias));
       }
   }
+}
+
+// acc += words first .. of chunk `at`, COUNT of them, of a strip of codes.
+template <int NT, int R, int COUNT>
+DEV void mid_int8(const Segment& s, int row0, int rows, int at, const u8* x, int first, float (&acc)[R][NT][4]) {
+  const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+  uint4 q[COUNT][R][2][2];
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k)
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+      for (int h = 0; h < 4; ++h) {
+        const int row = row0 + r * TILE + g + h / 2 * 8;
+        const u8* from = (const u8*)s.data + row * s.stride + at * 512 + t * 128 + (first + k) * 32 + h % 2 * 16;
+        q[k][r][h / 2][h % 2] = row < rows ? load_weights(from) : uint4{0, 0, 0, 0};
+      }
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k)
+    mid_word<NT, R>(x, first + k, acc, [&](int r, int jj, u32 (&a)[4]) {
+      const int j = 2 * jj % 8;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        a[h] = int8_pair(word(q[k][r][h][j / 4], j % 4), jj);
+        a[2 + h] = int8_pair(word(q[k][r][h][j / 4], j % 4 + 1), jj);
+      }
+    });
+}
+template <int NT, int R, int COUNT>
+DEV void mid_int4(const Segment& s, int row0, int rows, int at, const u8* x, int first, float (&acc)[R][NT][4]) {
+  const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4, group = at * 4 + t;
+  uint4 q[COUNT][R][2];
+  u32 scale[R][2];
+#pragma unroll
+  for (int r = 0; r < R; ++r)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = row0 + r * TILE + g + h * 8;
+      const bool there = row < rows && group < (int)s.groups;
+#pragma unroll
+      for (int k = 0; k < COUNT; ++k)
+        q[k][r][h] = there ? load_weights((const u8*)s.data + row * s.stride + at * 256 + t * 64 + (first + k) * 16) : uint4{0, 0, 0, 0};
+      scale[r][h] = there ? ((const u16*)s.scale)[row * s.groups + group] * 0x10001u : 0;
+    }
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k)
+    mid_word<NT, R>(x, first + k, acc, [&](int r, int jj, u32 (&a)[4]) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        a[h] = int4_pair(word(q[k][r][h], jj % 4), jj < 4 ? 0 : 8, scale[r][h]);
+        a[2 + h] = int4_pair(word(q[k][r][h], jj % 4), jj < 4 ? 4 : 12, scale[r][h]);
+      }
+    });
 }
 
 template <int NT, int R, int S>
 DEV void mid(const Mid& p, u8* smem) {
   constexpr int WORDS = 4 / S, STAGE = 8 * NT * VECTOR_BYTES;
+  constexpr int AT_ONCE = R == 1 ? WORDS : 1;  // words of codes whose loads are in flight together
   const Matrix& m = p.m;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, ks = warp % S;
   const int first = blockIdx.y * 8 * NT, part = blockIdx.z;
@@ -268,12 +359,12 @@ DEV void mid(const Mid& p, u8* smem) {
   auto fetch_chunk = [&](int c) {  // 16-byte pieces of all vectors; those beyond the batch repeat the last
     const bool plane = c < planes;
     const u8* x = (const u8*)(plane ? p.x2 : p.x) + (plane ? c : from + c - planes) * (CHUNK_COLS * 2);
-    const i64 stride = 2 * (plane ? m.plane_kpad : m.kpad);
-    u8* to = smem + c % STAGES * STAGE;
+    const int stride = 2 * (int)(plane ? m.plane_kpad : m.kpad), piece = threadIdx.x % 64, last = (int)p.batch - 1;
+    u8* to = smem + c % STAGES * STAGE + piece / 16 * PIECE + piece % 16 * 16;
 #pragma unroll
-    for (int i = threadIdx.x; i < 8 * NT * 64; i += THREADS) {
-      const int v = i / 64, piece = i % 64, b = (int)least(first + v, p.batch - 1);
-      copy_async(to + v * VECTOR_BYTES + piece / 16 * PIECE + piece % 16 * 16, x + b * stride + piece * 16);
+    for (int v = threadIdx.x / 64; v < 8 * NT; v += THREADS / 64) {
+      const int b = first + v < last ? first + v : last;
+      copy_async(to + v * VECTOR_BYTES, x + (i64)(b * stride) + piece * 16);
     }
   };
 
@@ -326,47 +417,9 @@ DEV void mid(const Mid& p, u8* smem) {
     } else if (strip.there && c >= planes) {
       const int at = from + c - planes;
 #pragma unroll 1
-      for (int k = 0; k < WORDS; ++k) {
-        const int i = ks * WORDS + k;
-        if (s.format == INT8) {
-          uint4 q[R][2][2];
-#pragma unroll
-          for (int r = 0; r < R; ++r)
-#pragma unroll
-            for (int h = 0; h < 4; ++h) {
-              const int row = strip.row0 + r * TILE + g + h / 2 * 8;
-              q[r][h / 2][h % 2] = row < strip.rows ? load_weights((const u8*)s.data + row * s.stride + at * 512 + t * 128 + i * 32 + h % 2 * 16)
-                                                    : uint4{0, 0, 0, 0};
-            }
-          mid_word<NT, R>(x, i, acc, [&](int r, int jj, u32 (&a)[4]) {
-            const int j = 2 * jj % 8;
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              a[h] = int8_pair(word(q[r][h][j / 4], j % 4), jj);
-              a[2 + h] = int8_pair(word(q[r][h][j / 4], j % 4 + 1), jj);
-            }
-          });
-        } else {
-          uint4 q[R][2];
-          u32 scale[R][2];
-          const int group = at * 4 + t;
-#pragma unroll
-          for (int r = 0; r < R; ++r)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const int row = strip.row0 + r * TILE + g + h * 8;
-              const bool there = row < strip.rows && group < (int)s.groups;
-              q[r][h] = there ? load_weights((const u8*)s.data + row * s.stride + at * 256 + t * 64 + i * 16) : uint4{0, 0, 0, 0};
-              scale[r][h] = there ? ((const u16*)s.scale)[row * s.groups + group] * 0x10001u : 0;
-            }
-          mid_word<NT, R>(x, i, acc, [&](int r, int jj, u32 (&a)[4]) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              a[h] = int4_pair(word(q[r][h], jj % 4), jj < 4 ? 0 : 8, scale[r][h]);
-              a[2 + h] = int4_pair(word(q[r][h], jj % 4), jj < 4 ? 4 : 12, scale[r][h]);
-            }
-          });
-        }
+      for (int k0 = 0; k0 < WORDS; k0 += AT_ONCE) {
+        if (s.format == INT8) mid_int8<NT, R, AT_ONCE>(s, strip.row0, strip.rows, at, x, ks * WORDS + k0, acc);
+        else mid_int4<NT, R, AT_ONCE>(s, strip.row0, strip.rows, at, x, ks * WORDS + k0, acc);
       }
     }
   }

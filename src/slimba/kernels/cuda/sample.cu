@@ -62,10 +62,7 @@ DEV i32 sample_one(const float* x, int n, const SampleSettings& s, u64 token, Sa
     const u64 key = choice_key(load_fresh(x + i), i);
     top_key = key > top_key ? key : top_key;
   }
-  for (int by = 16; by; by /= 2) {
-    const u64 other = shuffle_xor(top_key, by);
-    top_key = other > top_key ? other : top_key;
-  }
+  top_key = largest_of_warp(top_key);
   if (lane == 0) m.warp_key[t / WARP] = top_key;
   for (int i = t; i < BINS; i += SAMPLE_THREADS) m.bin[i] = 0;
   for (int i = t; i < CANDIDATES; i += SAMPLE_THREADS) m.key[i] = 0;

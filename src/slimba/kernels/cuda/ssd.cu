@@ -18,6 +18,7 @@ struct SsdShared {  // rows are padded by 16 bytes, so that eight of them lie in
   u16 state[HEAD * NS];                                      // [p][n]
   u16 weight[CHUNK];                                         // exp(c_Q - c_s) dt_s
   float dt[CHUNK], sum[CHUNK];                               // dt_s and c_s
+  float within[CHUNK];                                       // exp(c_e - c_s) dt_s, e the last of the 16 tokens around s
   u32 top[2][HEAD];
 };
 
@@ -84,6 +85,7 @@ DEV void ssd(const Scan& p, SsdShared<N>& m) {
   const Kept kept = kept_of(p.state, type, slot, p.inner, p.groups * N, p.heads);
   const float* scales = (const float*)state_array(p.state, 1);
   const float a = ((const float*)p.a)[head], bias = ((const float*)p.dt_bias)[head];
+  const float d_head = p.d_per_channel ? 0.0f : ((const float*)p.d)[head];
 
   float s[TILES][4];  // entry k of tile j: channel 16 tile + g + 8 (k / 2), n = half N / 2 + 8 j + 2 t + k % 2
 #pragma unroll
@@ -100,26 +102,44 @@ DEV void ssd(const Scan& p, SsdShared<N>& m) {
   };
   const u16* xbc = (const u16*)p.xbc;
   float raw[2] = {0, 0};  // dt of tokens 2 lane and 2 lane + 1 before softplus, in warp 0
+  constexpr int X_ROWS = THREADS / (HEAD / 8), N_ROWS = THREADS / (N / 8);  // rows that the block fetches at once
+  const int x_row = threadIdx.x / (HEAD / 8), x_col = threadIdx.x % (HEAD / 8) * 8;
+  const int n_row = threadIdx.x / (N / 8), n_col = threadIdx.x % (N / 8) * 8, stride = (int)p.xbc_stride;
   const auto fetch_chunk = [&](i64 t0, int to) {
     const int tokens = tokens_of(t0);
     const i64 token0 = (i64)b * p.length + t0;
-    for (int i = threadIdx.x; i < CHUNK * HEAD / 8; i += THREADS) {
-      const int at = i / (HEAD / 8), c8 = i % (HEAD / 8) * 8;
-      u16* x = m.x[to] + at * XS + c8;
-      if (at >= tokens) *(uint4*)x = uint4{0, 0, 0, 0};
-      else if (t0 < 0) *(uint4*)x = kept_octet(kept, kept.u, at * p.inner + first + c8);
-      else copy_async(x, xbc + (token0 + at) * p.xbc_stride + first + c8);
-    }
-    for (int i = threadIdx.x; i < CHUNK * N / 8; i += THREADS) {
-      const int at = i / (N / 8), c8 = i % (N / 8) * 8;
-      const u16* from = xbc + (token0 + at) * p.xbc_stride + p.inner + group * N + c8;
-      u16 *b_to = m.b[to] + at * NS + c8, *c_to = m.c[to] + at * NS + c8;
-      if (at >= tokens || t0 < 0) {
-        *(uint4*)b_to = at < tokens ? kept_octet(kept, kept.b, (at * p.groups + group) * N + c8) : uint4{0, 0, 0, 0};
-        *(uint4*)c_to = uint4{0, 0, 0, 0};
-      } else {
-        copy_async(b_to, from);
-        copy_async(c_to, from + p.groups * N);
+    u16 *x = m.x[to] + x_row * XS + x_col, *b_to = m.b[to] + n_row * NS + n_col, *c_to = m.c[to] + n_row * NS + n_col;
+    const u16* from_x = xbc + (token0 + x_row) * stride + first + x_col;
+    const u16* from_b = xbc + (token0 + n_row) * stride + p.inner + group * N + n_col;
+    const i64 to_c = p.groups * N;
+    if (tokens == CHUNK && t0 >= 0) {
+#pragma unroll
+      for (int k = 0; k < CHUNK / X_ROWS; ++k) copy_async(x + k * X_ROWS * XS, from_x + k * X_ROWS * stride);
+#pragma unroll
+      for (int k = 0; k < CHUNK / N_ROWS; ++k) {
+        copy_async(b_to + k * N_ROWS * NS, from_b + k * N_ROWS * stride);
+        copy_async(c_to + k * N_ROWS * NS, from_b + k * N_ROWS * stride + to_c);
+      }
+    } else {
+#pragma unroll 1
+      for (int k = 0; k < CHUNK / X_ROWS; ++k) {
+        const int at = k * X_ROWS + x_row;
+        uint4* own = (uint4*)(x + k * X_ROWS * XS);
+        if (at >= tokens) *own = uint4{0, 0, 0, 0};
+        else if (t0 < 0) *own = kept_octet(kept, kept.u, at * p.inner + first + x_col);
+        else copy_async(own, from_x + k * X_ROWS * stride);
+      }
+#pragma unroll 1
+      for (int k = 0; k < CHUNK / N_ROWS; ++k) {
+        const int at = k * N_ROWS + n_row;
+        uint4 *own_b = (uint4*)(b_to + k * N_ROWS * NS), *own_c = (uint4*)(c_to + k * N_ROWS * NS);
+        if (at >= tokens || t0 < 0) {
+          *own_b = at < tokens ? kept_octet(kept, kept.b, (at * p.groups + group) * N + n_col) : uint4{0, 0, 0, 0};
+          *own_c = uint4{0, 0, 0, 0};
+        } else {
+          copy_async(own_b, from_b + k * N_ROWS * stride);
+          copy_async(own_c, from_b + k * N_ROWS * stride + to_c);
+        }
       }
     }
     if (warp == 0)
@@ -155,10 +175,11 @@ DEV void ssd(const Scan& p, SsdShared<N>& m) {
       }
       float sum[2] = {total - v[1], total};
       if (replay) sum[0] = raw[0], sum[1] = raw[1];
-      const float end = shuffle(sum[1], WARP - 1);
+      const float end = shuffle(sum[1], WARP - 1), last = shuffle(sum[1], lane | 7);
       for (int k = 0; k < 2; ++k) {
         m.dt[2 * lane + k] = dt[k];
         m.sum[2 * lane + k] = sum[k];
+        m.within[2 * lane + k] = dt[k] * fast_exp(last - sum[k]);
         m.weight[2 * lane + k] = float_to_half_bits(dt[k] * fast_exp(end - sum[k]));
       }
     }
@@ -204,14 +225,24 @@ DEV void ssd(const Scan& p, SsdShared<N>& m) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if (j > tile) break;
+      if (j < tile) {  // exp(c_to - c_from) by way of the last token of those around `from`
+        const float last = m.sum[16 * j + 15], by0 = fast_exp(sum0 - last), by1 = fast_exp(sum1 - last);
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
+        for (int i = 0; i < 2; ++i) {
+          const float2 w = *(const float2*)(m.within + 16 * j + 8 * i + 2 * t);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const int from = 16 * j + 8 * i + 2 * t + k % 2, to = k < 2 ? u0 : u1;
-          const float w = m.dt[from] * fast_exp((k < 2 ? sum0 : sum1) - m.sum[from]);
-          gram[2 * j + i][k] = from <= to ? gram[2 * j + i][k] * w : 0.0f;
+          for (int k = 0; k < 4; ++k) gram[2 * j + i][k] *= (k % 2 ? w.y : w.x) * (k < 2 ? by0 : by1);
         }
+      } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const int from = 16 * j + 8 * i + 2 * t + k % 2, to = k < 2 ? u0 : u1;
+            const float w = m.dt[from] * fast_exp((k < 2 ? sum0 : sum1) - m.sum[from]);
+            gram[2 * j + i][k] = from <= to ? gram[2 * j + i][k] * w : 0.0f;
+          }
+      }
       const u32 w0 = pack_halves(gram[2 * j][0], gram[2 * j][1]), w1 = pack_halves(gram[2 * j][2], gram[2 * j][3]);
       const u32 w2 = pack_halves(gram[2 * j + 1][0], gram[2 * j + 1][1]);
       const u32 w3 = pack_halves(gram[2 * j + 1][2], gram[2 * j + 1][3]);
@@ -229,11 +260,11 @@ DEV void ssd(const Scan& p, SsdShared<N>& m) {
       for (int k = 0; k < 2; ++k) {
         const int at = k ? u1 : u0, c = 32 * half + 8 * j + 2 * t;
         if (at >= tokens || replay) continue;
-        const float d0 = ((const float*)p.d)[p.d_per_channel ? first + c : head];
-        const float d1 = ((const float*)p.d)[p.d_per_channel ? first + c + 1 : head];
-        const float x0 = half_bits_to_float(mx[at * XS + c]), x1 = half_bits_to_float(mx[at * XS + c + 1]);
+        const float d0 = p.d_per_channel ? ((const float*)p.d)[first + c] : d_head;
+        const float d1 = p.d_per_channel ? ((const float*)p.d)[first + c + 1] : d_head;
+        const u32 x2 = *(const u32*)(mx + at * XS + c);
         *(u32*)((u16*)p.y + (token0 + at) * p.y_stride + first + c) =
-            pack_halves(fmaf(d0, x0, y[j][2 * k]), fmaf(d1, x1, y[j][2 * k + 1]));
+            pack_halves(fmaf(d0, low_half(x2), y[j][2 * k]), fmaf(d1, high_half(x2), y[j][2 * k + 1]));
       }
 
     if (keeps) {  // at most KEPT - 1 tokens; slimba_push keeps the rest of them

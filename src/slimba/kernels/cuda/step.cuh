@@ -126,14 +126,21 @@ DEV ConvChannel ask_channel(const StateRef& s, i64 weight, i64 bias, int channel
   c.bias = bias ? ((const float*)bias)[channel] : 0.0f;
   return c;
 }
-// silu of the convolution's sum at token `time`; `ring` is the sequence's, which holds the token's own input too.
-DEV float convolve(const StateRef& s, const float* ring, int time, const ConvChannel& c, int channel) {
-  float in[MAX_TAPS], sum = c.bias;
+// The inputs of a channel for token `time`; `ring` is the sequence's, which holds the token's own input too.
+struct ConvInput {
+  float in[MAX_TAPS];
+};
+DEV ConvInput ask_input(const StateRef& s, const float* ring, int time, int channel) {
+  ConvInput x;
 #pragma unroll
   for (int k = 0; k < MAX_TAPS; ++k)
-    in[k] = k < (int)s.taps ? load_fresh(ring + (time + 1 + k) % (int)s.taps * (int)s.channels + channel) : 0.0f;
+    x.in[k] = k < (int)s.taps ? load_fresh(ring + (time + 1 + k) % (int)s.taps * (int)s.channels + channel) : 0.0f;
+  return x;
+}
+DEV float convolve(const ConvChannel& c, const ConvInput& x) {
+  float sum = c.bias;
 #pragma unroll
-  for (int k = 0; k < MAX_TAPS; ++k) sum = fmaf(c.weight[k], in[k], sum);
+  for (int k = 0; k < MAX_TAPS; ++k) sum = fmaf(c.weight[k], x.in[k], sum);
   return silu(sum);
 }
 
@@ -163,13 +170,15 @@ DEV void recur(const Recurrence& p, u8* smem, int block, int blocks, Ready ready
     const float a = ((const float*)p.a)[head], dt_bias = ((const float*)p.dt_bias)[head];
     const float before = j ? kept.l[(j - 1) * heads + head] : 0.0f;
     const float l_lane = lane < j ? kept.l[lane * heads + head] : 0.0f;
-    float s[ROWS][EACH], d[ROWS], z[ROWS];
+    float s[ROWS][EACH];
+    const int own = lane * WARPS + warp;  // the row that lane k < ROWS finishes, its warp's k-th
+    const bool finishes = lane < ROWS && own < span;
+    const float d = finishes ? ((const float*)p.d)[p.d_per_channel ? first + own : head] : 0.0f;
 #pragma unroll
     for (int k = 0; k < ROWS; ++k) {
       const int r = k * WARPS + warp;
       const float scale = type == STATE_INT8 && r < span ? scales[row0 + r] : 0.0f;
       open_row<QUAD>(type, ssm, row0 + r, n, scale, r < span, s[k]);
-      d[k] = r < span ? ((const float*)p.d)[p.d_per_channel ? first + r : head] : 0.0f;
     }
     const int mine = threadIdx.x, width = span + 2 * n;
     const int second = mine + THREADS < width ? mine + THREADS : 0;
@@ -182,67 +191,71 @@ DEV void recur(const Recurrence& p, u8* smem, int block, int blocks, Ready ready
       kept_b[i] = kept_value(kept, kept.b, ((i64)(i / n) * p.groups + group) * n + i % n);
     if (unit == block) ready();
     const float raw = load_fresh((const float*)p.dt + b * (int)p.dt_stride + head);
-#pragma unroll
-    for (int k = 0; k < ROWS; ++k) {
-      const int r = k * WARPS + warp;
-      z[k] = p.gated && r < span ? load_fresh((const float*)p.z + b * (int)p.z_stride + first + r) : 0.0f;
-    }
-    if (mine < width) xs[mine] = convolve(p.state, ring, time, c0, channel_of(mine));
-    if (second) xs[second] = convolve(p.state, ring, time, c1, channel_of(second));
+    const ConvInput x0 = ask_input(p.state, ring, time, channel_of(mine < width ? mine : 0));
+    const ConvInput x1 = ask_input(p.state, ring, time, channel_of(second));
+    const float z = p.gated && finishes ? load_fresh((const float*)p.z + b * (int)p.z_stride + first + own) : 0.0f;
+    if (mine < width) xs[mine] = convolve(c0, x0);
+    if (second) xs[second] = convolve(c1, x1);
 #pragma unroll 1
     for (int i = mine + 2 * THREADS; i < width; i += THREADS) {
       const ConvChannel c = ask_channel(p.state, p.conv_weight, p.conv_bias, channel_of(i));
-      xs[i] = convolve(p.state, ring, time, c, channel_of(i));
+      xs[i] = convolve(c, ask_input(p.state, ring, time, channel_of(i)));
     }
     const float dt = softplus(raw + dt_bias, param_float(p.dt_low), param_float(p.dt_high));
     const float now = before + dt * a, decay = expf(now);
     const bool of_head = first % (int)p.headdim == 0, of_group = of_head && head % (heads / (int)p.groups) == 0;
     if (of_head && mine == 0) kept.l[j * heads + head] = now;
     __syncthreads();
-    for (int i = mine; i < span; i += THREADS) {
-      const float u = as_kept(type, dt * xs[i]);
-      us[j * span + i] = u;
-      keep_value(kept, kept.u, (i64)j * inner + first + i, u);
+    if (mine < span) {
+      const float u = as_kept(type, dt * xs[mine]);
+      us[j * span + mine] = u;
+      keep_value(kept, kept.u, j * inner + first + mine, u);
     }
-    for (int i = mine; i < n; i += THREADS) {
-      kept_b[j * n + i] = as_kept(type, bs[i]);
-      if (of_group) keep_value(kept, kept.b, ((i64)j * p.groups + group) * n + i, bs[i]);
+    if (mine < n) {  // N <= THREADS
+      kept_b[j * n + mine] = as_kept(type, bs[mine]);
+      if (of_group) keep_value(kept, kept.b, (j * (int)p.groups + group) * n + mine, bs[mine]);
+    }
+    float dot[KEPT / WARPS] = {}, sum[ROWS] = {};  // b_i . C_j of two tokens a warp; S C_j of its rows
+#pragma unroll
+    for (int e = 0; e < EACH; ++e) {
+      const int at = entry_of<QUAD>(lane, e);
+      if (!QUAD && at >= n) continue;
+      const float c = cs[at];
+#pragma unroll
+      for (int k = 0; k < KEPT / WARPS; ++k) {
+        const int i = k * WARPS + warp;
+        dot[k] = fmaf(as_kept(type, (i < j ? kept_b + i * n : bs)[at]), c, dot[k]);  // what was kept is rounded already
+      }
+#pragma unroll
+      for (int k = 0; k < ROWS; ++k) sum[k] = fmaf(s[k][e], c, sum[k]);
     }
 #pragma unroll
-    for (int k = 0; k < KEPT / WARPS; ++k) {  // b_i . C_j of two tokens a warp
+    for (int m = 16; m; m >>= 1)
+#pragma unroll
+      for (int k = 0; k < KEPT / WARPS; ++k) dot[k] += shuffle_xor(dot[k], m);
+#pragma unroll
+    for (int k = 0; k < KEPT / WARPS; ++k) {
       const int i = k * WARPS + warp;
-      float sum = 0;
-#pragma unroll
-      for (int e = 0; e < EACH; ++e) {
-        const int at = entry_of<QUAD>(lane, e);
-        if (i <= j && (QUAD || at < n)) sum = fmaf(i < j ? kept_b[i * n + at] : as_kept(type, bs[at]), cs[at], sum);
-      }
-      sum = warp_sum(sum);
-      const float l = i < j ? shuffle(l_lane, i) : now, by = i <= j ? expf(now - l) : 0.0f;
-      if (lane == 0) weight[i] = sum * by, since[i] = by;
-    }
-    float sum[ROWS];
-#pragma unroll
-    for (int k = 0; k < ROWS; ++k) {
-      sum[k] = 0;
-#pragma unroll
-      for (int e = 0; e < EACH; ++e) {
-        const int i = entry_of<QUAD>(lane, e);
-        if (QUAD || i < n) sum[k] = fmaf(s[k][e], cs[i], sum[k]);
-      }
-      sum[k] *= decay;
+      const float before_i = shuffle(l_lane, i), by = i <= j ? expf(now - (i < j ? before_i : now)) : 0.0f;
+      if (lane == 0) weight[i] = dot[k] * by, since[i] = by;
     }
     __syncthreads();
+    const float mine_weight = lane <= j ? weight[lane] : 0.0f;
 #pragma unroll
     for (int k = 0; k < ROWS; ++k) {
       const int r = k * WARPS + warp;
-      if (r >= span) break;
-      if (lane <= j) sum[k] = fmaf(weight[lane], us[lane * span + r], sum[k]);
-      sum[k] = warp_sum(sum[k]);
-      if (lane) continue;
-      float y = fmaf(d[k], xs[r], sum[k]);
-      if (p.gated) y *= silu(z[k]);
-      ((float*)p.y)[b * (int)p.y_stride + first + r] = y;
+      sum[k] *= decay;
+      if (lane <= j && r < span) sum[k] = fmaf(mine_weight, us[lane * span + r], sum[k]);
+    }
+#pragma unroll
+    for (int m = 16; m; m >>= 1)
+#pragma unroll
+      for (int k = 0; k < ROWS; ++k) sum[k] += shuffle_xor(sum[k], m);
+    if (finishes) {
+      float y = lane == 0 ? sum[0] : lane == 1 ? sum[1] : lane == 2 ? sum[2] : sum[3];
+      y = fmaf(d, xs[own], y);
+      if (p.gated) y *= silu(z);
+      ((float*)p.y)[b * (int)p.y_stride + first + own] = y;
     }
     if (j == KEPT - 1) {
 #pragma unroll 1

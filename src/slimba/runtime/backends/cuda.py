@@ -36,7 +36,7 @@ __all__ = ["CudaEngine", "CudaState", "CudaUnavailable"]
 
 LOGIT_FLOATS = 1 << 27  # most logits made at once by `nll`
 NOT_FINITE, ASK_HOST = -2, -3  # instead of an id: of kernels/cuda/decode.cu and sample.cu
-GRAPH_TOKENS, MOST_GRAPHS = 4096, 16  # of a recorded piece of a prompt; of pieces
+GRAPH_TOKENS, MOST_GRAPHS = 2048, 4  # of a recorded piece of a prompt; of pieces
 
 
 class PromptGraph:

@@ -105,13 +105,12 @@ class BatchStep(Step):
             name = "slimba_recur_" + entries_of(spec.d_state)
             gpu.launch(name, (min(units, 8 * gpu.blocks),), self._recurrences[i], recur_bytes(spec), overlap=True)
             return
-        module = gpu.module("mid")
         fields = np.concatenate([self._recurrences[i], fields_of([t.data_ptr() for t in self._between])])
         n, groups = spec.d_state, spec.n_groups
         grid = 1 + -(-spec.d_inner // 256), self.batch
-        gpu.launch("slimba_prepare", grid, fields, 4 * groups * (2 * n + 1), overlap=True, module=module)
+        gpu.launch("slimba_prepare", grid, fields, 4 * groups * (2 * n + 1), overlap=True)
         grid = spec.n_heads // STATE_HEADS, self.batch
-        gpu.launch(self._states, grid, fields, states_bytes(n), overlap=True, module=module)
+        gpu.launch(self._states, grid, fields, states_bytes(n), overlap=True)
 
 
 def states_fit(spec: ModelSpec) -> bool:

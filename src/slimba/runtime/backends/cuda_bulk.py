@@ -34,7 +34,7 @@ FEW = 32  # vectors for which the head is not expanded
 
 def ssd_bytes(n: int) -> int:
     """Shared memory of slimba_ssd: SsdShared in kernels/cuda/ssd.cu."""
-    return 2 * (2 * 64 * 72 + 5 * 64 * (n + 8) + 64) + 4 * 2 * 64 + 4 * 2 * 64
+    return 2 * (2 * 64 * 72 + 5 * 64 * (n + 8) + 64) + 4 * 3 * 64 + 4 * 2 * 64
 
 
 class Bulk:

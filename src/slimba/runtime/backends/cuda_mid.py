@@ -28,7 +28,6 @@ class Mid:
 
     def __init__(self, gpu: Gpu, batch: int, matrices: Sequence[DeviceMatrix]) -> None:
         self._gpu, self._batch = gpu, batch
-        self._module = gpu.module("mid")
         self._tiles = 1 if batch <= 8 else 2 if batch <= 16 else 4  # of eight vectors in a block
         half = {"dtype": torch.float16, "device": gpu.device}
         self._x = torch.zeros(batch, max(m.kpad for m in matrices), **half)  # type: ignore[call-overload]
@@ -48,7 +47,7 @@ class Mid:
             m.plane_inverse,
         )  # fmt: skip
         shared = 4 * (m.kpad + WARPS + max(1, groups)) + 2 * m.plane_kpad
-        self._gpu.launch("slimba_mid_norm", (self._batch,), fields, shared, overlap=True, module=self._module)
+        self._gpu.launch("slimba_mid_norm", (self._batch,), fields, shared, overlap=True)
 
     def product(
         self, m: DeviceMatrix, output: Sequence[int], state: Sequence[int], parts: int = 1, part_stride: int = 0
@@ -64,7 +63,7 @@ class Mid:
         grid = rows, -(-self._batch // vectors), parts
         shared = STAGES * vectors * VECTOR_BYTES + 8 * vectors
         name = f"slimba_mid_{self._tiles}_{r}_{s}"
-        self._gpu.launch(name, grid, fields, shared, overlap=True, module=self._module)
+        self._gpu.launch(name, grid, fields, shared, overlap=True)
 
     def parts_of(self, m: DeviceMatrix) -> int:
         """In how many parts the columns of a matrix should be divided so that the GPU is busy."""
@@ -75,7 +74,8 @@ class Mid:
     def _shape(self, m: DeviceMatrix, parts: int) -> tuple[int, int, int]:
         """(R, S, blocks of rows): the largest blocks of which there are enough."""
         groups = -(-self._batch // (8 * self._tiles)) * parts
-        for r, s in SHAPES:
+        signs = any(s.format == "sign" for s in m.layout.segments)
+        for r, s in SHAPES if signs else SHAPES[1:]:  # one tile a warp has more loads of codes in flight
             strips = sum(-(-rows // (TILE * r)) for rows in m.segment_rows)
             blocks = -(-strips // (WARPS // s))
             if blocks * groups >= 0.9 * self._gpu.blocks:

@@ -2,8 +2,9 @@
 
     rows = gpu_peer_speeds(named_spec("mamba2-1.3b"), batches=[1, 8], prompt_len=512, peers=("mamba-ssm",))
 
-Random float16 weights, where a peer is installed. A decode time is the difference between a long and a short generation,
-so prompts and preparations do not count; each is the fastest of REPEATS. Run the tests: `pytest tests/runtime/test_cuda_peers.py`.
+Random float16 weights, where a peer is installed. A decode time is the difference between a long and a short
+generation, so prompts and preparations do not count; each is the fastest of REPEATS. Run the tests:
+`pytest tests/runtime/test_cuda_peers.py`.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ def installed_peers(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def gpu_peer_speeds(
-    spec: ModelSpec, batches: Sequence[int], prompt_len: int, peers: Sequence[str]
+    spec: ModelSpec, batches: Sequence[int], prompt_len: int, peers: Sequence[str], *, prompts: bool = True
 ) -> list[dict[str, Any]]:
     """One record for each peer, way of running it and batch: `decode_tokens_per_second`, `prefill_tokens_per_second` or
-    None; or `missing`, why a peer was not measured."""
+    None (without `prompts`, for instance); or `missing`, why a peer was not measured."""
     rows: list[dict[str, Any]] = []
     for peer in peers:
         try:
-            rows += (_mamba_ssm if peer == "mamba-ssm" else _transformers)(spec, batches, prompt_len)
+            rows += (_mamba_ssm if peer == "mamba-ssm" else _transformers)(spec, batches, prompt_len if prompts else 0)
         except Exception as e:  # another project's code: whatever it raises must not cost our own figures
             rows.append({"peer": peer, "missing": f"{type(e).__name__}: {str(e)[:200]}"})
     return rows
@@ -72,7 +73,7 @@ def _mamba_ssm(spec: ModelSpec, batches: Sequence[int], prompt_len: int) -> list
             def prefill(prompts: torch.Tensor = prompts) -> None:
                 model(prompts, num_last_tokens=1)
 
-            seconds = _fastest(prefill) if graph and batch * prompt_len <= 1 << 14 else None
+            seconds = _fastest(prefill) if graph and 0 < batch * prompt_len <= 1 << 14 else None
             how = "CUDA graph" if graph else "no CUDA graph"
             rows.append(_row("mamba-ssm", package.__version__, how, batch, step, batch * prompt_len, seconds))
     return rows

@@ -91,6 +91,12 @@ class CudaState:
         out._take(slots)
         return out
 
+    def padded(self, slots: Sequence[int], size: int) -> CudaState:
+        """`view`, filled up to `size` sequences by the pool's last slot, in which nothing of worth may be."""
+        out = self.view(slots)
+        out._take([*slots, *[self.pos.shape[0] - 1] * (size - len(slots))])
+        return out
+
     def clone(self) -> CudaState:
         """A copy with memory for its own sequences only."""
         out = object.__new__(CudaState)

@@ -148,10 +148,7 @@ class Step(ABC):
         """The next ids where they are chosen here; and the positions move on."""
         gpu = self._gpu
         if choose and self.samples:
-            module = gpu.module("sample")
-            gpu.launch(
-                "slimba_sample", (self.batch,), self._sample, SAMPLE_BYTES, threads=1024, overlap=overlap, module=module
-            )
+            gpu.launch("slimba_sample", (self.batch,), self._sample, SAMPLE_BYTES, threads=1024, overlap=overlap)
         elif choose:
             gpu.launch("slimba_argmax", (CHOICE_BLOCKS, self.batch), self._argmax, 64, overlap=overlap)
         else:
@@ -246,7 +243,7 @@ class FusedStep(Step):
         """Names of the kernels of products and recurrences, and their module: kernels for any shape."""
         recur = "slimba_recur_" + entries_of(self._model.spec.d_state)
         names = [f"slimba_product_{self._tokens}"] * len(self.products) + [recur] * len(self.recurrences)
-        return names, self._gpu.module("main")
+        return names, self._gpu.module("generic")
 
     def _bake(self) -> tuple[list[str], Any]:
         """The same, made for this model's shape."""

@@ -6,83 +6,10 @@
 // scale a token, error 2^-16 of the largest), whose sums are whole.
 #pragma once
 
-#include "rounded.h"
+#include "pieces.h"
 
 namespace slimba {
 namespace {
-
-constexpr int64_t kBlockTokens = kStateBlock;
-using std::int16_t;
-
-void hold(StateType type, const float* x, int64_t n, uint8_t* out) {
-  for (int64_t i = 0; i < n; i += W) {
-    if (type == kStateFloat32) vstore_n((float*)out + i, vload_n(x + i, n - i), n - i);
-    else store_bfloat_n(out + 2 * i, round_bfloat_safely(vload_n(x + i, n - i)), n - i);
-  }
-}
-
-inline vf load_held(StateType type, const uint8_t* row, int64_t i, int64_t n) {
-  return type == kStateFloat32 ? vload_n((const float*)row + i, n) : load_bfloat_n(row + 2 * i, n);
-}
-inline vf round_held(StateType type, vf v) { return type == kStateFloat32 ? v : round_bfloat_safely(v); }
-
-// ---- pieces of a state row and their products with C
-
-struct FloatPiece {
-  static constexpr int64_t kEntries = W, kBytes = 4 * W, kCBytes = 4;
-  using Sum = vf;
-  vf s;
-  void load(const uint8_t* p) { s = vload((const float*)p); }
-  vf add(vf sum, const uint8_t* c) const { return vfma(s, vload((const float*)c), sum); }
-  static vf zero() { return vzero(); }
-  static vf floats(vf sum) { return sum; }
-};
-
-// Even entries in one vector, odd ones in the other: two instructions for 2 W entries. C lies in the same order.
-struct BfloatPiece {
-  static constexpr int64_t kEntries = 2 * W, kBytes = 4 * W, kCBytes = 4;
-  using Sum = vf;
-  vf even, odd;
-  void load(const uint8_t* p) {
-#if defined(__AVX512F__)
-    const vi v = _mm512_loadu_si512(p);
-    even = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
-    odd = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000u))));
-#else
-    const vi v = _mm256_loadu_si256((const __m256i*)p);
-    even = _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
-    odd = _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(int(0xffff0000u))));
-#endif
-  }
-  vf add(vf sum, const uint8_t* c) const {
-    return vfma(odd, vload((const float*)c + W), vfma(even, vload((const float*)c), sum));
-  }
-  static vf zero() { return vzero(); }
-  static vf floats(vf sum) { return sum; }
-};
-
-// 16-bit products, added in pairs
-struct Int8Piece {
-  static constexpr int64_t kEntries = 2 * W, kBytes = 2 * W, kCBytes = 2;
-  using Sum = vi;
-  vi s;
-#if defined(__AVX512F__)
-  void load(const uint8_t* p) { s = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
-  vi add(vi sum, const uint8_t* c) const {
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(s, _mm512_loadu_si512(c)));
-  }
-  static vi zero() { return _mm512_setzero_si512(); }
-  static vf floats(vi sum) { return _mm512_cvtepi32_ps(sum); }
-#else
-  void load(const uint8_t* p) { s = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
-  vi add(vi sum, const uint8_t* c) const {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(s, _mm256_loadu_si256((const __m256i*)c)));
-  }
-  static vi zero() { return _mm256_setzero_si256(); }
-  static vf floats(vi sum) { return _mm256_cvtepi32_ps(sum); }
-#endif
-};
-constexpr int64_t kMostWhole = 4096;  // entries of a row whose 16-bit products surely fit a sum
 
 // ---- what the heads of a call share
 
@@ -134,18 +61,13 @@ struct Shared {
     if (!whole || a.type == kStateFloat32) {
       for (int64_t n = 0; n < padded; n += W) vstore(out + n, vload_n(row + n, a.d_state - n));
     } else if (a.type == kStateBfloat16) {
-      for (int64_t n = 0; n < a.d_state; n += 2 * W)
-        for (int64_t k = 0; k < W; ++k) out[n + k] = row[n + 2 * k], out[n + W + k] = row[n + 2 * k + 1];
+      for (int64_t n = 0; n < a.d_state; n += 2 * W) store_apart(out + n, vload(row + n), vload(row + n + W));
     } else {
       vf top = vzero();
       for (int64_t n = 0; n < a.d_state; n += W) top = vmax(vabs(vload(row + n)), top);
       const float most = max_lane(top);
       const vf inverse = vset(most < 1e-30f ? 0.0f : 32767.0f / most);
-      for (int64_t n = 0; n < a.d_state; n += W) {
-        alignas(64) float codes[W];
-        vstore(codes, vround(vmul(vload(row + n), inverse)));
-        for (int64_t k = 0; k < W; ++k) ((int16_t*)out)[n + k] = int16_t(codes[k]);
-      }
+      for (int64_t n = 0; n < a.d_state; n += W) store_words((int16_t*)out + n, vmul(vload(row + n), inverse));
       c_scale[t] = most == most ? (most < 1e-30f ? 0.0f : most / 32767.0f) : __builtin_nanf("");
     }
   }
@@ -192,7 +114,7 @@ inline void row_dots(const uint8_t* rows, int64_t row_bytes, const float* c, int
 }
 
 // In decode a state comes from memory: what lies kFetch bytes on is fetched meanwhile.
-constexpr int64_t kFetch = 4096;
+constexpr int64_t kFetch = 8192;
 
 struct Head {
   const Shared& shared;
@@ -258,7 +180,7 @@ struct Head {
     const int64_t pieces = a.d_state / Piece::kEntries, bytes = shared.row_bytes;
     const auto fetch = [&](int64_t row, int64_t count) {
       if (a.tokens > 4) return;  // the state comes from the cache
-      for (int64_t i = 0; i < count * bytes; i += 64) _mm_prefetch((const char*)state(row) + kFetch + i, _MM_HINT_T0);
+      for (int64_t i = 0; i < count * bytes; i += 64) fetch_line(state(row) + kFetch + i);
     };
     int64_t r = 0;
     for (; r + 2 <= n; r += 2) {
@@ -374,9 +296,17 @@ struct Head {
   }
 };
 
+inline void fetch_buffer(const Ssm2Args& a, int64_t h) {
+  const int64_t row = a.headdim * (a.type == kStateFloat32 ? 4 : 2);
+  const char* u = (const char*)a.held_u + h * kBlockTokens * row;
+  for (int64_t i = 0; i < row * (a.filled + a.tokens); i += 64) fetch_line(u + i);
+  fetch_line(a.logs + h * kBlockTokens);
+}
+
 void ssm2(const Ssm2Args& a) {
   const Shared shared(a);
   for (int64_t h = 0; h < a.heads; ++h) {
+    if (a.tokens <= 4) fetch_buffer(a, h + 1);
     Head head(shared, h);
     for (int64_t p = 0; p < a.headdim; p += W) head.channels(p, min64(W, a.headdim - p));
   }

@@ -1,0 +1,107 @@
+// Parts of the Mamba-2 kernels in blocks.h: numbers held in a buffer, and pieces of a state row times C.
+#pragma once
+
+#include "rounded.h"
+
+namespace slimba {
+namespace {
+
+constexpr int64_t kBlockTokens = kStateBlock;
+using std::int16_t;
+
+void hold(StateType type, const float* x, int64_t n, uint8_t* out) {
+  for (int64_t i = 0; i < n; i += W) {
+    if (type == kStateFloat32) vstore_n((float*)out + i, vload_n(x + i, n - i), n - i);
+    else store_bfloat_n(out + 2 * i, round_bfloat_safely(vload_n(x + i, n - i)), n - i);
+  }
+}
+
+inline vf load_held(StateType type, const uint8_t* row, int64_t i, int64_t n) {
+  return type == kStateFloat32 ? vload_n((const float*)row + i, n) : load_bfloat_n(row + 2 * i, n);
+}
+inline vf round_held(StateType type, vf v) { return type == kStateFloat32 ? v : round_bfloat_safely(v); }
+
+// The even ones of 2 W numbers, then the odd ones
+inline void store_apart(float* out, vf first, vf second) {
+#if defined(__AVX512F__)
+  const vi even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  vstore(out, _mm512_permutex2var_ps(first, even, second));
+  vstore(out + W, _mm512_permutex2var_ps(first, _mm512_add_epi32(even, _mm512_set1_epi32(1)), second));
+#else
+  const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(first, second, 0x88));
+  const __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(first, second, 0xdd));
+  vstore(out, _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8)));
+  vstore(out + W, _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8)));
+#endif
+}
+
+// W numbers rounded to 16-bit ones
+inline void store_words(int16_t* out, vf v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)out, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v)));
+#else
+  const vi whole = _mm256_cvtps_epi32(v);
+  _mm_storeu_si128((__m128i*)out, _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
+#endif
+}
+
+// ---- pieces of a state row and their products with C
+
+struct FloatPiece {
+  static constexpr int64_t kEntries = W, kBytes = 4 * W, kCBytes = 4;
+  using Sum = vf;
+  vf s;
+  void load(const uint8_t* p) { s = vload((const float*)p); }
+  vf add(vf sum, const uint8_t* c) const { return vfma(s, vload((const float*)c), sum); }
+  static vf zero() { return vzero(); }
+  static vf floats(vf sum) { return sum; }
+};
+
+// Even entries in one vector, odd ones in the other: two instructions for 2 W entries. C lies in the same order.
+struct BfloatPiece {
+  static constexpr int64_t kEntries = 2 * W, kBytes = 4 * W, kCBytes = 4;
+  using Sum = vf;
+  vf even, odd;
+  void load(const uint8_t* p) {
+#if defined(__AVX512F__)
+    const vi v = _mm512_loadu_si512(p);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000u))));
+#else
+    const vi v = _mm256_loadu_si256((const __m256i*)p);
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(int(0xffff0000u))));
+#endif
+  }
+  vf add(vf sum, const uint8_t* c) const {
+    return vfma(odd, vload((const float*)c + W), vfma(even, vload((const float*)c), sum));
+  }
+  static vf zero() { return vzero(); }
+  static vf floats(vf sum) { return sum; }
+};
+
+// 16-bit products, added in pairs
+struct Int8Piece {
+  static constexpr int64_t kEntries = 2 * W, kBytes = 2 * W, kCBytes = 2;
+  using Sum = vi;
+  vi s;
+#if defined(__AVX512F__)
+  void load(const uint8_t* p) { s = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+  vi add(vi sum, const uint8_t* c) const {
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(s, _mm512_loadu_si512(c)));
+  }
+  static vi zero() { return _mm512_setzero_si512(); }
+  static vf floats(vi sum) { return _mm512_cvtepi32_ps(sum); }
+#else
+  void load(const uint8_t* p) { s = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+  vi add(vi sum, const uint8_t* c) const {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(s, _mm256_loadu_si256((const __m256i*)c)));
+  }
+  static vi zero() { return _mm256_setzero_si256(); }
+  static vf floats(vi sum) { return _mm256_cvtepi32_ps(sum); }
+#endif
+};
+constexpr int64_t kMostWhole = 4096;  // entries of a row whose 16-bit products surely fit a sum
+
+}  // namespace
+}  // namespace slimba
