@@ -40,16 +40,28 @@ from cuda_measure import (  # noqa: E402
     prefill,
     profile,
     results,
+    seconds,
 )  # fmt: skip
 
-from kernels.cuda_cases import LAYOUTS, SPECS, expanded, product  # noqa: E402
+from kernels.cuda_cases import (  # noqa: E402
+    LAYOUTS,
+    LEAN_LAYOUTS,
+    SPECS,
+    expanded,
+    lean_product,
+    mid_product,
+    product,
+)
 from runtime.numpy_reference import NumpyModel, mamba2_spec, random_checkpoint, random_matrix  # noqa: E402
+from runtime.stored_states import StoredModel  # noqa: E402
 from slimba.checkpoints.checkpoint import Checkpoint  # noqa: E402
 from slimba.models.configs import named_spec  # noqa: E402
+from slimba.models.spec import ModelSpec  # noqa: E402
 from slimba.runtime import measure  # noqa: E402
 from slimba.runtime.backends.cuda import CudaEngine  # noqa: E402
-from slimba.runtime.backends.cuda_device import open_gpu  # noqa: E402
+from slimba.runtime.backends.cuda_device import Gpu, open_gpu  # noqa: E402
 from slimba.runtime.backends.cuda_speed import gpu_check  # noqa: E402
+from slimba.runtime.backends.cuda_step import Step  # noqa: E402
 
 
 def close(got: np.ndarray, want: np.ndarray, atol: float) -> float:
@@ -67,6 +79,104 @@ def close(got: np.ndarray, want: np.ndarray, atol: float) -> float:
 
 
 # ------------------------------------------------------------ correctness
+
+
+@functools.cache
+def plain_gpu() -> Gpu:
+    """The GPU without kernels for each shape, whose compilation would take most of the time of small checks."""
+    gpu = open_gpu()
+    return Gpu(gpu.device, gpu.module_builder, gpu.blocks, gpu.shared, overlap=True)
+
+
+def mid_products() -> str:
+    gpu, worst = open_gpu(), 0.0
+    for name, layout in LAYOUTS.items():
+        if any("float" in s.format for s in layout.segments):
+            continue
+        for batch in (3, 16, 37):
+            rng = np.random.default_rng(len(name) + batch)
+            matrix = random_matrix(rng, layout)
+            x = rng.standard_normal((batch, layout.cols)).astype(np.float16).astype(np.float32)
+            try:
+                got = mid_product(gpu, matrix, x, 2 if layout.cols > 512 else 1)
+                worst = max(worst, close(got, matrix.matmul(x), 1.5e-2))
+            except AssertionError as e:
+                raise AssertionError(f"{name}, batch {batch}: {e}") from None
+    return f"largest difference {worst:.2g}"
+
+
+def lean_products() -> str:
+    worst = 0.0
+    for name in ("lean-1024", "lean-4096"):
+        rng = np.random.default_rng(len(name))
+        matrix = random_matrix(rng, LEAN_LAYOUTS[name])
+        x = rng.standard_normal(matrix.layout.cols).astype(np.float32)
+        try:
+            worst = max(worst, close(lean_product(open_gpu(), matrix, x)[None], matrix.matmul(x[None]), 5e-5))
+        except AssertionError as e:
+            raise AssertionError(f"{name}: {e}") from None
+    return f"largest difference {worst:.2g}"
+
+
+def batches_of_sequences(state_dtype: str) -> str:
+    """The kernels for tens of sequences, each elsewhere in its buffer, past the token that stores the state."""
+    spec = mamba2_spec(headdim=64, d_inner=512, d_state=128, n_groups=2, n_layer=1, norm_group_size=256)
+    checkpoint = random_checkpoint(spec, 8, "mixed")
+    ids = np.random.default_rng(6).integers(0, 67, (9, 40)).astype(np.int32)
+    engine = CudaEngine(checkpoint, state_dtype=state_dtype, gpu=plain_gpu())
+    pool = engine.new_state(9)
+    for b in range(9):
+        engine.prefill(ids[b : b + 1, : 8 + b], pool.view([b]))
+    got = np.stack(
+        [engine.step(ids[range(9), range(8 + t, 17 + t)], pool).cpu().numpy().copy() for t in range(20)], axis=1
+    )
+    models = [NumpyModel(checkpoint) if state_dtype == "float32" else StoredModel(checkpoint, state_dtype) for _ in ids]
+    want = np.stack([m.logits(ids[b, : 28 + b])[8 + b :] for b, m in enumerate(models)])
+    return f"largest difference {close(got, want, 2e-2 if state_dtype == 'float32' else 8e-2):.2g}"
+
+
+def draws() -> str:
+    """slimba_sample over a real vocabulary against the NumPy reference."""
+    from slimba.runtime.engine import SamplingParams
+    from slimba.runtime.sampling import sample
+
+    rng = np.random.default_rng(0)
+    engine = CudaEngine(random_checkpoint(mamba2_spec(vocab_size=50288, d_model=8, n_layer=1)), gpu=plain_gpu())
+    state = engine.new_state(8)
+    step = engine.stepper(state)
+    same = asked = 0
+    for k, (top_k, top_p) in enumerate([(0, 1.0), (50, 1.0), (0, 0.9), (0, 0.5)]):
+        logits = (rng.standard_normal((8, 50288)) * 2.5).astype(np.float32)
+        params = [SamplingParams(temperature=0.8, top_k=top_k, top_p=top_p, seed=b) for b in range(8)]
+        step.sample_by(params)
+        step.first_token(k)
+        step.count.zero_()
+        step.logits.copy_(torch.from_numpy(logits))
+        step.after(True)
+        got = step.chosen[:, 0].tolist()
+        want = [sample(row, (), p, b, k) for b, (row, p) in enumerate(zip(logits, params, strict=True))]
+        same += sum(g == w for g, w in zip(got, want, strict=True))
+        asked += got.count(-3)
+    assert same + asked == 32, f"{same} of 32 draws are the reference's, {asked} are left to the host"
+    return (
+        f"{same} of 32 draws are the reference's, {asked} left to the host; {1e6 * seconds(lambda: draw(step)):.0f} us"
+    )
+
+
+def draw(step: Step) -> None:
+    step.count.zero_()
+    step.after(True)
+
+
+def peers(spec: ModelSpec, batches: tuple[int, ...]) -> str:
+    from slimba.runtime.backends.cuda_peers import gpu_peer_speeds
+
+    rows = gpu_peer_speeds(spec, batches, 512, ["mamba-ssm"], prompts=False)
+    for row in rows:
+        if "missing" in row:
+            raise AssertionError(row["missing"])
+        figure(f"peer {row['peer']} {row['version']} {row['how']} {row['batch']}", row["decode_tokens_per_second"])
+    return f"{len(rows)} rows"
 
 
 def products() -> str:
@@ -99,7 +209,7 @@ def small_engine(name: str, format: str, batch: int, exact: bool) -> str:
     """Bulk in pieces, then fused steps, the second and later ones from a graph; also with ordinary launches."""
     checkpoint = random_checkpoint(SPECS[name], 1, format)
     ids = np.random.default_rng(0).integers(0, checkpoint.spec.vocab_size, (batch, 44)).astype(np.int32)
-    engine = CudaEngine(checkpoint, exact=exact)
+    engine = CudaEngine(checkpoint, gpu=plain_gpu(), exact=exact)
     state = engine.new_state(batch)
     pieces = [engine.forward(ids[:, a:b], state) for a, b in ((0, 1), (1, 3), (3, 25), (25, 38))]
     pieces += [engine.step(ids[:, t], state).cpu().numpy()[:, None] for t in range(38, 44)]
@@ -114,7 +224,7 @@ def chunks(d_state: int, state_dtype: str) -> str:
     spec = mamba2_spec(headdim=64, d_inner=256, d_state=d_state, n_groups=2)
     checkpoint = random_checkpoint(spec, 8, "float32")
     ids = np.random.default_rng(6).integers(0, 67, (2, 400)).astype(np.int32)
-    engine = CudaEngine(checkpoint, state_dtype=state_dtype)
+    engine = CudaEngine(checkpoint, state_dtype=state_dtype, gpu=plain_gpu())
     state = engine.new_state(2)
     engine.prefill(ids[:, :170], state)
     got = engine.prefill(ids[:, 170:399], state)
@@ -124,20 +234,22 @@ def chunks(d_state: int, state_dtype: str) -> str:
     return f"prefill {close(got, want[:, 398], 3e-2):.2g}, step {step:.2g}"
 
 
-def rounded_states(state_dtype: str) -> str:
-    from slimba.runtime.backends.reference import ReferenceEngine
-
+def stored_states(state_dtype: str) -> str:
+    """Pieces and steps that end before, at and after the tokens after which a state is stored."""
     worst = 0.0
     for name in ("headdim-64", "odd"):
         checkpoint = random_checkpoint(SPECS[name], 3, "mixed")
-        ids = np.random.default_rng(2).integers(0, checkpoint.spec.vocab_size, (2, 21)).astype(np.int32)
-        reference = ReferenceEngine(checkpoint, state_dtype=state_dtype)
-        want = reference.forward(ids, reference.new_state(2))
-        engine = CudaEngine(checkpoint, state_dtype=state_dtype, exact=True)
+        ids = np.random.default_rng(2).integers(0, checkpoint.spec.vocab_size, (2, 53)).astype(np.int32)
+        want = np.stack([StoredModel(checkpoint, state_dtype).logits(row) for row in ids])
+        engine = CudaEngine(checkpoint, state_dtype=state_dtype, gpu=plain_gpu(), exact=True)
         state = engine.new_state(2)
-        got = [engine.forward(ids[:, :17], state)]
-        got += [engine.step(ids[:, t], state).cpu().numpy()[:, None] for t in range(17, 21)]
-        worst = max(worst, close(np.concatenate(got, axis=1), want, 5e-3))
+        got = []
+        for a, b in ((0, 5), (5, 12), (12, 13), (13, 30), (30, 36), (36, 53)):
+            if b - a < 7:
+                got += [engine.step(ids[:, t], state).cpu().numpy()[:, None] for t in range(a, b)]
+            else:
+                got.append(engine.forward(ids[:, a:b], state))
+        worst = max(worst, close(np.concatenate(got, axis=1), want, 1e-2))
     return f"largest difference {worst:.2g}"
 
 
@@ -188,7 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seconds", type=float, default=210, help="start no further measurement after this")
-    parser.add_argument("--only", default="", help="some of: correct,decode,prefill,batches,shape")
+    parser.add_argument("--only", default="", help="some of: quick,correct,decode,prefill,batches,shape,peers")
     parser.add_argument("--shape", default="mamba2-1.3b")
     args = parser.parse_args()
     chosen = set(args.only.split(",")) if args.only else {"correct", "decode", "prefill", "batches", "shape"}
@@ -198,8 +310,16 @@ def main() -> None:
     gpu = check("compile and load", lambda: f"{open_gpu().blocks} multiprocessors, {open_gpu().shared} bytes shared")
     if gpu is None:
         sys.exit(1)
+    if "quick" in chosen:
+        check("lean products", lean_products)
+        check("products of tens", mid_products)
+        for state in ("float32", "int8"):
+            check(f"batches {state}", functools.partial(batches_of_sequences, state))
+        check("chunks 128 int8", functools.partial(chunks, 128, "int8"))
+        check("draws", draws)
     if "correct" in chosen:
         check("products", products)
+        check("products of tens", mid_products)
         check("expansions", expansions)
         for name in SPECS:
             for format in ("mixed", "float32"):
@@ -211,8 +331,8 @@ def main() -> None:
         for n in (64, 128):
             for state in ("float32", "int8"):
                 check(f"chunks {n} {state}", functools.partial(chunks, n, state))
-        check("state bfloat16", lambda: rounded_states("bfloat16"))
-        check("state int8", lambda: rounded_states("int8"))
+        check("state bfloat16", lambda: stored_states("bfloat16"))
+        check("state int8", lambda: stored_states("int8"))
         check("packed 25M model", packed_model)
     check("bandwidth", bandwidth)
     spec = named_spec(args.shape)
@@ -226,18 +346,16 @@ def main() -> None:
     if "prefill" in chosen:
         for b, n in ((1, 512), (1, 2048), (8, 2048)):
             todo.append((f"prefill {b}x{n}", "dfssm", "float32", lambda e, c, b=b, n=n: prefill(e, b, n)))
-        todo.append(("profile 1x2048", "dfssm", "float32", lambda e, c: profile(e, 1, 2048)))
+        for b in (1, 8):
+            todo.append((f"profile {b}x2048", "dfssm", "float32", lambda e, c, b=b: profile(e, b, 2048)))
     if "batches" in chosen:
         for b in (8, 32, 128, 512):
             run = lambda e, c, b=b: batched(e, c, "dfssm", "int8", b)  # noqa: E731
             todo.append((f"decode batch {b}", "dfssm", "int8", run))
     if "shape" in chosen:
         for state in ("float32", "int8"):
-            todo.append((f"reference at the shape, {state}", "dfssm", state, lambda e, c: gpu_check(e, c, [1, 8, 16])))
+            todo.append((f"reference at the shape, {state}", "dfssm", state, lambda e, c: gpu_check(e, c, [1, 12])))
     todo.sort(key=lambda t: (t[1], t[2]))
-    if "decode" in chosen:
-        published = "dfssm-published", "bfloat16"
-        todo.append(("persistent kernel", *published, lambda e, c: decode_variants(e, c, *published, persistent=True)))
     engine, key, checkpoint = None, None, None
     for name, label, state, work in todo:
         if elapsed() > args.seconds:
@@ -255,6 +373,8 @@ def main() -> None:
         check(name, functools.partial(work, engine, checkpoint))
         figure(f"{name} memory", f"{torch.cuda.max_memory_allocated() / 1e6:.0f} MB peak allocated by torch")
         torch.cuda.reset_peak_memory_stats()
+    if "peers" in chosen and elapsed() < args.seconds:
+        check("peers", lambda: peers(spec, (1, 8, 32, 128, 512)))
     failed = [n for n, c in results["checks"].items() if not c["ok"]]
     print(f"{len(results['checks'])} checks, {len(failed)} failed: {failed}; {elapsed():.0f} s")
     if args.json:

@@ -17,7 +17,7 @@ import torch
 from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.runtime import measure
 from slimba.runtime.backends.cuda import CudaEngine
-from slimba.runtime.backends.cuda_step import FusedStep, PersistentStep, Step
+from slimba.runtime.backends.cuda_step import FusedStep, Step
 
 results: dict[str, Any] = {"checks": {}, "figures": {}}
 started = time.perf_counter()
@@ -77,10 +77,8 @@ def graph_of(engine: CudaEngine, work: Callable[[], None]) -> Callable[[], None]
     return engine.gpu.record(work)
 
 
-def decode_variants(
-    engine: CudaEngine, checkpoint: Checkpoint, label: str, state_dtype: str, persistent: bool = False
-) -> str:
-    """Batch 1: dependent and ordinary launches, or one persistent kernel; their logits must agree."""
+def decode_variants(engine: CudaEngine, checkpoint: Checkpoint, label: str, state_dtype: str) -> str:
+    """Batch 1: dependent and ordinary launches; their logits must agree."""
     state = engine.new_state()
     moved = measure.traffic(checkpoint, state_dtype).step(1)
     floor = moved / results["figures"].get("copy_bandwidth", 4.0e12)
@@ -88,10 +86,7 @@ def decode_variants(
     variants: dict[str, tuple[Step, bool]] = {}
     step = FusedStep(engine.model, engine.gpu, 1, state_dtype)
     variants["ordinary"] = step, False
-    if persistent:
-        variants["persistent"] = PersistentStep(engine.model, engine.gpu, state_dtype), False
-    else:
-        variants["overlapped"] = step, True
+    variants["overlapped"] = step, True
     for name, (s, overlap) in variants.items():
         try:
             state.reset()
@@ -152,6 +147,27 @@ def decode_parts(engine: CudaEngine, state_dtype: str) -> str:
     return value
 
 
+def drop(value: Any) -> None:
+    """For work that gives a value nobody wants."""
+
+
+def kernel_times(name: str, work: Callable[[], None], most: int) -> float:
+    """Device time of one run of `work` by kernel, in milliseconds: printed, kept, and summed."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    torch.cuda.synchronize()
+    with torch_profile(activities=[ProfilerActivity.CUDA]) as p:
+        work()
+        torch.cuda.synchronize()
+    rows = [(e.key[:60], e.count, e.self_device_time_total / 1e3) for e in p.key_averages() if e.self_device_time_total]
+    rows.sort(key=lambda r: -r[2])
+    for key, count, ms in rows[:most]:
+        print(f"       {ms:9.3f} ms {count:5d} x {1e3 * ms / count:8.2f} us {key}")
+    results["figures"][f"profile {name}"] = rows[:20]
+    return sum(r[2] for r in rows)
+
+
 def batched(engine: CudaEngine, checkpoint: Checkpoint, label: str, state_dtype: str, batch: int) -> str:
     state = engine.new_state(batch)
     step = engine.stepper(state)
@@ -159,12 +175,13 @@ def batched(engine: CudaEngine, checkpoint: Checkpoint, label: str, state_dtype:
     engine.run(step, choose=True)
     finite = bool(torch.isfinite(step.logits).all())
     same = bool((step.logits == step.logits[:1]).all())
-    value = seconds(lambda: engine.run(step, choose=True), 5, 3)
+    value = seconds(lambda: engine.run(step, choose=True), 16, 3)  # a state is stored once in 16 steps
     step.count.zero_()
     floor = measure.traffic(checkpoint, state_dtype).step(batch) / results["figures"].get("copy_bandwidth", 4.0e12)
     how = type(step).__name__
     text = f"{batch / value:.0f} tok/s, {value * 1e3:.3f} ms, share of the limit {floor / value:.2f}, {how}"
     figure(f"decode {batch} {label} {state_dtype}", text)
+    kernel_times(f"decode {batch} {state_dtype}", lambda: step.work(choose=True), 9)
     assert finite, "logits are not finite"
     return f"finite, rows {'equal' if same else 'differ'}"
 
@@ -186,16 +203,7 @@ def prefill(engine: CudaEngine, batch: int, length: int) -> str:
 
 
 def profile(engine: CudaEngine, batch: int, length: int) -> str:
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as torch_profile
-
     ids = np.random.default_rng(1).integers(0, engine.spec.vocab_size, (batch, length)).astype(np.int32)
     state = engine.new_state(batch)
-    with torch_profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as p:
-        engine.prefill(ids, state)
-    rows = [(e.key[:60], e.count, e.self_device_time_total / 1e3) for e in p.key_averages() if e.self_device_time_total]
-    rows.sort(key=lambda r: -r[2])
-    for name, count, ms in rows[:14]:
-        print(f"       {ms:9.3f} ms {count:5d} x {name}")
-    results["figures"][f"profile {batch}x{length}"] = rows[:20]
-    return f"{sum(r[2] for r in rows):.2f} ms on the device"
+    whole = kernel_times(f"prefill {batch}x{length}", lambda: drop(engine.prefill(ids, state)), 14)
+    return f"{whole:.2f} ms on the device"

@@ -9,7 +9,7 @@
 The model itself was made on a GPU from the texts of docs/demo-teacher.md:
 
     slimba compress demo-teacher benchmarks/models/demo-teacher-1bit --data .local/demo-texts/train.txt.zst \
-        --set window=512 --set batch=16 --device cuda
+        --set window=512 --set batch=8 --device cuda
 """
 
 from __future__ import annotations

@@ -140,7 +140,6 @@ def main() -> None:
         "batch": args.batch,
         "micro_batch": args.micro_batch,
         "activation_checkpointing": args.activation_checkpointing,
-        "int8_rows": ["B", "C", "dt"] if spec.architecture == "mamba2" else [],
     }
     recipe = load_recipe(DfssmRecipe, "dfssm.yaml", None, ALL_ON | settings)
     alone = measure_alone(spec, recipe, args) if args.alone_first else None

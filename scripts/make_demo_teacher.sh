@@ -21,7 +21,7 @@ cp "$texts/demo-heldout.txt" "$assets/demo-text/heldout.txt"
 
 # what a full pass reaches, shown by `slimba demo` beside its own minutes
 slimba compress demo-teacher benchmarks/models/demo-teacher-1bit --data "$texts/train.txt.zst" \
-    --set window=512 --set batch=16 --device "$device" --overwrite
+    --set window=512 --set batch=8 --device "$device" --overwrite
 slimba eval demo-teacher --text "$assets/demo-text/heldout.txt" --window 512 --backend cpu \
     --json benchmarks/results/demo-teacher.json
 slimba eval benchmarks/models/demo-teacher-1bit --text "$assets/demo-text/heldout.txt" --window 512 --backend cpu \

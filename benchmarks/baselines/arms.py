@@ -101,8 +101,8 @@ def sign_export(keep_latent_sign: bool) -> Callable[[Any, int], Matrix]:
 
 
 def ours(lr: float) -> Rates:
-    """The proportions of our own recipe: 1e-2, 1e-3, 2e-3."""
-    return Rates(lr, 0.1 * lr, 0.2 * lr)
+    """The proportions of our own recipe for signs: 1e-2, 1e-3, 1e-3."""
+    return Rates(lr, 0.1 * lr, 0.1 * lr)
 
 
 def published(lr: float) -> Rates:
@@ -115,9 +115,9 @@ def columns(lr: float) -> Rates:
     return Rates(lr, 0.1 * lr, 0.2 * lr)
 
 
-HARNESS = {"round_from": 0.75, "freeze_from": 0.9}
-PUBLISHED = {"temperature": 2.0, "hidden_weight": 0.0, "round_from": 0.75, "freeze_from": 1.0}
-LORA = {"hidden_weight": 0.0, "round_from": 0.0, "freeze_from": 0.0}
+HARNESS = {"round_from": 0.95, "freeze_from": 1.0}
+PUBLISHED = {"temperature": 2.0, "round_from": 0.95, "freeze_from": 1.0}
+LORA = {"round_from": 0.0, "freeze_from": 0.0}
 
 
 def lora_rate(rate: float, of: float) -> Callable[[float], Rates]:

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 from counted import counted_size, grouped
-from gptq import Grid, Quantised, gptq, round_to_nearest
 from measure import figures, read_ids, read_split
 from rows import Rows
 
@@ -36,6 +35,7 @@ from slimba.errors import UserError
 from slimba.formats import Matrix, MatrixLayout
 from slimba.formats.floats import DTYPES
 from slimba.formats.presets import preset_dtypes
+from slimba.methods.gptq import Grid, gptq, round_to_nearest
 from slimba.models.lm import SSMForCausalLM, load_weights
 from slimba.training.loop import pick_device
 
@@ -99,16 +99,10 @@ def one_matrix(weight: torch.Tensor, arm: Ptq, hessian: torch.Tensor | None) -> 
         return plain(weight, "int8")
     w = weight.float()
     q = round_to_nearest(w, arm.grid) if hessian is None else gptq(w, hessian, arm.grid)
-    return int4_matrix(q) if arm.grid.bits == 4 else plain(q.weight(), "float32")
-
-
-def int4_matrix(q: Quantised) -> Matrix:
-    """The codes in our int4 format."""
-    codes, (rows, cols) = q.codes.cpu().numpy().astype(np.int8), q.codes.shape
-    nibbles = np.full((rows, cols + cols % 2), 8, np.uint8)
-    nibbles[:, :cols] = codes + 8
-    arrays = {"0.packed": nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), "0.scale": q.scale.cpu().numpy().astype("f2")}
-    return Matrix(MatrixLayout.plain(rows, cols, "int4"), arrays)
+    if arm.grid.bits != 4:
+        return plain(q.weight(), "float32")
+    layout = MatrixLayout.plain(*weight.shape, "int4")
+    return Matrix(layout, {layout.part_name(0, part): a for part, a in q.arrays("int4").items()})
 
 
 def inputs_of_matrices(

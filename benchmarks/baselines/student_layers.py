@@ -205,8 +205,8 @@ class Ternary(nn.Module):
         n, rows, cols = w.shape
         groups = -(-cols // GROUP)
         whole = nn.functional.pad(w, (0, groups * GROUP - cols)).view(n, rows, groups, GROUP)
-        sizes = torch.full((groups,), float(GROUP), device=w.device)
-        sizes[-1] = cols - (groups - 1) * GROUP  # padding counts for nothing
+        # padding counts for nothing; made on the device, where a captured graph may not copy from the host
+        sizes = (cols - GROUP * torch.arange(groups, device=w.device)).clamp_max(GROUP)
         scale = (whole.abs().sum(-1) / sizes).half().float().clamp_min(fake_quant.SMALLEST_SCALE)[..., None]
         return ((whole / scale).round().clamp(-1, 1) * scale).reshape(n, rows, -1)[..., :cols]
 

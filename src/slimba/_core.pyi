@@ -31,8 +31,12 @@ class Model:
         cols: int,
         segments: list[_Segment],
         lowrank: _LowRank | None,
+        plane: tuple[int, int, int, _Bytes, _Bytes, _Ids | None] | None,
         col_scale: _Floats | None,
         bias: _Floats | None,
+        hadamard: int = 0,
+        input_scale: float = 0.0,
+        float_input: bool = False,
     ) -> None: ...
     def set_vector(self, name: str, layer: int, values: _Floats) -> None: ...
     def finish(self) -> None: ...

@@ -219,7 +219,7 @@ def test_edited_config_needs_no_verify(packed: Path) -> None:
 TENSOR_EDITS: list[tuple[Callable[[dict[str, np.ndarray]], Any], str]] = [
     (lambda t: t.pop(SIGNS), f"{SIGNS} is missing"),
     (lambda t: t.update(extra=np.zeros(1, np.float32)), "unknown tensor extra"),
-    (lambda t: t.update({SIGNS: t[SIGNS][1:]}), rf"{SIGNS} has shape \[95, 8\]"),
+    (lambda t: t.update({SIGNS: t[SIGNS][1:]}), rf"{SIGNS} has shape \[111, 8\]"),
     (lambda t: t.update({SIGNS: t[SIGNS].view(np.int8)}), f"{SIGNS} has type int8"),
     (lambda t: t[CONV].fill(np.nan), f"{CONV} holds NaN"),
     (lambda t: t["backbone.embeddings.0.scale"].fill(np.inf), "embeddings.0.scale holds NaN"),

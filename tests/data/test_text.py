@@ -31,7 +31,7 @@ def write(path, kind):
     elif kind == "zst":
         path.write_bytes(zstandard.compress(text.encode()))
     elif kind == "gz":
-        path.write_bytes(gzip.compress(text.encode()))
+        path.write_bytes(gzip.compress(text.encode(), mtime=0))
     elif kind == "jsonl":
         path.write_text("\n".join(json.dumps({"text": d}) for d in DOCS) + "\n", "utf-8")
     else:
@@ -63,7 +63,7 @@ def test_file_split_keeps_blank_lines(tmp_path):
         ("blank.txt", b" \n\n \n", "no text"),
         ("latin.txt", b"caf\xe9", "not UTF-8"),
         ("cut.zst", zstandard.compress(b"hello " * 1000)[:20], "Zstandard"),
-        ("cut.gz", gzip.compress(b"hello " * 1000)[:20], "gzip"),
+        ("cut.gz", gzip.compress(b"hello " * 1000, mtime=0)[:20], "gzip"),
         ("no.gz", b"hello", "gzip"),
         ("ids.npy", b"", "token ids"),
         ("bad.jsonl", b'{"txt": 1}\n', "line 1"),

@@ -118,7 +118,7 @@ def test_one_model(tmp_path: Path, teacher: Path) -> None:
     assert f"{inventory.bits_per_projection_weight:.3f}" in page.text
     for said in ("27.51", "1.2500", "900 tokens, 3,000 bytes, window 64", "(matched by path)", "corpus.txt", "61.5 s"):
         assert said in page.text
-    assert "sign:128 int8:36 +r4" in page.text and "It is the teacher that the provenance names." in page.text
+    assert "+r4 +plane:" in page.text and "It is the teacher that the provenance names." in page.text
     curves = [c for c in charts(text) if c.get("class") == "chart"]
     titles = [c.findtext("title") for c in curves]
     assert titles[:3] == ["kl of small", "hidden of small", "grad_norm of small"]

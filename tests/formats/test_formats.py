@@ -15,6 +15,7 @@ import pytest
 from slimba.errors import UserError
 from slimba.formats import FORMATS, LowRank, Matrix, MatrixLayout, Plane, Segment
 from slimba.formats.floats import DTYPES
+from slimba.formats.hadamard import block_of
 from slimba.formats.int4 import quantize_groups
 from slimba.formats.int8 import SMALLEST_SCALE, quantize_rows
 from slimba.formats.sign import pack_signs, row_bytes, unpack_signs
@@ -39,6 +40,11 @@ def layouts(cols: int) -> list[MatrixLayout]:
         MatrixLayout(cols, (Segment(11, "float32"),), LowRank(2, 0, 4)),
         MatrixLayout(cols, mixed, LowRank(2, 1, 9), col_scale=True, plane=Plane(max(1, cols // 3), 2, 11)),
         MatrixLayout(cols, (Segment(11, "sign"),), plane=Plane(cols, 0, 11)),
+        MatrixLayout(cols, (Segment(11, "int4"),), activations="float32"),
+        *(
+            MatrixLayout(cols, mixed, col_scale=True, hadamard=block_of(cols), input_scale=True)
+            for _ in range(cols % 2 == 0)
+        ),
     ]
 
 
@@ -60,6 +66,8 @@ def build(layout: MatrixLayout, seed: int = 0) -> Matrix:
             arrays["plane_index"] = np.sort(rng.permutation(layout.cols)[: p.cols]).astype(np.int32)
     if layout.col_scale:
         arrays["col_scale"] = rng.uniform(0.5, 2.0, layout.cols).astype(np.float16)
+    if layout.input_scale:
+        arrays["input_scale"] = np.full(1, 0.05, np.float32)
     return Matrix(layout, arrays)
 
 

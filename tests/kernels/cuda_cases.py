@@ -61,11 +61,67 @@ def product(gpu: Any, matrix: Matrix, x: np.ndarray) -> np.ndarray:
     given = torch.from_numpy(x).to(gpu.device)
     out = torch.full((batch, m.rows), float("nan"), device=gpu.device)
     fields = fields_of(
-        m.fields, [given.data_ptr(), m.cols, 0, 0, 0, 0, 0], [STORE, out.data_ptr(), m.rows, *[0] * 7], [0] * 5, batch
+        m.fields,
+        [given.data_ptr(), m.cols, 0, 0, 0, 0, 0],
+        [STORE, out.data_ptr(), m.rows, *[0] * 7],
+        [0] * 5,
+        batch,
+        0,
     )
     gpu.launch(f"slimba_product_{tokens}", (min(gpu.blocks, m.items),), fields, m.shared_bytes(tokens))
     gpu.synchronize()
     return np.asarray(out.cpu().numpy())
+
+
+LEAN_LAYOUTS: dict[str, MatrixLayout] = {
+    "lean-512": MatrixLayout(512, (Segment(16, "sign"),), col_scale=True),
+    "lean-1024": MatrixLayout(
+        1024, (Segment(9, "int8"), Segment(27, "sign")), LowRank(16, 12, 30), plane=Plane(300, 20, 35)
+    ),
+    "lean-2048": MatrixLayout(2048, (Segment(100, "sign"), Segment(10, "int8")), LowRank(10, 0, 100)),
+    "lean-2560": MatrixLayout(2560, (Segment(31, "sign"), Segment(5, "sign")), plane=Plane(2560, 0, 36)),
+    "lean-4096": MatrixLayout(4096, (Segment(33, "sign"),), LowRank(16, 0, 33), plane=Plane(1000, 1, 30)),
+}
+
+
+def lean_product(gpu: Any, matrix: Matrix, x: np.ndarray, norm: np.ndarray | None = None) -> np.ndarray:
+    """The kernel of lean.cuh on float32 x [cols], with the weights of an RMS norm (eps 0) or without: [rows]."""
+    import torch
+
+    from slimba.runtime.backends.cuda_bake import Baked
+    from slimba.runtime.backends.cuda_lean import lean_of
+    from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of
+
+    m = DeviceMatrix(matrix, gpu.device, gpu.blocks)
+    lean = lean_of(m, gpu.blocks, 1, False, fewest=1)
+    assert lean is not None
+    given, out = torch.from_numpy(x).to(gpu.device), torch.ones(m.rows, device=gpu.device)
+    weight = torch.from_numpy(norm).to(gpu.device) if norm is not None else None
+    source = [given.data_ptr(), m.cols, 0, 0, weight.data_ptr() if weight is not None else 0, int(norm is not None), 0]
+    fields = fields_of(m.fields, source, [ADD, out.data_ptr(), m.rows, *[0] * 7], [0] * 5, 1, m.plane_inverse)
+    baked = Baked()
+    name = baked.product(fields, 1, lean)
+    module = gpu.module("decode", baked.source)
+    gpu.launch(name, (gpu.blocks,), fields, lean.shared_bytes, threads=lean.threads, module=module)
+    gpu.synchronize()
+    return np.asarray(out.cpu().numpy()) - 1
+
+
+def mid_product(gpu: Any, matrix: Matrix, x: np.ndarray, parts: int = 1) -> np.ndarray:
+    """slimba_mid_norm and slimba_mid on float32 x [B, cols] without a norm: [B, rows]."""
+    import torch
+
+    from slimba.runtime.backends.cuda_mid import Mid
+    from slimba.runtime.backends.cuda_weights import DeviceMatrix
+
+    m = DeviceMatrix(matrix, gpu.device, gpu.blocks)
+    given = torch.from_numpy(x).to(gpu.device)
+    out = torch.full((parts, len(x), m.rows), float("nan"), device=gpu.device)
+    mid = Mid(gpu, len(x), [m])
+    mid.norm(m, [given.data_ptr(), m.cols, 0, 0, 0, 0, 0], 0)
+    mid.product(m, [STORE, out.data_ptr(), m.rows, *[0] * 7], [0] * 5, parts, len(x) * m.rows)
+    gpu.synchronize()
+    return np.asarray(out.sum(0).cpu().numpy())
 
 
 def expanded(gpu: Any, matrix: Matrix, exact: bool, first: int = 0) -> np.ndarray:

@@ -23,7 +23,6 @@ import pytest
 from slimba.kernels.cuda.compiler import source
 
 HERE = Path(__file__).parent
-AT_ONCE = {"slimba_persistent_0": 0}  # kernels whose blocks wait for each other run all of them at once
 
 
 class HostModule:
@@ -39,7 +38,7 @@ class HostModule:
         gx, gy, gz = (*grid, 1, 1)[:3]
         getattr(self._library, name)(
             gx, gy, gz, ctypes.c_longlong(shared), ctypes.c_void_p(data.ctypes.data), ctypes.c_longlong(data.nbytes),
-            AT_ONCE.get(name, 1), threads,
+            threads,
         )  # fmt: skip
 
 

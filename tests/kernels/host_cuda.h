@@ -1,5 +1,5 @@
 // Runs the CUDA kernels of src/slimba/kernels/cuda on a processor, for tests: every thread of a grid is a fibre, and
-// __syncthreads, warp operations, tensor-core products and grid barriers wait for the others. Included by common.cuh in
+// __syncthreads, warp operations and tensor-core products wait for the others. Included by common.cuh in
 // place of its DEVICE part. Compiled and called by tests/kernels/cuda_host.py. x86-64 and gcc or clang only.
 #pragma once
 #include <cmath>
@@ -26,6 +26,12 @@ struct alignas(16) float4 {
 };
 struct alignas(8) uint2 {
   u32 x, y;
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(8) float2 {
+  float x, y;
 };
 struct Dim3 {
   unsigned x, y, z;
@@ -56,7 +62,6 @@ struct Block {
 inline Fibre* current = nullptr;
 inline void* scheduler = nullptr;
 inline std::vector<Block>* blocks = nullptr;
-inline Gate grid_gate;
 constexpr std::size_t kStack = 48 * 1024;
 inline std::vector<std::unique_ptr<char[]>> stacks;  // kept: making them costs more than running on them
 inline Dim3 grid_size, block_size;
@@ -101,18 +106,17 @@ inline void enter() {
   for (;;) yield();
 }
 
-// Runs `blocks_at_once` blocks (0: all) side by side until the whole grid is done.
-inline void run(Dim3 grid, int threads, i64 shared_bytes, const std::function<void()>& f, int blocks_at_once) {
+// Runs one block after another.
+inline void run(Dim3 grid, int threads, i64 shared_bytes, const std::function<void()>& f) {
   grid_size = grid;
   block_size = {unsigned(threads), 1, 1};
   body = &f;
-  const int total = int(grid.x * grid.y * grid.z), step = blocks_at_once ? blocks_at_once : total;
+  const int total = int(grid.x * grid.y * grid.z), step = 1;
   for (int from = 0; from < total; from += step) {
     const int count = step < total - from ? step : total - from;
     std::vector<Block> group(count);
     std::vector<Fibre> fibres(std::size_t(count) * threads);
     blocks = &group;
-    grid_gate = {count * threads, 0, 0};
     for (int b = 0; b < count; ++b) {
       const int at = from + b;
       group[b].gate = {threads, 0, 0};
@@ -172,17 +176,18 @@ struct Exchange {
 #define SHARED(name) u8* name = host::own_block().shared.data()
 #define KERNEL(name, Params, ...)                                                                                  \
   static void name##_body(const Params& p);                                                                       \
-  extern "C" void name(int gx, int gy, int gz, i64 shared, const void* fields, i64 bytes, int blocks_at_once, int n) { \
+  extern "C" void name(int gx, int gy, int gz, i64 shared, const void* fields, i64 bytes, int n) { \
     if (bytes != (i64)sizeof(Params)) {                                                                            \
       std::fprintf(stderr, #name ": %lld bytes of fields for a struct of %lld\n", (long long)bytes,              \
                    (long long)sizeof(Params));                                                                     \
       std::abort();                                                                                                \
     }                                                                                                              \
     const Params& p = *static_cast<const Params*>(fields);                                                         \
-    host::run({unsigned(gx), unsigned(gy), unsigned(gz)}, n, shared, [&] { name##_body(p); }, blocks_at_once);    \
+    host::run({unsigned(gx), unsigned(gy), unsigned(gz)}, n, shared, [&] { name##_body(p); });    \
   }                                                                                                                \
   static void name##_body(const Params& p)
 
+inline void sync_warp() { host::wait(host::own_warp().gate); }
 inline void __syncthreads() { host::wait(host::own_block().gate); }
 DEV float __uint_as_float(u32 u) {
   float f;
@@ -212,10 +217,17 @@ DEV u16 float_to_half_bits(float f) {
   const u32 m = __float_as_uint(a);
   return u16(sign | ((m + 0xfffu + (m >> 13 & 1)) >> 13) - (112u << 10));
 }
+DEV u32 pack_halves(float lo, float hi) { return (u32)float_to_half_bits(lo) | (u32)float_to_half_bits(hi) << 16; }
+DEV u16 float_to_bfloat(float f) {
+  const u32 bits = __float_as_uint(f);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+  return u16((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
 DEV int dot4(u32 a, u32 b, int c) {
   for (int i = 0; i < 4; ++i) c += int(i8(a >> 8 * i)) * int(i8(b >> 8 * i));
   return c;
 }
+DEV int count_bits(u32 v) { return __builtin_popcount(v); }
 DEV u32 byte_perm(u32 a, u32 b, u32 pick) {
   const u64 both = u64(b) << 32 | a;
   u32 out = 0;
@@ -237,6 +249,18 @@ DEV u32 warp_max_bits(u32 v) {
 DEV float shuffle_xor(float v, int mask) {
   host::Exchange e{__float_as_uint(v)};
   return __uint_as_float(e.at(host::current->lane ^ mask, 0));
+}
+DEV int shuffle_xor(int v, int mask) {
+  host::Exchange e{u32(v)};
+  return int(e.at(host::current->lane ^ mask, 0));
+}
+DEV u64 shuffle_xor(u64 v, int mask) {
+  host::Exchange e{u32(v), u32(v >> 32)};
+  return u64(e.at(host::current->lane ^ mask, 1)) << 32 | e.at(host::current->lane ^ mask, 0);
+}
+DEV float shuffle(float v, int from) {
+  host::Exchange e{__float_as_uint(v)};
+  return __uint_as_float(e.at(from, 0));
 }
 // Element (r, k) of A: lane r % 8 * 4 + k % 16 / 4, register r / 8 + k / 16 * 2, byte k % 4; (k, n) of B alike.
 template <typename A>
@@ -262,11 +286,22 @@ DEV u32 fma_halves(u32 a, u32 b, u32 c) {
   return d;
 }
 DEV u32 add_halves(u32 a, u32 b) { return fma_halves(a, 0x3c003c00u, b); }
+DEV u32 mul_halves(u32 a, u32 b) { return fma_halves(a, b, 0x80008000u); }
+DEV void copy_async(void* to, const void* from) {
+  if ((std::uintptr_t(to) | std::uintptr_t(from)) % 16) std::abort();
+  std::memcpy(to, from, 16);
+}
+DEV void commit_copies() {}
+template <int N>
+DEV void wait_copies() {}
 DEV float shuffle_up(float v, int by) {
   host::Exchange e{__float_as_uint(v)};
   return host::current->lane < by ? v : __uint_as_float(e.at(host::current->lane - by, 0));
 }
 DEV float fast_exp(float v) { return std::exp(v); }
+DEV float fast_rsqrt(float v) { return 1.0f / std::sqrt(v); }
+DEV void touch(float) {}
+DEV float fast_reciprocal(float v) { return 1.0f / v; }
 // Element (r, k) of A: lane r % 8 * 4 + k % 8 / 2, register r / 8 + k / 8 * 2, half k % 2; (k, n) of B alike.
 DEV void mma_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   host::Exchange e(a0, a1, a2, a3, b0, b1);
@@ -300,8 +335,23 @@ DEV uint4 load_weights(const void* p) {
   std::memcpy(&v, p, 16);
   return v;
 }
+DEV uint2 load_pair(const void* p) {
+  uint2 v;
+  if (std::uintptr_t(p) % 8) std::abort();
+  std::memcpy(&v, p, 8);
+  return v;
+}
+DEV u64 load_fresh(const u64* p) { return *p; }
+DEV void store_fresh(u64* p, u64 v) { *p = v; }
+DEV u32 take_ticket(u32* p) { return (*p)++; }
+DEV u32 add_shared(u32* p, u32 v) {
+  const u32 before = *p;
+  *p += v;
+  return before;
+}
+DEV float2 load_fresh_pair(const float* p) { return float2{p[0], p[1]}; }
+DEV uint4 load_state(const void* p) { return load_weights(p); }
 DEV float load_fresh(const float* p) { return *p; }
 DEV void prefetch(const void* p) { volatile char touched = *static_cast<const char*>(p); (void)touched; }
 DEV void await_previous() {}
 DEV void release_next() {}
-DEV void grid_barrier(u32*, u32&, u32) { host::wait(host::grid_gate); }

@@ -11,6 +11,7 @@ import pytest
 from slimba import _core
 from slimba._core import kernels
 from slimba.formats import FORMATS
+from slimba.formats.hadamard import hadamard
 
 ORDER = ["float32", "float16", "bfloat16", "int8", "int4", "sign"]  # kernels.h: Format
 
@@ -133,6 +134,15 @@ def test_norm_gate_and_sums(isa: str) -> None:
         np.testing.assert_allclose(y, x64 * z64 / (1 + np.exp(-z64)), rtol=1e-6, atol=1e-10)
         assert kernels.max(isa, x) == x.max()
         assert kernels.sum_exp(isa, x, 0.5) == pytest.approx(np.exp(x64 - 0.5).sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_hadamard_has_the_bits_of_its_definition(isa: str) -> None:
+    for n, block in [(1, 1), (6, 2), (12, 4), (8, 8), (48, 16), (96, 32), (192, 64), (2560, 512), (4096, 4096)]:
+        x = np.random.default_rng(n).standard_normal(n).astype(np.float32)
+        y = x.copy()
+        kernels.hadamard(isa, y, block)
+        assert np.array_equal(y, hadamard(x, block)), (n, block)
 
 
 @pytest.mark.parametrize("isa", ISAS)

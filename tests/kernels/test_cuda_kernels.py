@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kernels.cuda_cases import LAYOUTS, expanded, product
+from kernels.cuda_cases import LAYOUTS, LEAN_LAYOUTS, expanded, lean_product, mid_product, product
 from kernels.cuda_host import host_gpu
 from runtime.numpy_reference import random_matrix
 
@@ -31,3 +31,31 @@ def test_expand(name: str, exact: bool) -> None:
     matrix = random_matrix(np.random.default_rng(5), LAYOUTS[name])
     got = expanded(host_gpu(), matrix, exact)
     np.testing.assert_allclose(got, matrix.dequantize(), rtol=0 if exact else 1e-3, atol=1e-6 if exact else 1e-4)
+
+
+NO_FLOATS = [n for n, layout in LAYOUTS.items() if all("float" not in s.format for s in layout.segments)]
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 40])
+@pytest.mark.parametrize("batch", [3, 16, 37])
+@pytest.mark.parametrize("name", NO_FLOATS)
+def test_mid_product(name: str, batch: int, blocks: int) -> None:
+    """Few blocks make the kernel with the largest blocks run, many the others."""
+    rng = np.random.default_rng(len(name) + batch)
+    matrix = random_matrix(rng, LAYOUTS[name])
+    x = rng.standard_normal((batch, matrix.layout.cols)).astype(np.float16).astype(np.float32)
+    parts = 2 if matrix.layout.cols > 512 else 1
+    got = mid_product(host_gpu(blocks), matrix, x, parts)
+    np.testing.assert_allclose(got, matrix.matmul(x), rtol=0, atol=1.5e-2)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("name", LEAN_LAYOUTS)
+def test_lean_product(name: str, normed: bool) -> None:
+    rng = np.random.default_rng(len(name))
+    matrix = random_matrix(rng, LEAN_LAYOUTS[name])
+    x = rng.standard_normal(matrix.layout.cols).astype(np.float32) * 3
+    norm = rng.uniform(0.5, 1.5, matrix.layout.cols).astype(np.float32) if normed else None
+    got = lean_product(host_gpu(), matrix, x, norm)
+    want = matrix.matmul((x / np.sqrt((x * x).mean()) * norm if norm is not None else x)[None].astype(np.float32))[0]
+    np.testing.assert_allclose(got, want, rtol=0, atol=3e-5)

@@ -26,7 +26,16 @@ from slimba.models.lm import SSMForCausalLM, init_weights, load_weights
 from slimba.models.spec import ModelSpec
 from slimba.training.recipes import load_recipe
 
-SMALL = dict(window=16, batch=4, calibration_windows=4, init_rounds=3, rank=3, lr_latent=2e-2)
+# every part and every phase, so that each is tested: the default recipe has neither integers in B and C nor a rank
+SMALL = dict(window=16, batch=4, calibration_windows=4, init_rounds=3, rank=3, lr_latent=2e-2, lr_other=2e-3)
+SMALL |= dict(
+    int8_rows=["B", "C", "dt"],
+    plane=0,
+    plane_rows=["z", "x", "out"],
+    hidden_weight=10.0,
+    round_from=0.75,
+    freeze_from=0.9,
+)
 
 
 def recipe(**settings):
@@ -335,8 +344,8 @@ def test_a_killed_run_resumes_to_the_same_file(tmp_path):
 def test_resume_with_other_settings_is_refused(tmp_path):
     _, teacher = teacher_of(SPECS["mamba2"])
     work = tmp_path / "m.work"
-    work.mkdir()
-    (work / "checkpoint.pt").write_bytes(b"x")
+    (work / "checkpoint-7").mkdir(parents=True)
+    (work / "checkpoint-7" / ".metadata").write_bytes(b"x")
     (work / "settings.json").write_text(json.dumps({"method": "dfssm", "seed": 5}))
     with pytest.raises(UserError, match="differs from the interrupted run"):
         distil(teacher, tmp_path / "m", resume=True)

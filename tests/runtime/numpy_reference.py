@@ -10,6 +10,7 @@ import numpy as np
 
 from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.formats import FORMATS, LowRank, Matrix, MatrixLayout, Plane, Segment
+from slimba.formats.hadamard import block_of
 from slimba.formats.int8 import quantize_rows
 from slimba.models.spec import ModelSpec
 
@@ -55,6 +56,8 @@ def random_matrix(rng: np.random.Generator, layout: MatrixLayout) -> Matrix:
             out.arrays["plane_index"] = np.sort(rng.permutation(cols)[: p.cols]).astype(np.int32)
     if layout.col_scale:
         out.arrays["col_scale"] = rng.uniform(0.5, 1.5, cols).astype(np.float16)
+    if layout.input_scale:
+        out.arrays["input_scale"] = np.full(1, 0.02, np.float32)
     return out
 
 
@@ -74,18 +77,29 @@ def plane_layout(rows: int, cols: int, rank: int) -> MatrixLayout:
     return MatrixLayout(cols, segments, LowRank(rank, fifth // 3, rows - fifth), col_scale=True, plane=plane)
 
 
+def transformed_layout(rows: int, cols: int, short: str) -> MatrixLayout:
+    """int4 and int8 rows behind a Hadamard transform; out_proj with one scale for all inputs, x_proj's stay float."""
+    block = block_of(cols) if block_of(cols) > 1 else 0
+    segments = (Segment(rows // 2, "int4"), Segment(rows - rows // 2, "int8"))
+    if short == "x_proj":
+        return MatrixLayout(cols, segments, hadamard=block, activations="float32")
+    return MatrixLayout(cols, segments, col_scale=True, hadamard=block, input_scale=short == "out_proj")
+
+
 def random_checkpoint(spec: ModelSpec, seed: int = 0, format: str = "float32", rank: int = 3) -> Checkpoint:
-    """Random weights; `format` is a plain one for every matrix, "mixed" (signs, int8 rows, int4 embedding) or "planes"
-    (also float and int4 rows and a second sign plane).
+    """Random weights; `format` is a plain one for every matrix, "mixed" (signs, int8 rows, int4 embedding), "planes"
+    (also float and int4 rows and a second sign plane) or "transformed" (Hadamard transforms and kinds of inputs).
     """
     rng = np.random.default_rng(seed)
     layouts: dict[str, MatrixLayout] = {}
     tensors: dict[str, np.ndarray] = {}
     for name, (rows, cols) in spec.matrices().items():
-        if format not in ("mixed", "planes"):
+        if format not in ("mixed", "planes", "transformed"):
             layouts[name] = MatrixLayout.plain(rows, cols, format)
         elif name in ("backbone.embeddings", "lm_head"):
             layouts[name] = MatrixLayout.plain(rows, cols, "int4")
+        elif format == "transformed":
+            layouts[name] = transformed_layout(rows, cols, name.rsplit(".", 1)[-1])
         elif format == "planes":
             layouts[name] = plane_layout(rows, cols, rank)
         else:

@@ -47,7 +47,7 @@ SPECS: dict[str, ModelSpec] = {
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("format", ["float32", "mixed", "planes"])
+@pytest.mark.parametrize("format", ["float32", "mixed", "planes", "transformed"])
 def test_logits_are_the_recurrence(isa: str, name: str, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLIMBA_CPU_ISA", isa)
     checkpoint = random_checkpoint(SPECS[name], 1, format)
@@ -85,7 +85,7 @@ def test_low_rank_corrections(isa: str, rank: int, monkeypatch: pytest.MonkeyPat
     np.testing.assert_array_equal(engine.forward(ids, engine.new_state()), got)
 
 
-@pytest.mark.parametrize("format", ["float32", "mixed", "planes"])
+@pytest.mark.parametrize("format", ["float32", "mixed", "planes", "transformed"])
 @pytest.mark.parametrize("name", SPECS)
 def test_the_torch_reference_agrees(format: str, name: str) -> None:
     pytest.importorskip("torch")
@@ -99,7 +99,7 @@ def test_the_torch_reference_agrees(format: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("format", ["mixed", "planes"])
+@pytest.mark.parametrize("format", ["mixed", "planes", "transformed"])
 @pytest.mark.parametrize("name", ["plain", "odd", "falcon"])
 def test_chunks_threads_and_neighbours_change_nothing(
     isa: str, format: str, name: str, monkeypatch: pytest.MonkeyPatch

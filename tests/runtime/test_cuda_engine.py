@@ -11,6 +11,7 @@ import pytest
 from kernels.cuda_cases import SPECS
 from kernels.cuda_host import host_gpu
 from runtime.numpy_reference import NumpyModel, mamba1_spec, mamba2_spec, random_checkpoint
+from runtime.stored_states import StoredModel
 from slimba.errors import UserError
 
 torch = pytest.importorskip("torch")
@@ -50,11 +51,28 @@ def test_bulk_is_the_recurrence(name: str, format: str) -> None:
 
 
 @pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
-@pytest.mark.parametrize("name", ["headdim-64", "odd", "falcon"])
-def test_states_are_rounded_as_in_the_reference(name: str, state_dtype: str) -> None:
+@pytest.mark.parametrize("name", ["headdim-64", "odd"])
+def test_states_are_stored_as_defined(name: str, state_dtype: str) -> None:
+    """Pieces and steps that end before, at and after the tokens after which a state is stored."""
+    checkpoint = random_checkpoint(SPECS[name], 3, "mixed")
+    ids = np.random.default_rng(2).integers(0, checkpoint.spec.vocab_size, (2, 53)).astype(np.int32)
+    want = np.stack([StoredModel(checkpoint, state_dtype).logits(row) for row in ids])
+    cuda = engine(checkpoint, state_dtype=state_dtype, exact=True)
+    state = cuda.new_state(2)
+    got = []
+    for a, b in ((0, 5), (5, 12), (12, 13), (13, 30), (30, 36), (36, 53)):
+        if b - a < 7:
+            got += [cuda.step(ids[:, t], state).numpy()[:, None].copy() for t in range(a, b)]
+        else:
+            got.append(cuda.forward(ids[:, a:b], state))
+    np.testing.assert_allclose(np.concatenate(got, axis=1), want, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+def test_states_of_mamba1_are_rounded_as_in_the_reference(state_dtype: str) -> None:
     from slimba.runtime.backends.reference import ReferenceEngine
 
-    checkpoint = random_checkpoint(SPECS[name], 3, "mixed")
+    checkpoint = random_checkpoint(SPECS["falcon"], 3, "mixed")
     ids = np.random.default_rng(2).integers(0, checkpoint.spec.vocab_size, (2, 21)).astype(np.int32)
     reference = ReferenceEngine(checkpoint, state_dtype=state_dtype)
     want = reference.forward(ids, reference.new_state(2))
@@ -65,31 +83,13 @@ def test_states_are_rounded_as_in_the_reference(name: str, state_dtype: str) -> 
     np.testing.assert_allclose(np.concatenate(got, axis=1), want, rtol=0, atol=2e-3)
 
 
-def test_half_precision_bulk_is_close() -> None:
-    checkpoint = random_checkpoint(SPECS["headdim-64"], 4, "mixed")
+@pytest.mark.parametrize("format", ["mixed", "float16"])
+def test_half_precision_bulk_is_close(format: str) -> None:
+    checkpoint = random_checkpoint(SPECS["headdim-64"], 4, format)
     ids = np.random.default_rng(3).integers(0, checkpoint.spec.vocab_size, (1, 30)).astype(np.int32)
     cuda = engine(checkpoint)
     got = cuda.forward(ids, cuda.new_state())
     np.testing.assert_allclose(got[0], NumpyModel(checkpoint).logits(ids[0]), rtol=0, atol=2e-2)
-
-
-@pytest.mark.parametrize("name", ["headdim-64", "four-groups"])
-def test_the_persistent_kernel_is_the_recurrence(name: str) -> None:
-    from slimba.runtime.backends.cuda_step import PersistentStep
-
-    checkpoint = random_checkpoint(SPECS[name], 5, "mixed")
-    ids = np.random.default_rng(4).integers(0, checkpoint.spec.vocab_size, 4).astype(np.int32)
-    cuda = engine(checkpoint)
-    state = cuda.new_state()
-    step = PersistentStep(cuda.model, cuda.gpu, "float32")
-    step.point_to(state)
-    got = []
-    for token in ids:
-        step.ids.fill_(int(token))
-        step.work(choose=True)
-        got.append(step.logits[0].numpy().copy())
-    np.testing.assert_allclose(np.stack(got), NumpyModel(checkpoint).logits(ids), rtol=0, atol=2e-5)
-    np.testing.assert_array_equal(step.chosen[0, :4].numpy(), np.argmax(got, axis=1))
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -115,18 +115,26 @@ def test_greedy_generation_is_that_of_the_reference_and_stops_as_it_does(batch: 
             np.testing.assert_allclose(cuda.forward(follow, ours), reference.forward(follow, theirs), rtol=0, atol=1e-4)
 
 
-def test_sampling_follows_the_seed() -> None:
+@pytest.mark.parametrize("penalty", [1.0, 1.2])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_sampling_follows_the_seed_and_stops_as_the_reference_does(batch: int, penalty: float) -> None:
+    """On the GPU without a repetition penalty, by the host with one."""
     from slimba.runtime.backends.reference import ReferenceEngine
     from slimba.runtime.engine import SamplingParams
 
     checkpoint = random_checkpoint(SPECS["plain"], 6, "mixed")
-    prompt = np.array([[1, 2, 3]], np.int32)
-    params = SamplingParams(max_new_tokens=8, temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=3)
+    prompt = np.random.default_rng(1).integers(0, 67, (batch, 3)).astype(np.int32)
+    settings = dict(max_new_tokens=11, temperature=0.8, top_p=0.9, repetition_penalty=penalty, seed=3)
     cuda, reference = engine(checkpoint, exact=True), ReferenceEngine(checkpoint)
-    got, want = (
-        np.concatenate(list(e.generate(prompt, e.new_state(), params, stride=3)), axis=1) for e in (cuda, reference)
-    )
-    np.testing.assert_array_equal(got, want)
+    free = np.concatenate(list(reference.generate(prompt, reference.new_state(batch), SamplingParams(**settings))), 1)  # type: ignore[arg-type]
+    for stop in ((), (int(free[0, 6]),)):
+        params = SamplingParams(**settings, stop_ids=stop)  # type: ignore[arg-type]
+        ours, theirs = cuda.new_state(batch), reference.new_state(batch)
+        got, want = (
+            np.concatenate(list(e.generate(prompt, s, params, stride=4)), axis=1)
+            for e, s in ((cuda, ours), (reference, theirs))
+        )
+        np.testing.assert_array_equal(got, want)
 
 
 def test_nll_is_log_softmax() -> None:
@@ -175,9 +183,9 @@ def test_chunks_are_the_recurrence(d_state: int, state_dtype: str) -> None:
         np.testing.assert_allclose(after[b], want[169], rtol=0, atol=1e-2 if state_dtype == "float32" else 5e-2)
 
 
-@pytest.mark.parametrize("batch", [11, 40])
+@pytest.mark.parametrize("batch", [7, 11])
 def test_larger_batches_are_the_recurrence(batch: int) -> None:
-    """Eleven run in two groups of the fused kernels, forty by the bulk pass."""
+    """Seven run by the fused kernels, eleven by the bulk pass."""
     checkpoint = random_checkpoint(SPECS["norm-first"], 9, "mixed")
     ids = np.random.default_rng(0).integers(0, checkpoint.spec.vocab_size, (batch, 3)).astype(np.int32)
     cuda = engine(checkpoint, exact=True)
@@ -185,6 +193,39 @@ def test_larger_batches_are_the_recurrence(batch: int) -> None:
     got = np.stack([cuda.step(ids[:, t], state).numpy().copy() for t in range(3)], axis=1)
     for b in range(batch):
         np.testing.assert_allclose(got[b], NumpyModel(checkpoint).logits(ids[b]), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("d_state", "groups"), [(64, 2), (128, 1)])
+def test_batches_are_the_recurrence(d_state: int, groups: int, state_dtype: str) -> None:
+    """The kernels for tens of sequences, each of them elsewhere in its buffer, past the token that stores the state."""
+    spec = mamba2_spec(
+        headdim=64, d_inner=512, d_state=d_state, n_groups=groups, n_layer=1, norm_group_size=512 // groups
+    )
+    checkpoint = random_checkpoint(spec, 8, "mixed")
+    ids = np.random.default_rng(6).integers(0, 67, (9, 30)).astype(np.int32)
+    cuda = engine(checkpoint, state_dtype=state_dtype)
+    pool = cuda.new_state(9)
+    for b in range(9):
+        cuda.prefill(ids[b : b + 1, : 8 + b], pool.view([b]))
+    got = [cuda.step(ids[range(9), range(8 + t, 17 + t)], pool).numpy().copy() for t in range(10)]
+    assert type(cuda.stepper(pool)).__name__ == "BatchStep"
+    for b in range(9):
+        model = NumpyModel(checkpoint) if state_dtype == "float32" else StoredModel(checkpoint, state_dtype)
+        want = model.logits(ids[b, : 18 + b])[8 + b :]
+        np.testing.assert_allclose(np.stack(got)[:, b], want, rtol=0, atol=1.5e-2 if state_dtype == "float32" else 6e-2)
+
+
+@pytest.mark.parametrize("name", ["two-groups", "norm-first", "odd"])
+def test_batches_of_other_shapes_are_the_recurrence(name: str) -> None:
+    checkpoint = random_checkpoint(SPECS[name], 9, "mixed")
+    ids = np.random.default_rng(0).integers(0, checkpoint.spec.vocab_size, (17, 3)).astype(np.int32)
+    cuda = engine(checkpoint)
+    state = cuda.new_state(17)
+    got = np.stack([cuda.step(ids[:, t], state).numpy().copy() for t in range(3)], axis=1)
+    assert type(cuda.stepper(state)).__name__ == "BatchStep"
+    for b in range(17):
+        np.testing.assert_allclose(got[b], NumpyModel(checkpoint).logits(ids[b]), rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -251,3 +292,8 @@ def test_int8_activations_are_refused_unless_float32_is_asked_for() -> None:
     with pytest.raises(UserError, match="float32 activations, int8 is not available"):
         engine(random_checkpoint(SPECS["plain"], 1, "float32"), activations="int8")
     assert engine(checkpoint, activations="float32").name == "cuda"
+
+
+def test_hadamard_transforms_are_refused_with_the_engine_that_has_them() -> None:
+    with pytest.raises(UserError, match=r"in_proj.*Hadamard.*--backend cpu"):
+        engine(random_checkpoint(SPECS["plain"], 1, "transformed"))

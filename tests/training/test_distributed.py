@@ -41,6 +41,7 @@ for line in json.loads(sys.argv[1]):
 """
 STEPS = 50  # of the run that is killed
 QUICK = ["--set", "window=16", "--set", "batch=4", "--set", "calibration_windows=4", "--set", "rank=2"]
+QUICK += ["--set", "hidden_weight=10"]
 SIZES = ["--set", "d_model=32", "--set", "n_layer=2", "--set", "headdim=16", "--set", "d_state=8"]
 
 

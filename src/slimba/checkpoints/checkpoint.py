@@ -16,9 +16,17 @@ import numpy as np
 
 from slimba.errors import UserError
 from slimba.formats import Matrix, MatrixLayout
-from slimba.models.spec import ModelSpec
+from slimba.models.spec import ModelSpec, VectorKind
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "scan_scales"]
+
+
+def scan_scales(spec: ModelSpec, numerics: Mapping[str, str]) -> dict[str, tuple[tuple[int, ...], VectorKind]]:
+    """The scales of every layer's int8 x, B and C, float32, where the model has them: full name -> (shape, kind)."""
+    if numerics.get("ssm_inputs", "float32") == "float32":
+        return {}
+    names = (f"backbone.layers.{i}.mixer.conv1d.out_scale" for i in range(spec.n_layer))
+    return {name: ((spec.d_conv_channels,), "conv") for name in names}
 
 
 @dataclass(slots=True)
@@ -26,7 +34,8 @@ class Checkpoint:
     """spec, layouts (one per `spec.matrices()`), tensors by full canonical name.
 
     `provenance` is the JSON-ready record of where the model came from (method, recipe, data, teacher hash, figures);
-    it travels in config.json. `numerics` are the deployed fields that change the numbers: activations, state dtype.
+    it travels in config.json. `numerics` are the deployed fields that change the numbers: activations, state dtype, and
+    `ssm_inputs` int8 where x, B and C are rounded too.
     """
 
     spec: ModelSpec
@@ -47,6 +56,10 @@ class Checkpoint:
     def vector(self, name: str) -> np.ndarray:
         """A small tensor by its full name, as float32."""
         return np.asarray(self.tensors[name]).astype(np.float32)
+
+    def vectors(self) -> dict[str, tuple[tuple[int, ...], VectorKind]]:
+        """Every tensor that is no part of a matrix: those of the spec and the scales of x, B and C."""
+        return self.spec.vectors() | scan_scales(self.spec, self.numerics)
 
     @property
     def head(self) -> str:

@@ -71,7 +71,7 @@ def checkpoint_entries(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int
     out: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name in spec.matrices():
         out |= checkpoint.layouts[name].tensors(name)
-    vectors = spec.vectors()
+    vectors = checkpoint.vectors()
     for name in [*out, *vectors]:
         if name not in checkpoint.tensors:
             raise UserError(f"{checkpoint.path or 'the model to write'}: tensor {name} is missing")

@@ -73,7 +73,8 @@ def cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     if not checkpoint.is_float:  # its figures are those of the packed weights
         provenance = provenance | {"dequantised": f"to {dtype} from {_formats(checkpoint)}"}
     tensors = _CastTensors(checkpoint, dtype)
-    return dataclasses.replace(checkpoint, layouts=layouts, tensors=tensors, provenance=provenance)
+    numerics = {k: v for k, v in checkpoint.numerics.items() if k != "ssm_inputs"}  # float inputs need no scales
+    return dataclasses.replace(checkpoint, layouts=layouts, tensors=tensors, provenance=provenance, numerics=numerics)
 
 
 class _CastTensors(Mapping[str, np.ndarray]):

@@ -97,7 +97,9 @@ def inventory_of(checkpoint: Checkpoint) -> Inventory:
     return _inventory(checkpoint.spec, checkpoint.layouts, entries, header)
 
 
-def inventory_of_shape(spec: ModelSpec, preset: str, *, rank: int = 16, embedding: str | None = None) -> Inventory:
+def inventory_of_shape(
+    spec: ModelSpec, preset: str, *, rank: int | None = None, embedding: str | None = None
+) -> Inventory:
     """The inventory that `spec` would have as a packed file under a preset of `formats/presets.py`."""
     layouts, dtypes = preset_layouts(spec, preset, rank=rank, embedding=embedding), preset_dtypes(preset)
     entries: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -122,6 +124,7 @@ def _inventory(spec: ModelSpec, layouts: Mapping[str, MatrixLayout], entries: En
             total[_part_component(tensor.removeprefix(name + "."), component)] += _nbytes(entries[tensor])
     for name, (_, kind) in spec.vectors().items():
         total[OF_KIND[kind]] += _nbytes(entries[name])
+    total["scales"] += sum(_nbytes(entry) for name, entry in entries.items() if name.endswith("conv1d.out_scale"))
     total["header"] = header
     used = {name: size for name, size in total.items() if size}
     return Inventory(used, weights, spec.n_params(), projection_bytes, projection_weights)

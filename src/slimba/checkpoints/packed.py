@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from slimba.checkpoints.atomic import atomic_directory
-from slimba.checkpoints.checkpoint import Checkpoint
+from slimba.checkpoints.checkpoint import Checkpoint, scan_scales
 from slimba.checkpoints.common import (
     FLOATS,
     check_finite,
@@ -189,7 +189,9 @@ def read_packed(path: str | Path, *, verify: bool = True, tokenizer: str | Path 
         raise UserError(f"{path}: config.json says {spec.n_layer} layers, but there are {len(files.tensors)} tensors")
     layouts = _layouts(quantization["layers"], path)
     _check_layouts(spec, layouts)
-    check_tensors(files.tensors, _expected(spec, layouts, quantization["vectors"], path), path)
+    expected = _expected(spec, layouts, quantization["vectors"], path)
+    expected |= {name: ("float32", shape) for name, (shape, _) in scan_scales(spec, quantization["numerics"]).items()}
+    check_tensors(files.tensors, expected, path)
     if verify:
         verify_checksums(files)
     _check_small_tensors(spec, files, path)
@@ -233,7 +235,7 @@ def spec_of(config: Mapping[str, Any], *, where: str | Path = "config.json", ver
                 "edited; copy it again, or pass --no-verify if you edited it"
             )
     for key, value in quantization["numerics"].items():
-        if key not in ("activations", "state") or not isinstance(value, str):
+        if key not in ("activations", "state", "ssm_inputs") or not isinstance(value, str):
             raise UserError(f"{where}: numerics in quantization_config has an unknown entry {key!r}: {value!r}")
     spec = _spec(quantization["spec"], where)
     for key, value in _transformers_keys(spec).items():
@@ -281,7 +283,7 @@ def _check_layouts(spec: ModelSpec, layouts: Mapping[str, MatrixLayout]) -> None
         if name not in shapes:
             raise UserError(f"a format is given for {name!r}, which the model does not have")
     table = layouts["backbone.embeddings"]
-    if len(table.segments) > 1 or table.lowrank or table.plane or table.col_scale:
+    if len(table.segments) > 1 or table.lowrank or table.plane or table.col_scale or table.hadamard:
         raise UserError(f"backbone.embeddings is {table.describe()}; an embedding is one segment without corrections")
 
 

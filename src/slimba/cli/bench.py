@@ -7,6 +7,7 @@ ones, on a GPU with the torch reference, on the same model; it prints no speed w
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,7 +26,10 @@ def bench(
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option("--format", help="With --shape: dfssm, dfssm-published, float16, bfloat16, float32, int8, int4."),
+        typer.Option(
+            "--format",
+            help="With --shape: dfssm, dfssm-published, w8a8, w4a8, w4a16, float16, bfloat16, float32, int8, int4.",
+        ),
     ] = None,
     batch: Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas.")] = "1",
     prompt_len: Annotated[int, typer.Option("--prompt-len", min=1, help="Tokens of the prompt.")] = 512,
@@ -37,6 +41,10 @@ def bench(
     llama_cpp: Annotated[
         str, typer.Option(help="GGUF types that llama.cpp runs beside, where llama-cpp-python is installed; or none.")
     ] = "TQ2_0,Q1_0,Q4_0,Q8_0",
+    peers: Annotated[
+        str, typer.Option(help="With --backend cuda: mamba-ssm and transformers run beside, where installed; or none.")
+    ] = "mamba-ssm,transformers",
+    plot: Annotated[Path | None, typer.Option(help="Write decode speed by batch to this SVG file.")] = None,
     no_verify: NoVerify = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -52,24 +60,34 @@ def bench(
     batches = _batches(batch)
     from slimba.runtime.load import resolve_activations, resolve_state_dtype
 
-    peers = _peers(llama_cpp)
+    ggml_types = _peers(llama_cpp)
+    if plot and plot.suffix != ".svg":
+        raise UserError(f"--plot writes an SVG file; name it {plot.with_suffix('.svg')}")
     checkpoint = _open(model, shape, format, verify=not no_verify)
     numerics = {
         "activations": resolve_activations(activations, checkpoint),
         "state": resolve_state_dtype(state_dtype, checkpoint),
     }
     if backend == "cuda":
+        from slimba.runtime.backends.cuda_peers import gpu_peer_speeds, installed_peers
         from slimba.runtime.backends.cuda_speed import gpu_record
 
+        names = () if peers == "none" else installed_peers(peers.split(","))
         record = gpu_record(checkpoint, batches, prompt_len, new_tokens, numerics)
+        if names:
+            record["gpu_peers"] = gpu_peer_speeds(checkpoint.spec, batches, prompt_len, names)
     else:
         record = _measure(checkpoint, batches, prompt_len, new_tokens, threads, numerics)
-        if peers:
-            record |= _measure_peers(checkpoint, record["machine"]["threads"], prompt_len, new_tokens, peers)
+        if ggml_types:
+            record |= _measure_peers(checkpoint, record["machine"]["threads"], prompt_len, new_tokens, ggml_types)
     record = {"model": model or f"{shape} as {format} (random weights)"} | record
     _print(record)
     if json_file:
         write_json(json_file, record)
+    if plot:
+        from slimba.cli.bench_plot import write_plot
+
+        write_plot(plot, record)
 
 
 def _batches(text: str) -> list[int]:
@@ -200,6 +218,7 @@ def _print(record: dict[str, Any]) -> None:
         resident, weights = (record[key] / 1e6 for key in ("resident_bytes", "weight_bytes"))
         console.print(f"resident memory {resident:.0f} MB, of which weights {weights:.0f} MB")
     _print_peers(record)
+    _print_gpu_peers(record)
     load = machine["load_average"]
     if load and load[0] > 0.5:
         console.print(f"other work was running (load average {load[0]} before the start): the figures are too low")
@@ -225,5 +244,32 @@ def _print_peers(record: dict[str, Any]) -> None:
             row["type"], f"{row['bytes'] / 1e6:.1f}",
             f"{decode:.1f}", f"{ones[0] / decode:.2f}" if ones else "",
             f"{prefill:.1f}", f"{prompts[0] / prefill:.2f}" if prompts else "",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _print_gpu_peers(record: dict[str, Any]) -> None:
+    """What else ran on this GPU. Ratios are of one run, whose own results were compared with the reference first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, rows = Console(), record.get("gpu_peers", [])
+    for row in rows:
+        if "missing" in row:
+            console.print(f"{row['peer']} was not measured: {row['missing']}")
+    rows = [row for row in rows if "missing" not in row]
+    if not rows:
+        return
+    ours = {row.batch: row.tokens_per_second for row in record["decode"]}
+    prompts = {row.batch: row.tokens_per_second for row in record["prefill"]}
+    table = Table(title="peers, random float16 weights of the same shape")
+    for name in ("peer", "batch", "decode tokens/s", "ours / theirs", "prompt tokens/s", "ours / theirs"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        decode, prefill = row["decode_tokens_per_second"], row["prefill_tokens_per_second"]
+        table.add_row(
+            f"{row['peer']} {row['version']} {row['how']}".strip(), str(row["batch"]), f"{decode:.1f}",
+            f"{ours[row['batch']] / decode:.2f}", f"{prefill:.1f}" if prefill else "",
+            f"{prompts[row['batch']] / prefill:.2f}" if prefill else "",
         )  # fmt: skip
     console.print(table)

@@ -1,4 +1,4 @@
-"""`slimba compress TEACHER OUT --method dfssm --data TEXT...`: run a method. See methods/run.py."""
+"""`slimba compress TEACHER OUT --method METHOD --data TEXT...`: run a method, or stages. See methods/run.py."""
 
 from __future__ import annotations
 
@@ -16,22 +16,35 @@ def compress(
         list[str],
         typer.Option("--data", help="Text (.txt, .jsonl, .parquet, .zst, .gz, datasets:NAME) or ids (.npy, .bin)."),
     ],
-    method: Annotated[str, typer.Option(help="How the numbers are chosen.")] = "dfssm",
-    recipe: Annotated[Path | None, typer.Option(help="YAML settings that override the default's.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="How the numbers are chosen: dfssm (trained), quamba2 (calibrated) or ptq (chosen rows rounded)."
+            " Default: what the recipe says, else dfssm."
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML settings that override the default's, or a list of stages.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="One setting, key=value; may be repeated."),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Training tokens (default: one pass over the text).")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens to train on (default: one pass) or to calibrate on.")
+    ] = None,
     split_documents: Annotated[str, typer.Option(help="What separates documents: blank-line or file.")] = "blank-line",
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json, where the checkpoint has none.")] = None,
-    seed: Annotated[int, typer.Option(help="Order of the training windows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Order of the windows.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new model is complete.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the run's record there.")] = None,
 ) -> None:
-    """Make a float model small: signs and an int8 low-rank correction, found by distillation."""
+    """Make a float model small: one bit a weight by distillation (dfssm), 4 or 8 bits without training (quamba2, ptq).
+
+    A recipe may list stages, such as one-bit rows by dfssm and then out_proj at 4 bits by ptq: docs/stages.md.
+    """
     from slimba.cli.options import write_json
     from slimba.methods.run import compress as run
     from slimba.training.recipes import parse_overrides
@@ -56,5 +69,7 @@ def compress(
     if json_file:
         write_json(json_file, record)
     final = ", ".join(f"{k} {v:.4g}" for k, v in record["final"].items())
-    typer.echo(f"{out}: {record['tokens']:,} tokens in {record['seconds']:.0f} s on {record['device']}; {final}")
+    typer.echo(
+        f"{out}: {record['tokens']:,} tokens in {record['seconds']:.0f} s on {record['device']}; {final}".rstrip("; ")
+    )
     typer.echo(f"look at it with: slimba inspect {out}")

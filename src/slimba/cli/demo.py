@@ -61,7 +61,9 @@ def demo(
     with as_file(files("slimba.assets") / "demo-text") as texts:
         typer.echo(f"1/3  measuring {TEACHER} on text that it has not seen")
         teacher = measure(TEACHER, TEACHER, texts / "heldout.txt", threads, seed)
-        typer.echo(f"2/3  distilling it to signs and a low-rank correction, about {minutes:g} minutes")
+        typer.echo(
+            f"2/3  distilling it to one bit a weight and a little more where it counts, about {minutes:g} minutes"
+        )
         record = distil(out, texts / "train.txt", minutes, seed)
         typer.echo(f"3/3  measuring {out}, the packed file, with the CPU engine")
         student = measure(out.name, str(out), texts / "heldout.txt", threads, seed)

@@ -26,10 +26,13 @@ def inspect(
         str | None,
         typer.Option(
             "--format",
-            help="With --shape (all, where not given): dfssm, dfssm-published, float16, bfloat16, float32, int8, int4.",
+            help="With --shape (all, where not given): dfssm, dfssm-published, w8a8, w4a8, w4a16, float16, "
+            "bfloat16, float32, int8, int4.",
         ),
     ] = None,
-    rank: Annotated[int, typer.Option("--rank", help="With --shape: rank of the low-rank correction.")] = 16,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="With --shape: rank of the low-rank correction, if not the usual one.")
+    ] = None,
     embedding: Annotated[
         str | None, typer.Option("--embedding", help="With --shape: format of the embedding, if not the usual one.")
     ] = None,
@@ -52,7 +55,7 @@ def inspect(
         write_json(json_file, record)
 
 
-def _inspect_shape(name: str, format: str | None, rank: int, embedding: str | None) -> dict[str, Any]:
+def _inspect_shape(name: str, format: str | None, rank: int | None, embedding: str | None) -> dict[str, Any]:
     from slimba.checkpoints.inventory import inventory_of_shape, layer_groups
     from slimba.formats.presets import PRESETS, preset_layouts
     from slimba.models.configs import named_spec
@@ -93,6 +96,7 @@ def _inspect_model(model: str, tokenizer: Any, *, verify: bool) -> dict[str, Any
     # opening has checked them all: a disagreement would have raised
     agree = len(checkpoint.tensors) if checkpoint.kind == "slimba" and verify else None
     _print_inventory(f"{model} ({checkpoint.kind}, {checkpoint.spec.architecture})", inventory, groups)
+    print("numerics: " + ", ".join(f"{key} {value}" for key, value in checkpoint.numerics.items()))
     _print_origin(checkpoint, agree, verify)
     return {
         "model": model,

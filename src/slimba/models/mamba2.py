@@ -10,6 +10,7 @@ Tests: `pytest tests/models`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,7 @@ class Mamba2Mixer(nn.Module):
             else None
         )
         self.out_proj = nn.Linear(spec.d_inner, spec.d_model, bias=spec.proj_bias)
+        self.round_scan: Callable[[torch.Tensor], torch.Tensor] | None = None  # what an engine does to x, B and C
 
     def forward(self, u: torch.Tensor, state: LayerState | None = None) -> torch.Tensor:
         """With a state: continue from it, and leave it as it is after the last token of u."""
@@ -81,7 +83,7 @@ class Mamba2Mixer(nn.Module):
         """What goes into out_proj, by the Triton kernels; None where they do not apply (they are for training)."""
         kernels = triton.optional("mixer") if u.is_cuda else None
         narrow = torch.is_autocast_enabled("cuda") or u.dtype != torch.float32
-        if kernels is None or not narrow or not kernels.usable(self.spec):
+        if kernels is None or not narrow or self.round_scan is not None or not kernels.usable(self.spec):
             return None
         assert self.norm is not None and self.conv1d.bias is not None  # `usable` says so
         taps, bias = self.conv1d.weight, self.conv1d.bias
@@ -105,6 +107,8 @@ class Mamba2Mixer(nn.Module):
     def split(self, xbc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[B, L, I + 2 G N] -> x [B, L, H, P], B and C [B, L, G, N]."""
         s, (batch, length, _) = self.spec, xbc.shape
+        if self.round_scan is not None:
+            xbc = self.round_scan(xbc)
         gn = s.n_groups * s.d_state
         x, B, C = xbc.split([s.d_inner, gn, gn], dim=-1)
         grouped = (batch, length, s.n_groups, s.d_state)

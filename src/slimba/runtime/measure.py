@@ -1,6 +1,6 @@
 """Speed of an engine as a share of the machine's limit: bytes that must move, bandwidth, floor, measured time.
 
-    model = random_model(named_spec("mamba2-1.3b"), "dfssm", rank=16)
+    model = random_model(named_spec("mamba2-1.3b"), "dfssm")
     check(model, threads=2)                              # the chosen kernels against the naive ones; UserError when red
     row = decode_speed(engine, traffic(model, "float32"), bandwidth(2), batch=1, new_tokens=64)
 
@@ -28,7 +28,7 @@ from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.errors import UserError
 from slimba.formats import FORMATS, MatrixLayout
 from slimba.formats.floats import DTYPES
-from slimba.formats.presets import preset_dtypes, preset_layouts
+from slimba.formats.presets import preset_dtypes, preset_layouts, preset_numerics
 from slimba.models.spec import ModelSpec
 from slimba.runtime.backends.cpu import CpuEngine
 from slimba.runtime.engine import SamplingParams
@@ -77,7 +77,7 @@ class PrefillRow:
     tokens_per_second: float
 
 
-def random_model(spec: ModelSpec, format: str, *, rank: int = 16, seed: int = 0) -> Checkpoint:
+def random_model(spec: ModelSpec, format: str, *, rank: int | None = None, seed: int = 0) -> Checkpoint:
     """Random weights in the preset `format`, with scales that keep the activations near one."""
     rng = np.random.default_rng(seed)
     layouts = preset_layouts(spec, format, rank=rank)
@@ -87,7 +87,7 @@ def random_model(spec: ModelSpec, format: str, *, rank: int = 16, seed: int = 0)
     dtypes = preset_dtypes(format)
     for name, (shape, kind) in spec.vectors().items():
         tensors[name] = _vector(rng, name, shape).astype(DTYPES[dtypes[kind]])
-    return Checkpoint(spec, layouts, tensors)
+    return Checkpoint(spec, layouts, tensors, numerics=preset_numerics(format))
 
 
 # Typical size of a random code, so that scale * code has the size 1 / sqrt(cols)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from slimba.errors import UserError
 
-__all__ = ["load_recipe", "parse_overrides"]
+__all__ = ["load_recipe", "parse_overrides", "read_recipe"]
 
 R = TypeVar("R")
 
@@ -42,22 +42,28 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
     return out
 
 
+def read_recipe(file: str | Path) -> dict[str, Any]:
+    """The settings in a recipe file as they stand there, unchecked."""
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"recipe {path} is not a file")
+    data = _yaml(path.read_text("utf-8"), str(path)) or {}
+    if not isinstance(data, dict):
+        raise UserError(f"recipe {path} must be a mapping of settings")
+    return data
+
+
 def load_recipe(cls: type[R], default: str, file: str | Path | None, overrides: Mapping[str, Any]) -> R:
     """Values of the packaged recipe `default`, then of `file`, then `overrides`; each is checked."""
     values: dict[str, Any] = _yaml(files("slimba.recipes").joinpath(default).read_text("utf-8"), default)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     layers: list[tuple[str, Mapping[str, Any]]] = [(default, dict(values))]
     if file is not None:
-        path = Path(file)
-        if not path.is_file():
-            raise UserError(f"recipe {path} is not a file")
-        data = _yaml(path.read_text("utf-8"), str(path)) or {}
-        if not isinstance(data, dict):
-            raise UserError(f"recipe {path} must be a mapping of settings")
-        method = data.pop("method", None)
+        given = read_recipe(file)
+        method = given.pop("method", None)
         if method is not None and method != getattr(cls, "METHOD", method):
-            raise UserError(f"recipe {path} is for method {method!r}, not {cls.METHOD!r}")  # type: ignore[attr-defined]
-        layers.append((str(path), data))
+            raise UserError(f"recipe {file} is for method {method!r}, not {cls.METHOD!r}")  # type: ignore[attr-defined]
+        layers.append((str(file), given))
     layers.append(("the settings given", overrides))
     hints = typing.get_type_hints(cls)
     merged: dict[str, Any] = {}

@@ -20,9 +20,10 @@ def work_of(out: Path) -> Path:
     return out.with_name(out.name + ".work")
 
 
-def prepare_work(work: Path, record: dict[str, Any], resume: bool) -> bool:
+def prepare_work(work: Path, record: dict[str, Any], resume: bool, kept: str = "checkpoint-*/.metadata") -> bool:
     """Make the work directory; False when the run with the same settings is to be continued there.
 
+    `kept` is what a run that can be continued has left in it, as a pattern.
     Raises UserError for `resume` with other settings than the interrupted run's, naming the first that differs.
     """
     settings_file = work / "settings.json"
@@ -33,7 +34,7 @@ def prepare_work(work: Path, record: dict[str, Any], resume: bool) -> bool:
             if before.get(k) != now[k]:
                 was = f"{k} differs from the interrupted run's in {settings_file}"
                 raise UserError(f"--resume: {was}; use its settings or start anew")
-        if any(work.glob("checkpoint-*/.metadata")):
+        if any(work.glob(kept)):
             return False
     if work.exists():
         shutil.rmtree(work)

@@ -129,7 +129,7 @@ class BoundModel {
   void set_matrix(const std::string& name, int64_t layer, int64_t rows, int64_t cols,
                   const std::vector<SegmentTuple>& segments, const std::optional<LowRankTuple>& lowrank,
                   const std::optional<PlaneTuple>& plane, const std::optional<Floats>& col_scale,
-                  const std::optional<Floats>& bias) {
+                  const std::optional<Floats>& bias, int64_t hadamard, float input_scale, bool float_input) {
     Matrix m;
     m.rows = rows;
     m.cols = cols;
@@ -156,6 +156,12 @@ class BoundModel {
     if (bias) m.bias.assign(bias->data(), bias->data() + bias->size());
     if ((col_scale && int64_t(col_scale->size()) != cols) || (bias && int64_t(bias->size()) != rows))
       bad(name + ": wrong column scale or bias");
+    if (hadamard < 0 || (hadamard & (hadamard - 1)) || (hadamard && cols % hadamard))
+      bad(name + ": the Hadamard transform does not fit its columns");
+    if (!(input_scale >= 0)) bad(name + ": the scale of its input is no positive number");
+    m.hadamard = hadamard;
+    m.input_scale = input_scale;
+    m.float_input = float_input;
     slot(name, layer) = std::move(m);
   }
 
@@ -166,7 +172,7 @@ class BoundModel {
     } else {
       Layer& l = model.layers.at(std::size_t(layer));
       const std::map<std::string, std::vector<float>*> by_name = {
-          {"norm", &l.norm}, {"conv_weight", &l.conv_weight}, {"conv_bias", &l.conv_bias},  {"a", &l.a},
+          {"norm", &l.norm}, {"conv_weight", &l.conv_weight}, {"conv_bias", &l.conv_bias}, {"conv_scale", &l.conv_scale},  {"a", &l.a},
           {"d", &l.d},       {"dt_bias", &l.dt_bias},         {"gated_norm", &l.gated_norm}};
       target = by_name.at(name);
     }
@@ -195,6 +201,7 @@ class BoundModel {
       sized(l.norm, c.d_model, "norm");
       sized(l.conv_weight, c.d_conv * c.channels(), "conv1d.weight");
       if (!l.conv_bias.empty()) sized(l.conv_bias, c.channels(), "conv1d.bias");
+      if (!l.conv_scale.empty()) sized(l.conv_scale, c.channels(), "conv1d.out_scale");
       sized(l.d, c.mamba2 && !c.d_has_hdim ? c.heads() : c.d_inner, "D");
       sized(l.dt_bias, c.mamba2 ? c.heads() : c.d_inner, "dt bias");
       sized(l.a, c.mamba2 ? c.heads() : c.d_inner * c.d_state, "A_log");
@@ -328,7 +335,8 @@ NB_MODULE(_core, m) {
   nb::class_<BoundModel>(m, "Model")
       .def(nb::init<const Numbers&, int, const std::string&>(), "config"_a, "threads"_a, "isa"_a = "")
       .def("set_matrix", &BoundModel::set_matrix, "name"_a, "layer"_a, "rows"_a, "cols"_a, "segments"_a,
-           "lowrank"_a.none(), "plane"_a.none(), "col_scale"_a.none(), "bias"_a.none())
+           "lowrank"_a.none(), "plane"_a.none(), "col_scale"_a.none(), "bias"_a.none(), "hadamard"_a = 0,
+           "input_scale"_a = 0.0f, "float_input"_a = false)
       .def("set_vector", &BoundModel::set_vector)
       .def("finish", &BoundModel::finish)
       .def("state_bytes", [](BoundModel& b, int64_t batch) { return State::bytes(b.model.config, batch); })

@@ -162,6 +162,9 @@ void bind_kernels(nb::module_& m) {
   k.def("gate", [](const std::string& isa, const In1& y, const In1& z, const Out1& out) {
     table(isa).gate(y.data(), z.data(), int64_t(y.size()), out.data());
   });
+  k.def("hadamard", [](const std::string& isa, const Out1& x, int64_t block) {
+    table(isa).hadamard(x.data(), int64_t(x.size()), block);
+  });
   k.def("max", [](const std::string& isa, const In1& x) { return table(isa).max(x.data(), int64_t(x.size())); });
   k.def("sum_exp", [](const std::string& isa, const In1& x, float shift) {
     return table(isa).sum_exp(x.data(), int64_t(x.size()), shift);

@@ -152,6 +152,9 @@ struct Kernels {
   float (*max)(const float* x, std::int64_t n);                              // NaN or infinity anywhere gives NaN
   double (*sum_exp)(const float* x, std::int64_t n, float shift);            // sum of exp(x - shift)
   void (*read)(const float* x, std::int64_t n, float* sink);                 // bandwidth probe
+  // The transform of formats/hadamard.py in place: n a multiple of block, block a power of two. Stages of distance 1, 2, 4,
+  // ... turn (a, b) into (a + b, a - b), then all is multiplied by float(1 / sqrt(block)): the same bits everywhere.
+  void (*hadamard)(float* x, std::int64_t n, std::int64_t block);
   // ssm/
   void (*conv_silu)(const ConvArgs& a);
   void (*softplus)(const float* x, const float* bias, std::int64_t n, float low, float high, float* out);  // clamped

@@ -33,7 +33,7 @@ DEV void unpack_octet(const Segment& s, i64 row, int octet, i64 cols, float (&w)
   } else if (s.format == INT4) {
     const float scale = half_bits_to_float(scales[row * s.groups + c / 128]);
     const u8* p = at + (c >> 5) * 16 + (octet & 3);
-    for (int k = 0; k < 8; ++k) w[k] = scale * (float)((int)(p[k / 2 * 4] >> (k & 1) * 4 & 15) - 8);
+    for (int k = 0; k < 8; ++k) w[k] = scale * (float)((int)((p[k / 2 * 4] >> (k & 1) * 4 & 15) ^ 8) - 8);
   } else {
     for (int k = 0; k < 8; ++k) {
       const i64 i = c + k;
@@ -99,6 +99,45 @@ DEV void expand_float(const Expand& p, float* factors) {
   }
 }
 
+// Which of eight columns are in the second plane, and the place of the first: those of ascending columns follow each other.
+struct ChosenOctet {
+  u32 mask;
+  int place;
+  DEV_MEMBER int rank(int i) const { return count_bits(mask & ((1u << i) - 1)); }
+};
+DEV ChosenOctet chosen_octet(const Expand& p, int c, int count) {
+  ChosenOctet out = {0, 0};
+  for (int i = 0; i < count && p.m.plane_cols; ++i) {
+    const i32 at = ((const i32*)p.plane_inverse)[c + i];
+    if (at >= 0 && !out.mask) out.place = at;
+    out.mask |= (at >= 0 ? 1u : 0u) << i;
+  }
+  return out;
+}
+// What a sign row is made of at an octet, without its low rank. sign: whether that is all. Only loads: nothing waits yet.
+struct OctetBits {
+  u32 bits, scale, plane, more, scale2;  // plane: the byte that holds the first chosen column, and the next if needed
+  bool sign;
+};
+DEV OctetBits octet_bits(const Expand& p, int local, int octet, const ChosenOctet& chosen) {
+  const Matrix& m = p.m;
+  OctetBits out = {0, 0, 0, 0, 0, false};
+  if (local >= (int)p.rows || m.col_scale) return out;
+  const int row = (int)p.row0 + local;
+  const Segment& s = m.segment[segment_at(m, row)];
+  if (s.format != SIGN) return out;
+  out.sign = true;
+  out.bits = ((const u8*)s.data)[(i64)(row - (int)s.first) * s.stride + octet];
+  out.scale = ((const u16*)s.scale)[row - (int)s.first];
+  const int in_plane = row - (int)m.plane_start;
+  if (!chosen.mask || in_plane < 0 || row >= (int)m.plane_stop) return out;
+  const u8* from = (const u8*)m.plane_data + (i64)in_plane * m.plane_stride + (chosen.place >> 3);
+  out.plane = from[0];
+  if ((chosen.place & 7) + count_bits(chosen.mask) > 8) out.more = from[1];
+  out.scale2 = ((const u16*)m.plane_scale)[in_plane];
+  return out;
+}
+
 // The same in float16: the low-rank product is summed in float16, which is what it is rounded to. Shared memory:
 // rank * (128 + 64) pairs of halves, B and then A, each of whose entries fills a pair.
 DEV void expand_half(const Expand& p, u32* right) {
@@ -136,18 +175,30 @@ DEV void expand_half(const Expand& p, u32* right) {
         for (int i = 0; i < 4; ++i) sum[k][i] = fma_halves(word(r < 4 ? a0 : a1, r % 4), word(b[r], i), sum[k][i]);
     }
   }
+  const ChosenOctet chosen = chosen_octet(p, c, count);
+  OctetBits own[8];  // all loads before any store
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    const int local = (int)blockIdx.y * 64 + k * 8 + warp;
+    own[k] = octet_bits(p, local, octet, chosen);
+  }
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
     const i64 local = (i64)blockIdx.y * 64 + k * 8 + warp, row = p.row0 + local;
     if (local >= p.rows) break;
-    const Segment& s = m.segment[segment_at(m, row)];
     u32 out[4];
-    if (s.format == SIGN && !m.plane_cols && !m.col_scale) {
-      const u32 scale = ((const u16*)s.scale)[row - s.first] * 0x10001u;
-      const u32 minus = ~(u32)((const u8*)s.data)[(row - s.first) * s.stride + octet];
-      for (int i = 0; i < 4; ++i)
+    if (own[k].sign) {
+      const u32 scale = own[k].scale * 0x10001u, minus = ~own[k].bits, scale2 = own[k].scale2;
+      const u32 plane = (own[k].plane | own[k].more << 8) >> (chosen.place & 7);
+      for (int i = 0; i < 4; ++i) {
         out[i] = add_halves(scale ^ ((minus >> 2 * i & 1) << 15 | (minus >> (2 * i + 1) & 1) << 31), sum[k][i]);
+        u32 two = 0;  // of the second plane
+        for (int h = 0; h < 2; ++h)
+          if (chosen.mask >> (2 * i + h) & 1) two |= (scale2 ^ (~plane >> chosen.rank(2 * i + h) & 1) << 15) << 16 * h;
+        if (scale2) out[i] = add_halves(out[i], two);
+      }
     } else {
+      const Segment& s = m.segment[segment_at(m, row)];
       float w[8];
       unpack_octet(s, row - s.first, octet, m.cols, w);
       for (int i = 0; i < 4; ++i) {
@@ -195,10 +246,22 @@ DEV void add_norm(const AddNorm& p, float* scratch) {
     store((T*)p.x, at + i, u[i] * inverse * ((const float*)p.weight)[i]);
 }
 
+// How a call of `length` tokens lies to the writings of the state: `stored` of its tokens are in the state when it ends, or
+// none is written; the others are kept, from place `at` of the buffer on.
+struct Span {
+  int before, stored, at;  // before: tokens that were kept when the call began
+};
+DEV Span span_of(int time, i64 length) {
+  const int before = time % KEPT, end = (int)((before + length) / KEPT) * KEPT;
+  return end ? Span{before, end - before, 0} : Span{before, 0, before};
+}
+
 // out = silu(conv(in)) for the tokens of this call. Grid: channels in 256s, tokens in 16s, sequences.
 struct Conv {
   StateRef state;
   i64 batch, length, in, in_stride, out, out_stride, weight, bias;
+  i64 state_type, inner, entries, heads;  // entries: channels of B, from `inner` on; 0, as are heads, for Mamba-1
+  i64 dt, dt_stride, dt_bias, a, dt_low, dt_high;  // as in Scan
 };
 #define CONV_TOKENS 16
 template <typename T>
@@ -230,24 +293,25 @@ DEV void conv(const Conv& p) {
   }
 }
 
-// The same in float16 for two channels at once, CONV_AHEAD tokens in flight. Halves the accesses of conv.
+// The same in float16 for four taps and two channels at once, CONV_AHEAD tokens in flight.
 #define CONV_AHEAD 8
+#define PAIR_TAPS 4
 DEV void conv_pairs(const Conv& p) {
-  const int channel = 2 * (blockIdx.x * THREADS + threadIdx.x), b = blockIdx.z, taps = (int)p.state.taps;
+  const int channel = 2 * (blockIdx.x * THREADS + threadIdx.x), b = blockIdx.z;
   if (channel >= (int)p.state.channels) return;
   const i64 first = (i64)blockIdx.y * CONV_TOKENS, slot = slot_of(p.state, b), pos = position(p.state, slot);
-  const u16 *in = (const u16*)p.in + (i64)b * p.length * p.in_stride + channel;
+  const u16* in = (const u16*)p.in + (i64)b * p.length * p.in_stride + channel;
   u16* out = (u16*)p.out + (i64)b * p.length * p.out_stride + channel;
-  float window[MAX_TAPS][2], weight[MAX_TAPS][2], bias[2];
+  float window[PAIR_TAPS][2], weight[PAIR_TAPS][2], bias[2];
 #pragma unroll
-  for (int k = 0; k < MAX_TAPS; ++k) {
-    const i64 t = first - taps + k;
-    const u32 two = k > 0 && k < taps && t >= 0 ? *(const u32*)(in + t * p.in_stride) : 0;
+  for (int k = 0; k < PAIR_TAPS; ++k) {
+    const i64 t = first - PAIR_TAPS + k;
+    const u32 two = k > 0 && t >= 0 ? *(const u32*)(in + t * p.in_stride) : 0;
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      weight[k][c] = k < taps ? ((const float*)p.weight)[k * p.state.channels + channel + c] : 0.0f;
+      weight[k][c] = ((const float*)p.weight)[k * p.state.channels + channel + c];
       window[k][c] = c ? high_half(two) : low_half(two);
-      if (k > 0 && k < taps && t < 0) window[k][c] = ring_row(p.state, slot, pos + t + taps)[channel + c];
+      if (k > 0 && t < 0) window[k][c] = ring_row(p.state, slot, pos + t + PAIR_TAPS)[channel + c];
     }
   }
   for (int c = 0; c < 2; ++c) bias[c] = p.bias ? ((const float*)p.bias)[channel + c] : 0.0f;
@@ -259,25 +323,24 @@ DEV void conv_pairs(const Conv& p) {
     for (int j = 0; j < CONV_AHEAD; ++j) two[j] = t0 + j < end ? *(const u32*)(in + (t0 + j) * p.in_stride) : 0;
 #pragma unroll
     for (int j = 0; j < CONV_AHEAD; ++j) {
-      if (t0 + j >= end) break;
       float sum[2];
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         sum[c] = bias[c];
 #pragma unroll
-        for (int k = 0; k < MAX_TAPS; ++k) {
-          if (k >= taps) break;
-          window[k][c] = k + 1 < taps ? window[k + 1 < MAX_TAPS ? k + 1 : k][c] : c ? high_half(two[j]) : low_half(two[j]);
+        for (int k = 0; k < PAIR_TAPS; ++k) {
+          window[k][c] = k + 1 < PAIR_TAPS ? window[(k + 1) % PAIR_TAPS][c] : c ? high_half(two[j]) : low_half(two[j]);
           sum[c] = fmaf(weight[k][c], window[k][c], sum[c]);
         }
-        sum[c] = sum[c] / (1.0f + fast_exp(-sum[c]));
+        sum[c] *= fast_reciprocal(1.0f + fast_exp(-sum[c]));
       }
-      *(u32*)(out + (t0 + j) * p.out_stride) = pack_halves(sum[0], sum[1]);
+      if (t0 + j < end) *(u32*)(out + (t0 + j) * p.out_stride) = pack_halves(sum[0], sum[1]);
     }
   }
 }
 
-// The last inputs of the convolution into the ring. Grid: channels in 256s, sequences.
+// What later tokens need of these: the last inputs of the convolution into its ring, and B and L of the tokens that are in no
+// stored state into the buffer. After the recurrence, whose blocks read what was kept before. Grid: channels in 256s, sequences.
 template <typename T>
 DEV void push(const Conv& p) {
   const i64 channel = (i64)blockIdx.x * THREADS + threadIdx.x;
@@ -286,6 +349,21 @@ DEV void push(const Conv& p) {
   const i64 slot = slot_of(p.state, b), pos = position(p.state, slot);
   for (i64 t = p.length > p.state.taps ? p.length - p.state.taps : 0; t < p.length; ++t)
     ring_row(p.state, slot, pos + t)[channel] = load((const T*)p.in, ((i64)b * p.length + t) * p.in_stride + channel);
+  const Span when = span_of((int)pos, p.length);
+  const Kept kept = kept_of(p.state, p.state_type, slot, p.inner, p.entries, p.heads);
+  if (channel < p.heads) {
+    float l = when.at ? kept.l[(when.at - 1) * p.heads + channel] : 0.0f;
+    for (i64 t = when.stored; t < p.length; ++t) {
+      const float raw = ((const float*)p.dt)[((i64)b * p.length + t) * p.dt_stride + channel] + ((const float*)p.dt_bias)[channel];
+      l += softplus(raw, param_float(p.dt_low), param_float(p.dt_high)) * ((const float*)p.a)[channel];
+      kept.l[(when.at + t - when.stored) * p.heads + channel] = l;
+    }
+  }
+  const i64 entry = channel - p.inner;
+  if (entry < 0 || entry >= p.entries) return;
+  for (i64 t = when.stored; t < p.length; ++t)
+    keep_value(kept, kept.b, (when.at + t - when.stored) * p.entries + entry,
+               load((const T*)p.out, ((i64)b * p.length + t) * p.out_stride + channel));
 }
 
 // g = norm(y silu(z)) weight, norm(y) weight silu(z), or y silu(z). One block a token.
@@ -326,7 +404,7 @@ DEV void gate_norm_wide(const GateNorm& p, float* scratch) {
     for (int i = 0; i < 8; ++i) {
       const u32 yy = word(a, i / 2), zz = word(b, i / 2);
       const float gate = i % 2 ? high_half(zz) : low_half(zz);
-      g[k][i] = (i % 2 ? high_half(yy) : low_half(yy)) * gate / (1.0f + fast_exp(-gate));
+      g[k][i] = (i % 2 ? high_half(yy) : low_half(yy)) * gate * fast_reciprocal(1.0f + fast_exp(-gate));
       squares += g[k][i] * g[k][i];
     }
   }
@@ -377,7 +455,7 @@ KERNEL(slimba_gate_norm_float, GateNorm, THREADS) {
   gate_norm<float>(p, (float*)smem);
 }
 DEV void conv_half(const Conv& p) {
-  const bool pairs = !((p.state.channels | p.in_stride | p.out_stride | p.in >> 1) & 1);  // all even, in on 4 bytes
+  const bool pairs = p.state.taps == PAIR_TAPS && !((p.state.channels | p.in_stride | p.out_stride | p.in >> 1) & 1);  // all even, in on 4 bytes
   if (pairs) conv_pairs(p);
   else conv<Half>(p);
 }

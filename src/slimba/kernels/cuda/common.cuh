@@ -33,11 +33,25 @@ DEV u16 float_to_half_bits(float f) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
   return h;
 }
+DEV u32 pack_halves(float lo, float hi) {
+  u32 two;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(hi), "f"(lo));
+  return two;
+}
+DEV u16 float_to_bfloat(float f) {  // to the nearest, ties to even; NaN stays NaN
+  u16 h;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+}
 DEV int dot4(u32 a, u32 b, int c) { return __dp4a((int)a, (int)b, c); }
+DEV int count_bits(u32 v) { return __popc(v); }
 DEV u32 byte_perm(u32 a, u32 b, u32 pick) { return __byte_perm(a, b, pick); }
 DEV int warp_sum(int v) { return __reduce_add_sync(0xffffffffu, v); }
 DEV u32 warp_max_bits(u32 v) { return __reduce_max_sync(0xffffffffu, v); }
 DEV float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+DEV u64 shuffle_xor(u64 v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+DEV int shuffle_xor(int v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+DEV float shuffle(float v, int from) { return __shfl_sync(0xffffffffu, v, from); }
 // d += a b with a: unsigned bytes [16, 32] by rows, b: signed bytes [32, 8] by columns; fragments as in the PTX manual
 DEV void mma_u8s8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm volatile(
@@ -81,12 +95,63 @@ DEV u32 add_halves(u32 a, u32 b) {
   asm("add.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
+DEV u32 mul_halves(u32 a, u32 b) {
+  u32 d;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+// 16 bytes to shared memory, in the background; copies belong to the group that the next commit closes, and wait_copies<N>
+// returns when all groups but the last N are there.
+DEV void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+DEV void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+DEV void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
 DEV float shuffle_up(float v, int by) { return __shfl_up_sync(0xffffffffu, v, by); }
 DEV float fast_exp(float v) { return __expf(v); }
+DEV float fast_rsqrt(float v) {  // within 2 units in the last place
+  float r;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+DEV float fast_reciprocal(float v) {  // within 1 unit in the last place; 0 for the largest numbers
+  float r;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+DEV void touch(float v) { asm volatile("" ::"f"(v)); }  // v has been computed here
+DEV void sync_warp() { __syncwarp(); }
 // Weights are read once a step: not kept in L1. Activations come from other blocks: read from L2.
 DEV uint4 load_weights(const void* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+DEV uint2 load_pair(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+DEV u64 load_fresh(const u64* p) { return __ldcg(p); }
+DEV void store_fresh(u64* p, u64 v) { __stcg(p, v); }
+// How many blocks have come here before; what this thread wrote can be seen by those that come later.
+DEV u32 take_ticket(u32* p) {
+  __threadfence();
+  const u32 ticket = atomicAdd(p, 1u);
+  __threadfence();
+  return ticket;
+}
+DEV u32 add_shared(u32* p, u32 v) { return atomicAdd(p, v); }
+DEV float2 load_fresh_pair(const float* p) { return __ldcg((const float2*)p); }
+// Of a state: neither written in this kernel before it is read nor needed in L1.
+DEV uint4 load_state(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p));
   return v;
@@ -105,20 +170,6 @@ DEV void release_next() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// One barrier of all blocks of a grid that is resident as a whole; `arrived` counts arrivals over all barriers.
-DEV void grid_barrier(u32* arrived, u32& target, u32 blocks) {
-  __syncthreads();
-  target += blocks;
-  if (threadIdx.x == 0) {
-    u32 seen;
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
-    for (int tries = 0; tries < (1 << 17); ++tries) {  // some 0.1 s: a grid that is not resident must not hang the GPU
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrived) : "memory");
-      if ((int)(seen - target) >= 0) break;
-    }
-  }
-  __syncthreads();
-}
 #endif
 
 #define WARP 32
@@ -127,20 +178,13 @@ DEV void grid_barrier(u32* arrived, u32& target, u32 blocks) {
 DEV float bits_to_float(u32 u) { return __uint_as_float(u); }
 DEV u32 float_to_bits(float f) { return __float_as_uint(f); }
 DEV float bfloat_to_float(u16 b) { return bits_to_float((u32)b << 16); }
-// To the nearest, ties to even; NaN stays NaN.
-DEV u16 float_to_bfloat(float f) {
-  const u32 bits = float_to_bits(f);
-  if ((bits & 0x7fffffffu) > INF_BITS) return 0x7fc0;
-  return (u16)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
 DEV float warp_sum(float v) {
   for (int m = 16; m; m >>= 1) v += shuffle_xor(v, m);
   return v;
 }
-DEV u32 pack_halves(float lo, float hi) { return (u32)float_to_half_bits(lo) | (u32)float_to_half_bits(hi) << 16; }
 DEV float low_half(u32 two) { return half_bits_to_float((u16)two); }
 DEV float high_half(u32 two) { return half_bits_to_float((u16)(two >> 16)); }
-DEV float silu(float v) { return v / (1.0f + expf(-v)); }
+DEV float silu(float v) { return v * fast_reciprocal(1.0f + fast_exp(-v)); }
 // log(1 + exp(v)) without overflow, clamped
 DEV float softplus(float v, float low, float high) {
   const float s = fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v)));

@@ -22,11 +22,15 @@ from slimba.errors import UserError
 
 __all__ = ["MODULES", "CudaUnavailable", "compiled", "load_nvrtc", "source"]
 
-SHARED = ("common.cuh", "matrix.cuh", "tiles.cuh", "product.cuh", "step.cuh", "decode.cu")
-MODULES = {
-    "decode": SHARED,
-    "main": (*SHARED, "generic.cu", "bulk.cu", "scan.cu", "scan1.cu", "ssd.cu"),
-    "persistent": (*SHARED, "persistent.cu"),
+BASE = ("common.cuh", "matrix.cuh")
+PRODUCTS = (*BASE, "tiles.cuh", "product.cuh", "step.cuh", "decode.cu")
+MODULES = {  # apart, because a process needs few of them; cuda_bake.py adds the kernels of a model to "decode"
+    "main": (*BASE, "decode.cu"),
+    "decode": (*BASE, "tiles.cuh", "product.cuh", "lean.cuh", "step.cuh", "decode.cu"),
+    "generic": (*PRODUCTS, "generic.cu"),
+    "bulk": (*BASE, "step.cuh", "bulk.cu", "scan.cu", "scan1.cu", "ssd.cu"),
+    "mid": (*BASE, "step.cuh", "mid.cu", "batch.cu"),
+    "sample": (*BASE, "decode.cu", "sample.cu"),
 }
 OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
 

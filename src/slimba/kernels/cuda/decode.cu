@@ -28,7 +28,7 @@ DEV float embedding_entry(const Matrix& m, i64 row, i64 c) {
   if (s.format == INT8) return half_bits_to_float(((const u16*)s.scale)[row]) * (float)(i8)at[word * 4 + byte];
   if (s.format == INT4) {
     const int code = at[(word >> 1) * 4 + byte] >> (word & 1) * 4 & 15;
-    return half_bits_to_float(((const u16*)s.scale)[row * s.groups + c / 128]) * (float)(code - 8);
+    return half_bits_to_float(((const u16*)s.scale)[row * s.groups + c / 128]) * (float)((code ^ 8) - 8);
   }
   const float scale = half_bits_to_float(((const u16*)s.scale)[row]);
   return at[c >> 3] >> (c & 7) & 1 ? scale : -scale;
@@ -51,61 +51,71 @@ KERNEL(slimba_embed, Embed, THREADS) {
 struct Argmax {
   StateRef state;
   i64 batch, logits, stride, n_valid, ids, out, out_stride, count;  // n_valid: where the number of ids is that may be chosen
+  i64 keys, tickets;  // u64 [B][blocks of a sequence], u32 [B], 0 between launches
 };
 
-// One block a sequence. out[b][count[b]++] = ids[b] = the lowest id among the largest logits; -2 where one is not finite.
-DEV void argmax(const Argmax& p, float* best_value, i32* best_id) {
-  const int b = blockIdx.x, t = threadIdx.x;
-  const float* x = (const float*)p.logits + b * p.stride;
-  float best = -bits_to_float(INF_BITS);
-  i32 id = 0x7fffffff;
-  bool bad = false;
-  constexpr int AHEAD = 8;  // loads in flight
-  const int n = *(const i32*)p.n_valid;
-  for (int i = t; i < n; i += AHEAD * (int)blockDim.x) {
-    float v[AHEAD];
-#pragma unroll
-    for (int k = 0; k < AHEAD; ++k) {
-      const int at = i + k * (int)blockDim.x;
-      v[k] = at < n ? load_fresh(x + at) : best;
-    }
-#pragma unroll
-    for (int k = 0; k < AHEAD; ++k) {
-      bad |= i + k * (int)blockDim.x < n && (float_to_bits(v[k]) & 0x7fffffffu) >= INF_BITS;
-      if (v[k] > best) {
-        best = v[k];
-        id = i + k * (int)blockDim.x;
-      }
-    }
+// Larger for larger logits and, among equals, for lower ids; largest of all where a logit is not finite.
+DEV u64 choice_key(float v, int id) {
+  const u32 bits = float_to_bits(v);
+  if ((bits & 0x7fffffffu) >= INF_BITS) return ~0ull;
+  const u32 ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
+  return (u64)ordered << 32 | (0x7fffffffu - (u32)id);
+}
+DEV u64 largest_of_warp(u64 key) {
+  for (int by = 16; by; by /= 2) {
+    const u64 other = shuffle_xor(key, by);
+    key = other > key ? other : key;
   }
-  best_value[t] = best;
-  best_id[t] = bad ? -2 : id;
+  return key;
+}
+DEV u64 largest_key(u64 key, u64* scratch) {  // of a block, in thread 0
+  key = largest_of_warp(key);
+  if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = key;
   __syncthreads();
-  for (int half = blockDim.x / 2; half; half /= 2) {
-    if (t < half) {
-      const float other = best_value[t + half];
-      const i32 other_id = best_id[t + half];
-      if (best_id[t] == -2 || other_id == -2) best_id[t] = -2;
-      else if (other > best_value[t] || (other == best_value[t] && other_id < best_id[t])) {
-        best_value[t] = other;
-        best_id[t] = other_id;
-      }
-    }
-    __syncthreads();
+  for (int w = 0; threadIdx.x == 0 && w < WARPS; ++w) key = scratch[w] > key ? scratch[w] : key;
+  return key;
+}
+
+// Grid: parts of the logits, sequences. The last block of a sequence: out[b][count[b]++] = ids[b] = the lowest id among
+// the largest logits; -2 where one is not finite.
+DEV void argmax(const Argmax& p, u64* scratch) {
+  const int b = blockIdx.y, parts = gridDim.x, n = *(const i32*)p.n_valid, each = (n + parts - 1) / parts;
+  const int first = (int)blockIdx.x * each, stop = first + each < n ? first + each : n;
+  const float* x = (const float*)p.logits + b * p.stride;
+  u64 key = 0;
+#pragma unroll 8
+  for (int i = first + threadIdx.x; i < stop; i += THREADS) {
+    const u64 one = choice_key(load_fresh(x + i), i);
+    key = one > key ? one : key;
   }
-  if (t) return;
-  const i32 chosen = best_id[0];
+  key = largest_key(key, scratch);
+  if (threadIdx.x >= WARP) return;
+  u64* keys = (u64*)p.keys + (i64)b * parts;
+  int last = 0;
+  if (threadIdx.x == 0) {
+    store_fresh(keys + blockIdx.x, key);
+    last = take_ticket((u32*)p.tickets + b) == (u32)parts - 1;
+  }
+  if (!warp_sum(last)) return;
+  for (int i = threadIdx.x; i < parts; i += WARP) {
+    const u64 other = load_fresh(keys + i);
+    key = i == (int)threadIdx.x || other > key ? other : key;
+  }
+  key = largest_of_warp(key);
+  if (threadIdx.x) return;
+  *((u32*)p.tickets + b) = 0;
+  const i32 chosen = key == ~0ull ? -2 : (i32)(0x7fffffffu - (u32)key);
   ((i32*)p.ids)[b] = chosen < 0 ? 0 : chosen;
   i32* count = (i32*)p.count + b;
   ((i32*)p.out)[b * p.out_stride + (*count)++] = chosen;
   ++((i32*)state_array(p.state, 3))[slot_of(p.state, b)];
 }
 
-KERNEL(slimba_argmax, Argmax, 1024) {
+KERNEL(slimba_argmax, Argmax, THREADS) {
   SHARED(smem);
   await_previous();
   release_next();
-  argmax(p, (float*)smem, (i32*)(smem + 4096));
+  argmax(p, (u64*)smem);
 }
 
 // Moves the positions of the sequences on by `tokens`.

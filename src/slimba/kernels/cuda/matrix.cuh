@@ -41,7 +41,7 @@ struct Output {
   // IN_PROJ: rows z0..z1 to z, rows ring0..ring1 to the convolution's ring, the others (dt) to y
   i64 z0, z1, z, z_stride, ring0, ring1, rest0;
 };
-struct StateRef {  // of one layer: `arrays` -> {ssm, scale, conv, pos, slots in all}; slot[b] is the place of sequence b
+struct StateRef {  // of one layer: `arrays` -> {ssm, scale, conv, pos, slots in all, kept u, b, L}; slot[b]: place of sequence b
   i64 arrays, slot, layer, taps, channels;
 };
 struct Product {
@@ -49,7 +49,7 @@ struct Product {
   Input in;
   Output out;
   StateRef state;
-  i64 batch;
+  i64 batch, plane_inverse;  // plane_inverse: i32 [cols], the place of a column in the second plane or -1
 };
 
 DEV i64 state_array(const StateRef& s, int i) { return ((const i64*)s.arrays)[i]; }
@@ -178,9 +178,27 @@ DEV Weights<NB> load_norm(const Matrix& m, const Input& in) {
   return out;
 }
 
+#define PLANE_WORDS 2  // words of a slice of the second plane whose columns a thread knows when NB is 1
+template <int NB>
+struct PlaneColumns {
+  i32 at[PLANE_WORDS][4];
+};
+template <int NB>
+DEV PlaneColumns<NB> load_plane(const Matrix& m) {
+  PlaneColumns<NB> out;
+#pragma unroll
+  for (int k = 0; k < PLANE_WORDS; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int w = (int)threadIdx.x + k * THREADS, c = column_of(w) + 8 * i;
+      out.at[k][i] = NB == 1 && c < (int)m.plane_cols ? ((const i32*)m.plane_index)[c] : -1;
+    }
+  return out;
+}
+
 // Reads the input, norms it, and leaves the slices of all tokens in shared memory. Ends with a barrier.
 template <int NB>
-DEV void stage(const Matrix& m, const Input& in, int batch, const Weights<NB>& norm_weight, View<NB>& v) {
+DEV void stage(const Matrix& m, const Input& in, int batch, const Weights<NB>& norm_weight, const PlaneColumns<NB>& plane, View<NB>& v) {
   constexpr int LANES = THREADS / NB, KEEP = NB == 1 ? KEEP_WORDS : 8;
   const int b = threadIdx.x / LANES, lane = threadIdx.x % LANES, cols = (int)m.cols, words = (int)m.kpad / 4;
   const bool on = b < batch, whole = m.cols == m.kpad;
@@ -199,7 +217,7 @@ DEV void stage(const Matrix& m, const Input& in, int batch, const Weights<NB>& n
       squares += e * e;
     }
     reduce_token(v, squares, unused, turn++);
-    if (lane == 0) inverse[g] = 1.0f / sqrtf(squares / (float)size + eps);
+    if (lane == 0) inverse[g] = fast_rsqrt(squares / (float)size + eps);
   }
   if (groups > 1) __syncthreads();
   float keep[KEEP][4], squares = 0;
@@ -242,9 +260,9 @@ DEV void stage(const Matrix& m, const Input& in, int batch, const Weights<NB>& n
 
   const float most = bits_to_float(top);
   const bool damaged = top >= INF_BITS, zero = most < 1e-30f;
-  const float norm = groups == 1 ? 1.0f / sqrtf(squares / (float)cols + eps) : 1.0f;
-  const float to_fixed = damaged || zero ? 0.0f : LIMIT / most;
-  if (lane == 0) v.scale[b] = damaged ? bits_to_float(0x7fc00000u) : zero ? 0.0f : most * norm / LIMIT;
+  const float norm = groups == 1 ? fast_rsqrt(squares / (float)cols + eps) : 1.0f;
+  const float to_fixed = damaged || zero ? 0.0f : LIMIT * fast_reciprocal(most);
+  if (lane == 0) v.scale[b] = damaged ? bits_to_float(0x7fc00000u) : zero ? 0.0f : norm * fast_reciprocal(to_fixed);
   int sum[3] = {0, 0, 0};
   u8* q = v.q + b * v.stride;
   auto put = [&](int w, const float (&e)[4]) {
@@ -273,18 +291,27 @@ DEV void stage(const Matrix& m, const Input& in, int batch, const Weights<NB>& n
   if (!m.plane_cols) return;
   const i32* index = (const i32*)m.plane_index;  // the chosen columns once more, side by side
   int sum2[3] = {0, 0, 0};
-  for (int w = lane; w < (int)m.plane_kpad / 4; w += LANES) {
+  auto put_chosen = [&](int w, const i32 (&columns)[4]) {
     u32 d[3] = {0, 0, 0};
     for (int i = 0; i < 4; ++i) {
-      const int c = column_of(w) + 8 * i;
-      if (c >= (int)m.plane_cols) continue;
-      const int from = slice_at(index[c]);
+      if (columns[i] < 0) continue;
+      const int from = slice_at(columns[i]);
       for (int s = 0; s < 3; ++s) d[s] |= (u32)q[s * NB * v.stride + from] << 8 * i;
     }
     for (int s = 0; s < 3; ++s) {
       *(u32*)(v.q2 + (s * NB + b) * v.stride2 + word_at(w)) = d[s];
       sum2[s] = dot4(d[s], 0x01010101u, sum2[s]);
     }
+  };
+  constexpr int KNOWN = NB == 1 ? PLANE_WORDS : 0;
+#pragma unroll
+  for (int k = 0; k < KNOWN; ++k)
+    if (lane + k * LANES < (int)m.plane_kpad / 4) put_chosen(lane + k * LANES, plane.at[k]);
+#pragma unroll 1
+  for (int w = lane + KNOWN * LANES; w < (int)m.plane_kpad / 4; w += LANES) {
+    i32 columns[4];
+    for (int i = 0; i < 4; ++i) columns[i] = column_of(w) + 8 * i < (int)m.plane_cols ? index[column_of(w) + 8 * i] : -1;
+    put_chosen(w, columns);
   }
   put_totals<NB>(v.part2, sum2);
   __syncthreads();
@@ -292,3 +319,18 @@ DEV void stage(const Matrix& m, const Input& in, int batch, const Weights<NB>& n
 
 DEV float combine(float d0, float d1, float d2) { return fmaf(d0, 65536.0f, fmaf(d1, 256.0f, d2)); }
 DEV u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+DEV void put_output(const Output& o, i64 ring, int row, int b, float y) {
+  if (o.mode == STORE) {
+    ((float*)o.y)[b * o.stride + row] = y;
+  } else if (o.mode == ADD) {
+    float* u = (float*)o.y + b * o.stride + row;
+    *u = load_fresh(u) + y;
+  } else if (row >= (int)o.z0 && row < (int)o.z1) {
+    ((float*)o.z)[b * o.z_stride + row - (int)o.z0] = y;
+  } else if (row >= (int)o.ring0 && row < (int)o.ring1) {
+    ((float*)ring)[row - (int)o.ring0] = y;
+  } else {
+    ((float*)o.y)[b * o.stride + row - (int)o.rest0] = y;
+  }
+}

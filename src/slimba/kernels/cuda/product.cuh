@@ -44,7 +44,7 @@ DEV bool is_tile(const Segment& s) { return s.each == TILE; }
 
 // What an item's lanes hold before the input is known.
 struct Asked {
-  uint4 raw[RAW];
+  uint4 raw[RAW], plane[RAW];
   uint4 a;  // low-rank codes of the row that this lane finishes
   float scale, a_scale, bias;
 };
@@ -53,15 +53,24 @@ DEV TileRows tile_rows(const Segment& s, int local) {
   return {(const u8*)s.data, (int)s.stride, local * TILE, (int)s.rows, (int)s.stride / 64};
 }
 
+// The rows of the second plane under item `local` of s.
+DEV TileRows plane_rows(const Matrix& m, const Segment& s, int local) {
+  const int rows = (int)(m.plane_stop - m.plane_start), from = (int)(s.first - m.plane_start) + local * TILE;
+  return {(const u8*)m.plane_data, (int)m.plane_stride, from, rows, (int)m.plane_stride / 64};
+}
+DEV bool any_of(const TileRows& r) { return r.row0 + TILE > 0 && r.row0 < r.rows; }
+
 DEV float row_scale(const Matrix& m, const Segment& s, int local) {
   return is(m, s, SIGN) || is(m, s, INT8) ? half_bits_to_float(((const u16*)s.scale)[local]) : 1.0f;
 }
 
 // Loads of item `local` of s: this warp's first weights, and what lane l needs to finish row l (NB = 1).
+template <int NB>
 DEV void ask(const Matrix& m, const Segment& s, int local, int kw, Asked& out) {
   const int lane = threadIdx.x % WARP, split = (int)m.split;
   if (is_tile(s)) {
     load_tile(tile_rows(s, local), kw, split, 0, out.raw);
+    if (NB == 1 && m.plane_cols && is(m, s, SIGN)) load_tile(plane_rows(m, s, local), kw, split, 0, out.plane);
   } else if (is(m, s, INT8)) {
     const u8* row = (const u8*)s.data + (i64)local * s.stride;
 #pragma unroll
@@ -90,10 +99,9 @@ DEV void item_partial(const Matrix& m, const Segment& s, int local, int kw, Aske
   if (is(m, s, SIGN)) {
     sign_tile<NB>(tile_rows(s, local), kw, split, asked.raw, true, v.q, v.stride, red);
     if (!m.plane_cols) return;
-    const int rows = (int)(m.plane_stop - m.plane_start), from = (int)(s.first - m.plane_start) + local * TILE;
-    const TileRows plane = {(const u8*)m.plane_data, (int)m.plane_stride, from, rows, (int)m.plane_stride / 64};
-    if (from + TILE > 0 && from < rows)
-      sign_tile<NB>(plane, kw, split, asked.raw, false, v.q2, v.stride2, v.red2 + warp * TILE * 3 * NB);
+    const TileRows plane = plane_rows(m, s, local);
+    if (!any_of(plane)) return;
+    sign_tile<NB>(plane, kw, split, NB == 1 ? asked.plane : asked.raw, NB == 1, v.q2, v.stride2, v.red2 + warp * TILE * 3 * NB);
   } else if (is(m, s, INT8) && is_tile(s)) {
     int8_tile<NB>(tile_rows(s, local), kw, split, asked.raw, true, v.q, v.stride, red);
   } else if (is(m, s, INT4)) {
@@ -174,21 +182,6 @@ DEV float item_value(const Matrix& m, const Segment& s, int own, int in_item, in
   return m.bias ? y + (NB == 1 ? asked.bias : ((const float*)m.bias)[row]) : y;
 }
 
-DEV void put_output(const Output& o, i64 ring, int row, int b, float y) {
-  if (o.mode == STORE) {
-    ((float*)o.y)[b * o.stride + row] = y;
-  } else if (o.mode == ADD) {
-    float* u = (float*)o.y + b * o.stride + row;
-    *u = load_fresh(u) + y;
-  } else if (row >= (int)o.z0 && row < (int)o.z1) {
-    ((float*)o.z)[b * o.z_stride + row - (int)o.z0] = y;
-  } else if (row >= (int)o.ring0 && row < (int)o.ring1) {
-    ((float*)ring)[row - (int)o.ring0] = y;
-  } else {
-    ((float*)o.y)[b * o.stride + row - (int)o.rest0] = y;
-  }
-}
-
 // The right low-rank factor B, in tiles of 16 ranks whose columns all warps of a block share.
 struct AskedFactors {
   uint4 raw[RAW];
@@ -237,10 +230,11 @@ DEV void product(const Product& p, u8* smem, int first, int block, int blocks, R
   int item = warp / split * blocks + block;
   Segment s = segment_of(m, item);
   Asked asked;
-  if (item < (int)m.items) ask(m, s, item - (int)s.item0, kw, asked);
+  if (item < (int)m.items) ask<NB>(m, s, item - (int)s.item0, kw, asked);
   AskedFactors asked_factors;
   if (m.rank) ask_factors<NB>(m, asked_factors);
   const Weights<NB> norm_weight = load_norm<NB>(m, p.in);
+  const PlaneColumns<NB> plane = load_plane<NB>(m);
   if (p.out.mode == IN_PROJ && (int)threadIdx.x < batch) {
     const i64 slot = slot_of(p.state, first + threadIdx.x);
     v.ring[threadIdx.x] = (i64)ring_row(p.state, slot, position(p.state, slot));
@@ -249,7 +243,7 @@ DEV void product(const Product& p, u8* smem, int first, int block, int blocks, R
   Input in = p.in;
   in.x += first * in.x_stride * 4;
   in.gate += in.gate ? first * in.gate_stride * 4 : 0;
-  stage<NB>(m, in, batch, norm_weight, v);
+  stage<NB>(m, in, batch, norm_weight, plane, v);
   if (m.rank) factors<NB>(m, asked_factors, v);
 #pragma unroll 1
   for (int round = 0; round * groups * blocks + block < (int)m.items; ++round) {
@@ -269,7 +263,7 @@ DEV void product(const Product& p, u8* smem, int first, int block, int blocks, R
     item += groups * blocks;
     if (item < (int)m.items) {
       s = segment_of(m, item);
-      ask(m, s, item - (int)s.item0, kw, asked);
+      ask<NB>(m, s, item - (int)s.item0, kw, asked);
     }
     __syncthreads();
   }

@@ -111,7 +111,7 @@ DEV void int8_tile(const TileRows& r, int kw, int split, uint4 (&raw)[RAW], bool
   for (int n = 0; n < SUMS; ++n) put_tile<NB>(acc[n], n, red);
 }
 
-// Codes are stored plus 8, low nibbles before high ones; `scales` are those of row0, `groups` a row.
+// Codes are nibbles in two's complement, low ones first, and multiplied as the high halves of bytes; `scales` are those of row0, `groups` a row.
 template <int NB>
 DEV void int4_tile(const TileRows& r, int kw, int split, uint4 (&raw)[RAW], bool loaded, const u16* scales, int groups,
                    const u8* q, int stride, float* red) {
@@ -127,22 +127,20 @@ DEV void int4_tile(const TileRows& r, int kw, int split, uint4 (&raw)[RAW], bool
     for (int i = 0; i < RAW / 2; ++i) {
       const int step = kw + split * (block * (RAW / 2) + i);
       if (step >= groups) break;  // beyond the last group there is only padding
-      const float s0 = half_bits_to_float(scale0[step]), s1 = half_bits_to_float(scale1[step]);
+      const float s0 = half_bits_to_float(scale0[step]) / 16, s1 = half_bits_to_float(scale1[step]) / 16;
 #pragma unroll
       for (int n = 0; n < SUMS; ++n) {
-        int acc[4] = {}, eights[4] = {};  // sums of codes plus 8, and of 8 alone
+        int acc[4] = {};  // 16 times the sums
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const uint4 x = slice_bytes<NB>(q, stride, n, step * 144 + t * 32 + half * 16);
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
-            const u32 a = word(raw[2 * i], 2 * half + k), b = word(raw[2 * i + 1], 2 * half + k), low = 0x0f0f0f0fu;
-            const u32 x0 = word(x, 2 * k), x1 = word(x, 2 * k + 1), eight = 0x08080808u;
-            mma_s8s8(acc, a & low, b & low, a >> 4 & low, b >> 4 & low, x0, x1);
-            mma_s8s8(eights, eight, eight, eight, eight, x0, x1);
+            const u32 a = word(raw[2 * i], 2 * half + k), b = word(raw[2 * i + 1], 2 * half + k), high = 0xf0f0f0f0u;
+            mma_s8s8(acc, a << 4 & high, b << 4 & high, a & high, b & high, word(x, 2 * k), word(x, 2 * k + 1));
           }
         }
-        for (int k = 0; k < 4; ++k) sum[n][k] = fmaf(k < 2 ? s0 : s1, (float)(acc[k] - eights[k]), sum[n][k]);
+        for (int k = 0; k < 4; ++k) sum[n][k] = fmaf(k < 2 ? s0 : s1, (float)acc[k], sum[n][k]);
       }
     }
   }

@@ -51,7 +51,8 @@ class Shape:
 
 @triton.jit
 def _softplus(v):
-    return tl.where(v > 20.0, v, tl.log(1.0 + tl.exp(tl.minimum(v, 20.0))))
+    e = tl.exp(tl.minimum(v, 20.0))
+    return tl.where(v > 20.0, v, tl.where(e < 0.01, e * (1.0 - e * (0.5 - e * 0.33333333)), tl.log(1.0 + e)))
 
 
 @triton.jit

@@ -49,7 +49,7 @@ def array(t: torch.Tensor) -> np.ndarray:
 
 
 class PlainMatrices(nn.Module):
-    """n matrices in one rounded format: embedding, head, Mamba-1's x_proj and dt_proj."""
+    """n matrices in rounded formats without signs: embedding, head, Mamba-1's x_proj and dt_proj."""
 
     def __init__(self, n: int, layout: MatrixLayout) -> None:
         super().__init__()
@@ -64,8 +64,11 @@ class PlainMatrices(nn.Module):
 
     def effective(self, phase: Phase) -> torch.Tensor:
         """[n, rows, cols] in the phase's dtype, with gradients."""
-        w = ROUND[self.layout.segments[0].format](self.weight) if phase.rounding else self.weight
-        return w.to(phase.dtype)
+        if not phase.rounding:
+            return self.weight.to(phase.dtype)
+        pieces = self.weight.split([s.rows for s in self.layout.segments], 1)
+        rounded = [ROUND[s.format](w) for s, w in zip(self.layout.segments, pieces, strict=True)]
+        return (rounded[0] if len(rounded) == 1 else torch.cat(rounded, 1)).to(phase.dtype)
 
     def export(self, i: int) -> Matrix:
         """Matrix i as it is stored."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,7 +12,7 @@ from slimba.formats.presets import ROWS, sign_layouts
 from slimba.models.spec import ModelSpec
 from slimba.training.schedule import DECAYS
 
-__all__ = ["DfssmRecipe", "layouts"]
+__all__ = ["DfssmRecipe", "formats", "layouts"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +22,7 @@ class DfssmRecipe:
     rank: int
     int8_rows: tuple[str, ...]
     int4_rows: tuple[str, ...]
+    float_rows: tuple[str, ...]
     plane: float
     plane_rows: tuple[str, ...]
     embedding: Literal["int4", "int8", "float16"]
@@ -84,14 +86,15 @@ class DfssmRecipe:
 
 def layouts(spec: ModelSpec, recipe: DfssmRecipe) -> dict[str, MatrixLayout]:
     """The layout of every matrix of `spec` under `recipe`: formats/presets.py has the rules."""
-    for key in ("int8_rows", "int4_rows", "plane_rows"):
+    for key in ("int8_rows", "int4_rows", "float_rows", "plane_rows"):
         unknown = [r for r in getattr(recipe, key) if r not in ROWS]
         if unknown:
             raise UserError(f"recipe: {key} names {unknown[0]!r}, known are {', '.join(ROWS)}")
-    both = set(recipe.int8_rows) & set(recipe.int4_rows)
-    if both:
-        raise UserError(f"recipe: {both.pop()} is in int8_rows and in int4_rows")
-    formats = dict.fromkeys(recipe.int8_rows, "int8") | dict.fromkeys(recipe.int4_rows, "int4")
+    formats: dict[str, str] = {}
+    for key, format in (("int8_rows", "int8"), ("int4_rows", "int4"), ("float_rows", "float16")):
+        for row in getattr(recipe, key):
+            if formats.setdefault(row, format) != format:
+                raise UserError(f"recipe: {row} is in {key} and in {formats[row].rstrip('16')}_rows")
     return sign_layouts(
         spec,
         rank=recipe.rank,
@@ -100,3 +103,13 @@ def layouts(spec: ModelSpec, recipe: DfssmRecipe) -> dict[str, MatrixLayout]:
         plane=recipe.plane,
         plane_rows=recipe.plane_rows,
     )
+
+
+def formats(spec: ModelSpec, before: Mapping[str, MatrixLayout], recipe: DfssmRecipe) -> dict[str, MatrixLayout]:
+    """The layouts after the recipe from those before it, which must be float."""
+    for name, layout in before.items():
+        if not layout.is_plain_float:
+            raise UserError(
+                f"dfssm begins from a float model, but {name} is {layout.describe()}; put it before the others"
+            )
+    return layouts(spec, recipe)

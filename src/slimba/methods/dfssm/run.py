@@ -153,12 +153,26 @@ def narrow_projections(network: SSMForCausalLM) -> None:
             weight.data = weight.data.bfloat16()
 
 
+def parts(recipe: dict[str, Any]) -> str:
+    """What the projections are made of, in words."""
+    said = ["signs with row and column scales"]
+    if recipe["plane"]:
+        rows = ", ".join(recipe["plane_rows"])
+        said.append(f"a second sign plane on {recipe['plane']:.0%} of the columns in the rows {rows}")
+    if recipe["rank"]:
+        said.append(f"an int8 low-rank correction of rank {recipe['rank']}")
+    for kind in ("int8", "int4", "float"):
+        if rows := ", ".join(recipe[f"{kind}_rows"]):
+            said.append(f"{kind.replace('float', 'float16')} in the rows {rows}")
+    return "; ".join(said)
+
+
 def card(record: dict[str, Any]) -> str:
     """The model card's body."""
     hours = time.strftime("%H:%M:%S", time.gmtime(record["seconds"]))
     return f"""One-bit state-space model made with `slimba compress --method dfssm`.
 
-- Projections: signs with row and column scales, int8 low-rank correction of rank {record["recipe"]["rank"]}
+- Projections: {parts(record["recipe"])}
 - Distilled on {record["tokens"]:,} tokens in {record["steps"]:,} steps, {hours} on {record["device"]}
 - Training text: {", ".join(record["data"].get("sources", [])) or "token ids given by the caller"}
 - Last training figures: {", ".join(f"{k} {v}" for k, v in record["final"].items())}

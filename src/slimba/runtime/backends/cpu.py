@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from slimba import _core
-from slimba.checkpoints.checkpoint import Checkpoint
+from slimba.checkpoints.checkpoint import Checkpoint, scan_scales
 from slimba.errors import UserError
 from slimba.models.spec import ModelSpec
 from slimba.runtime.engine import SamplingParams
@@ -241,7 +241,7 @@ def _config(spec: ModelSpec) -> dict[str, float]:
 
 def _fill(core: Any, checkpoint: Checkpoint) -> None:
     """Hands every tensor to the core."""
-    spec = checkpoint.spec
+    spec, scales = checkpoint.spec, scan_scales(checkpoint.spec, checkpoint.numerics)
 
     def matrix(name: str, short: str, layer: int, bias: np.ndarray | None = None) -> None:
         m = checkpoint.matrix(name)
@@ -260,7 +260,10 @@ def _fill(core: Any, checkpoint: Checkpoint) -> None:
             signs, scale = _bytes(m.arrays["plane_packed"]), _bytes(m.arrays["plane_scale"])
             plane = (p.cols, p.start, p.stop, signs, scale, index)
         col_scale = m.arrays["col_scale"].astype(np.float32) if m.layout.col_scale else None
-        core.set_matrix(short, layer, m.layout.rows, m.layout.cols, segments, lowrank, plane, col_scale, bias)
+        step = float(m.arrays["input_scale"][0]) if m.layout.input_scale else 0.0
+        shape = short, layer, m.layout.rows, m.layout.cols
+        keep = m.layout.activations == "float32"
+        core.set_matrix(*shape, segments, lowrank, plane, col_scale, bias, m.layout.hadamard, step, keep)
 
     def vector(name: str, short: str, layer: int) -> None:
         core.set_vector(short, layer, np.ascontiguousarray(checkpoint.vector(name).reshape(-1)))
@@ -279,6 +282,8 @@ def _fill(core: Any, checkpoint: Checkpoint) -> None:
         core.set_vector("conv_weight", i, np.ascontiguousarray(taps).reshape(-1))
         if spec.conv_bias:
             vector(at + "mixer.conv1d.bias", "conv_bias", i)
+        if (name := at + "mixer.conv1d.out_scale") in scales:
+            vector(name, "conv_scale", i)
         # exp in float64: the decay is a power of it, so its error would grow with the length
         a = -np.exp(checkpoint.vector(at + "mixer.A_log").astype(np.float64))
         core.set_vector("a", i, np.ascontiguousarray(a.astype(np.float32).reshape(-1)))

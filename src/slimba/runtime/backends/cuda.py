@@ -21,10 +21,11 @@ try:
     import torch
 
     from slimba.kernels.cuda.compiler import CudaUnavailable
+    from slimba.runtime.backends.cuda_batch import BatchStep
     from slimba.runtime.backends.cuda_bulk import CHUNK, Bulk
     from slimba.runtime.backends.cuda_device import Gpu, open_gpu
     from slimba.runtime.backends.cuda_model import CudaModel
-    from slimba.runtime.backends.cuda_state import STATE_CODES, CudaState
+    from slimba.runtime.backends.cuda_state import STATE_CODES, CudaState, StatePointers
     from slimba.runtime.backends.cuda_step import BulkStep, FusedStep, Step
 except ModuleNotFoundError as e:
     if e.name != "torch":
@@ -34,6 +35,28 @@ except ModuleNotFoundError as e:
 __all__ = ["CudaEngine", "CudaState", "CudaUnavailable"]
 
 LOGIT_FLOATS = 1 << 27  # most logits made at once by `nll`
+NOT_FINITE, ASK_HOST = -2, -3  # instead of an id: of kernels/cuda/decode.cu and sample.cu
+GRAPH_TOKENS, MOST_GRAPHS = 2048, 4  # of a recorded piece of a prompt; of pieces
+
+
+class PromptGraph:
+    """The bulk pass over a piece of a prompt of one shape, recorded as a CUDA graph."""
+
+    def __init__(self, bulk: Bulk, gpu: Gpu, piece: torch.Tensor, state: CudaState) -> None:
+        self._ids = piece.clone()
+        self._pointers = StatePointers(state.pointers.arrays.clone(), state.pointers.slots.clone())
+        self._replay = gpu.record(lambda: self._work(bulk))
+
+    def _work(self, bulk: Bulk) -> None:
+        self._out = bulk.residual(self._ids, self._pointers, chunked=True)
+
+    def run(self, piece: torch.Tensor, state: CudaState) -> torch.Tensor:
+        """The residual stream, which the next replay overwrites."""
+        self._ids.copy_(piece)
+        self._pointers.arrays.copy_(state.pointers.arrays)
+        self._pointers.slots.copy_(state.pointers.slots)
+        self._replay()
+        return self._out
 
 
 class CudaEngine:
@@ -56,6 +79,12 @@ class CudaEngine:
         gpu: Gpu | None = None,
         exact: bool = False,
     ) -> None:
+        for name, layout in checkpoint.layouts.items():
+            if layout.hadamard:
+                raise UserError(
+                    f"backend cuda cannot transform the input of {name} (Hadamard, {layout.hadamard} columns);"
+                    " use --backend cpu"
+                )
         activations = activations or checkpoint.numerics.get("activations", "float32")
         if activations != "float32":
             raise UserError(
@@ -75,9 +104,11 @@ class CudaEngine:
             need, have = (checkpoint.nbytes() * 1.3 + (1 << 28)) / 1e9, free / 1e9
             raise CudaUnavailable(f"the model needs about {need:.1f} GB of GPU memory and {have:.1f} GB are free")
         self.model = CudaModel(checkpoint, self.gpu)
+        self._exact = exact
         self._bulk = Bulk(self.model, self.gpu, state_dtype, exact=exact)
         self._steps: dict[int, Step] = {}
-        self._graphs: dict[tuple[int, bool], Callable[[], None]] = {}
+        self._graphs: dict[tuple[int, bool, bool], Callable[[], None]] = {}
+        self._prompts: dict[tuple[int, int], PromptGraph | None] = {}  # None: seen once
 
     def new_state(self, batch: int = 1) -> CudaState:
         if batch < 1:
@@ -128,46 +159,61 @@ class CudaEngine:
         logits = self._prefill(self._ids(prompt, state), state)
         sampler = Sampler(params, prompt)
         ids = sampler.step(logits.cpu().numpy())
-        greedy = params.temperature == 0 and params.repetition_penalty == 1
+        ahead = params.repetition_penalty == 1
         piece = [ids]
         while not sampler.done:
             if len(piece) == stride:
                 yield np.stack(piece, axis=1)
                 piece = []
-            if greedy:
-                piece += self._greedy(piece[-1] if piece else ids, state, sampler, stride - len(piece))
+            if ahead:
+                piece += self._run_ahead(piece[-1] if piece else ids, state, sampler, stride - len(piece))
             else:
-                piece.append(sampler.step(self.step(np.maximum(ids, 0), state).cpu().numpy()))
+                piece.append(self._by_host(ids, state, sampler))
             ids = piece[-1]
         yield np.stack(piece, axis=1)
 
-    def _greedy(self, ids: np.ndarray, state: CudaState, sampler: Sampler, most: int) -> list[np.ndarray]:
-        """Up to `most` steps without a look in between. Steps beyond the last stop id are taken back, so that the state
-        has seen every new id but the last."""
+    def _by_host(self, ids: np.ndarray, state: CudaState, sampler: Sampler) -> np.ndarray:
+        return sampler.step(self.step(np.maximum(ids, 0), state).cpu().numpy())
+
+    def _run_ahead(self, ids: np.ndarray, state: CudaState, sampler: Sampler, most: int) -> list[np.ndarray]:
+        """Up to `most` steps without a look in between. Steps beyond the last stop id, and from a token on that the GPU
+        leaves to the host, are taken back, so that the state has seen every new id but the last."""
         params = sampler.params
         count = min(most, params.max_new_tokens - sampler.n, Step.ROOM)
-        saved = state.clone() if params.stop_ids and count > 1 else None
-        chosen = self._steps_ahead(ids, state, count, params.n_valid)
+        certain = params.temperature == 0 and (not params.stop_ids or count == 1)
+        saved = None if certain else state.clone()
+        chosen = self._steps_ahead(ids, state, count, params, sampler.n)
+        good = next((t for t, column in enumerate(chosen.T) if (column[~sampler.ended] == ASK_HOST).any()), count)
         out: list[np.ndarray] = []
-        for column in chosen.T:
+        for column in chosen.T[:good]:
             out.append(sampler.accept(column))
             if sampler.done:
                 break
-        if saved is not None and len(out) < count:
-            state.restore(saved)
-            self._steps_ahead(ids, state, len(out), params.n_valid)
+        if saved is None or len(out) == count:
+            return out
+        state.restore(saved)
+        if out:
+            self._steps_ahead(ids, state, len(out), params, sampler.n - len(out))
+        if not sampler.done:
+            out.append(self._by_host(out[-1] if out else ids, state, sampler))
         return out
 
-    def _steps_ahead(self, ids: np.ndarray, state: CudaState, count: int, n_valid: int) -> np.ndarray:
-        """The most likely ids of `count` steps after `ids`: int32 [B, count]. UserError where logits are not finite."""
+    def _steps_ahead(
+        self, ids: np.ndarray, state: CudaState, count: int, params: SamplingParams, first: int
+    ) -> np.ndarray:
+        """The ids that `count` steps choose after `ids`, as tokens `first` and on: int32 [B, count], ASK_HOST where the
+        host must sample and the rest is void. UserError where logits are not finite."""
         step = self.stepper(state)
-        step.allow(n_valid)
+        step.allow(params.n_valid)
+        step.sample_by(None if params.temperature == 0 else params)
+        if step.samples:
+            step.first_token(first)
         step.count.zero_()
         step.ids.copy_(torch.from_numpy(np.maximum(ids, 0).astype(np.int32)))
         for _ in range(count):
             self.run(step, choose=True)
         chosen: np.ndarray = step.chosen[:, :count].cpu().numpy()
-        if (chosen < 0).any():
+        if (chosen == NOT_FINITE).any():
             raise UserError("the logits hold NaN or infinity: the weights are damaged or the state has overflowed")
         return chosen
 
@@ -182,7 +228,9 @@ class CudaEngine:
         """The step for this batch size, pointed to `state`."""
         batch = state.batch
         if batch not in self._steps:
-            if FusedStep.fits(self.model, self.gpu, batch):
+            if batch > 1 and BatchStep.fits(self.model) and not self._exact:
+                self._steps[batch] = BatchStep(self.model, self.gpu, batch, self.state_dtype)
+            elif FusedStep.fits(self.model, self.gpu, batch):
                 self._steps[batch] = FusedStep(self.model, self.gpu, batch, self.state_dtype)
             else:
                 self._steps[batch] = BulkStep(self.model, self.gpu, batch, self._bulk)
@@ -191,7 +239,7 @@ class CudaEngine:
 
     def run(self, step: Step, *, choose: bool) -> None:
         """One step; the second and later ones of a kind replay a CUDA graph."""
-        key = step.batch, choose
+        key = step.batch, choose, step.samples
         if key in self._graphs:
             return self._graphs[key]()
         step.work(choose=choose)
@@ -200,18 +248,33 @@ class CudaEngine:
     def _prefill(self, x: torch.Tensor, state: CudaState) -> torch.Tensor:
         if not x.shape[1]:
             raise UserError("the prompt is empty: prefill needs at least one token")
-        for _, piece, u in self._pieces(x, state, CHUNK, chunked=True):
-            last = u.view(*piece.shape, -1)[:, -1]
+        length = max(1, CHUNK // state.batch)
+        for at in range(0, x.shape[1], length):
+            piece = x[:, at : at + length]
+            last = self._prompt(piece, state).view(*piece.shape, -1)[:, -1]
         return self._bulk.logits(last)
 
+    def _prompt(self, piece: torch.Tensor, state: CudaState) -> torch.Tensor:
+        """The residual stream of a piece of a prompt. A shape that comes again is recorded as a CUDA graph, because
+        launching takes longer than a short piece."""
+        shape = piece.shape[0], piece.shape[1]
+        if self.gpu.device.type != "cuda" or piece.numel() > GRAPH_TOKENS or shape not in self._prompts:
+            if len(self._prompts) < MOST_GRAPHS:
+                self._prompts.setdefault(shape, None)
+            return self._bulk.residual(piece, state.pointers, chunked=True)
+        graph = self._prompts[shape]
+        if graph is None:
+            graph = self._prompts[shape] = PromptGraph(self._bulk, self.gpu, piece, state)
+        return graph.run(piece, state)
+
     def _pieces(
-        self, x: torch.Tensor, state: CudaState, tokens: int, chunked: bool = False
+        self, x: torch.Tensor, state: CudaState, tokens: int
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """(first position, ids, residual stream) of pieces of at most `tokens` tokens of all sequences."""
         length = max(1, min(CHUNK, tokens) // max(1, state.batch))
         for at in range(0, x.shape[1], length):
             piece = x[:, at : at + length]
-            yield at, piece, self._bulk.residual(piece, state.pointers, chunked=chunked)
+            yield at, piece, self._bulk.residual(piece, state.pointers)
 
     def _ids(self, ids: np.ndarray, state: CudaState) -> torch.Tensor:
         ids = np.asarray(ids)

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from slimba.runtime.backends.cuda_lean import Lean
+
 __all__ = ["Baked"]
 
 MATRIX = 79  # fields of struct Matrix in kernels/cuda/matrix.cuh, whose pointers follow the numbers
 SEGMENT0, SEGMENT, SEGMENTS = 16, 9, 6
 POINTERS = {
     *(SEGMENT0 + SEGMENT * k + i for k in range(SEGMENTS) for i in (5, 8)), *range(MATRIX - 9, MATRIX),
-    *(MATRIX + i for i in (0, 2, 4)), *(MATRIX + 7 + i for i in (1, 5)), MATRIX + 17, MATRIX + 18,
+    *(MATRIX + i for i in (0, 2, 4)), *(MATRIX + 7 + i for i in (1, 5)), MATRIX + 17, MATRIX + 18, MATRIX + 23,
 }  # fmt: skip
 VARYING = {MATRIX + 19, MATRIX + 22}  # layer, batch
 RECURRENCE_POINTERS = {0, 1, 15, 16, 17, 18, 19, 20, 22, 24}
@@ -35,9 +37,12 @@ class Baked:
     def source(self) -> str:
         return "\n".join(text.replace("NAME", name) for (_, text), name in self._names.items())
 
-    def product(self, fields: np.ndarray, tokens: int) -> str:
-        """The kernel for a struct Product and 1 or 8 tokens a block."""
+    def product(self, fields: np.ndarray, tokens: int, lean: Lean | None = None) -> str:
+        """The kernel for a struct Product and 1 or 8 tokens a block, or for one token that of lean.cuh."""
         sets = constants(fields, POINTERS, VARYING)
+        if lean is not None:
+            call = f"lean<{lean.arguments}>(s, smem, InOrder());"
+            return self._add("slimba_lean", kernel("Product", f"{lean.threads}, 2", sets, call))
         bounds = "THREADS, 2" if tokens == 1 else "THREADS"
         first = "0" if tokens == 1 else f"{tokens} * blockIdx.y"
         call = f"product<{tokens}>(s, smem, {first}, blockIdx.x, gridDim.x, InOrder());"
@@ -49,18 +54,6 @@ class Baked:
         call = f"recur<{instance}>(s, smem, blockIdx.x, gridDim.x, InOrder());"
         return self._add("slimba_recur", kernel("Recurrence", "THREADS, 2", sets, call))
 
-    def persistent(self, fields: list[np.ndarray], instance: str) -> str:
-        """The kernel for a whole step; fields of in_proj, recurrence, out_proj (of any layer) and head."""
-        first, recurrence, last, head = fields
-        fixes = [
-            fix("Product", constants(first, POINTERS, VARYING)),
-            fix("Recurrence", constants(recurrence, RECURRENCE_POINTERS, RECURRENCE_VARYING)),
-            fix("Product", constants(last, POINTERS, VARYING)),
-            fix("Product", constants(head, POINTERS, VARYING)),
-        ]
-        call = f"persistent<{instance}>(p, smem, {', '.join(fixes)});"
-        return self._add("slimba_persistent", f"KERNEL(NAME, Persistent, THREADS) {{ SHARED(smem); {call} }}")
-
     def _add(self, name: str, text: str) -> str:
         return self._names.setdefault((name, text), f"{name}_{len(self._names)}")
 
@@ -71,10 +64,6 @@ def constants(fields: np.ndarray, pointers: set[int], varying: set[int]) -> str:
         (i, int(v)) for i, v in enumerate(fields.tolist()) if i not in varying and (i not in pointers or v == 0)
     ]  # fmt: skip
     return " ".join(f"f[{i}] = {v};" for i, v in fixed)
-
-
-def fix(struct: str, sets: str) -> str:
-    return f"[]({struct}& s) {{ i64* f = (i64*)&s; {sets} }}"
 
 
 def kernel(struct: str, bounds: str, sets: str, call: str) -> str:

@@ -15,24 +15,26 @@ import torch
 import torch.nn.functional as F
 
 from slimba.runtime.backends.cuda_device import Gpu
+from slimba.runtime.backends.cuda_mid import Mid
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
-from slimba.runtime.backends.cuda_state import STATE_CODES, StatePointers
+from slimba.runtime.backends.cuda_state import STATE_CODES, StatePointers, kept_widths
 from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits
 
 __all__ = ["CHUNK", "Bulk"]
 
-CHUNK = 8192  # tokens of all sequences in one pass
+CHUNK = 16384  # tokens of all sequences in one pass
 SCAN_TOKENS = 16  # of kernels/cuda/scan.cu
 CONV_TOKENS = 16  # of kernels/cuda/bulk.cu
 IN, OUT = 0, 1  # the two scratches: that of out_proj may be filled while that of in_proj is in use
 SSD_FROM = 8  # shortest call that is worth a chunk of 64
 EXPAND_BYTES = {"half": 4 * (128 + 64), "float": 4 * 256}  # shared memory of slimba_expand for each rank
 HEAD_ROWS = 8192  # rows of the head expanded at a time
+FEW = 32  # vectors for which the head is not expanded
 
 
 def ssd_bytes(n: int) -> int:
     """Shared memory of slimba_ssd: SsdShared in kernels/cuda/ssd.cu."""
-    return 2 * (2 * 64 * 72 + 3 * 64 * (n + 8)) + 4 * 2 * 64 + 4 * 2 * 64
+    return 2 * (2 * 64 * 72 + 5 * 64 * (n + 8) + 64) + 4 * 3 * 64 + 4 * 2 * 64
 
 
 class Bulk:
@@ -48,6 +50,7 @@ class Bulk:
         self._scratch = [torch.empty(n, dtype=self.dtype, device=gpu.device) for n in (most, out)]
         self._side = torch.cuda.Stream(gpu.device) if gpu.device.type == "cuda" else None
         self._pending: dict[int, torch.cuda.Event] = {}
+        self._few: dict[int, Mid] = {}
         self._expansions: dict[tuple[int, int], np.ndarray] = {}
 
     def residual(
@@ -85,12 +88,25 @@ class Bulk:
     def logits(self, u: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of the residual stream [n, D] -> float32 [n, V], in `out` where it is given."""
         model = self._model
+        if len(u) <= FEW and self.dtype == torch.float16 and Mid.fits(model.head):
+            return self._logits_of_few(u.contiguous(), out)
         x = self._empty(*u.shape)
         self._add_norm(u.contiguous(), None, x, model.norm_f)
         out = self._empty(len(u), model.head.rows, dtype=torch.float32) if out is None else out
         for first in range(0, model.head.rows, HEAD_ROWS):
             rows = min(HEAD_ROWS, model.head.rows - first)
             out[:, first : first + rows] = self._product32(x, self._expand(model.head, first, rows))
+        return out
+
+    def _logits_of_few(self, u: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """The same without expanding the head."""
+        model, count = self._model, len(u)
+        if count not in self._few:
+            self._few[count] = Mid(self._gpu, count, [model.head])
+        out = self._empty(count, model.head.rows, dtype=torch.float32) if out is None else out
+        source = [u.data_ptr(), u.shape[1], 0, 0, model.norm_f.data_ptr(), 1, float_bits(model.spec.norm_eps)]
+        self._few[count].norm(model.head, source, 1)
+        self._few[count].product(model.head, [0, out.data_ptr(), model.head.rows, *[0] * 7], [0] * 5)
         return out
 
     def _mixer2(
@@ -115,7 +131,7 @@ class Bulk:
         if (bias := layer.matrices["in_proj"].bias) is not None:
             p += bias[:wide].to(p.dtype)
             dt += bias[wide:]
-        xbc = self._convolve(layer, p[:, inner:], state, batch, length)
+        xbc, convolution = self._convolve(layer, p[:, inner:], state, batch, length)
         y = self._empty(tokens, inner)
         span, n = span_of(spec.headdim), spec.d_state
         low, high = spec.dt_limit
@@ -129,6 +145,10 @@ class Bulk:
         else:
             name = f"slimba_scan_{self._suffix}_{entries_of(n)}"
             self._gpu.launch(name, (batch * (inner // span),), scan, 4 * SCAN_TOKENS * (span + 2 * n + 2))
+        steps = fields_of(
+            dt.data_ptr(), heads, layer.dt_bias.data_ptr(), layer.a.data_ptr(), float_bits(low), float_bits(high)
+        )  # fmt: skip
+        self._push(convolution, steps, channels, batch)
         gated = self._empty(tokens, inner)
         groups = inner // spec.norm_group_size if spec.gated_norm else 0
         fields = fields_of(
@@ -155,7 +175,8 @@ class Bulk:
         p = x @ self._expand(layer.matrices["in_proj"]).T
         if (bias := layer.matrices["in_proj"].bias) is not None:
             p += bias.to(p.dtype)
-        xs = self._convolve(layer, p[:, :inner], state, batch, length)
+        xs, convolution = self._convolve(layer, p[:, :inner], state, batch, length)
+        self._push(convolution, np.zeros(6, np.int64), inner, batch)
         selected = self._product32(xs, self._expand(layer.matrices["x_proj"]))
         if spec.bcdt_norm_eps is not None:
             parts = torch.split(selected, [rank, n, n], dim=1)
@@ -174,18 +195,23 @@ class Bulk:
 
     def _convolve(
         self, layer: LayerWeights, given: torch.Tensor, state: list[int], batch: int, length: int
-    ) -> torch.Tensor:
-        """silu of the causal convolution of the columns `given` [T, channels], whose last rows go into the ring."""
+    ) -> tuple[torch.Tensor, np.ndarray]:
+        """silu of the causal convolution of the columns `given` [T, channels]; and the fields of its launch."""
         channels = given.shape[1]
         out = self._empty(*given.shape)
         fields = fields_of(
             state, batch, length, given.data_ptr(), given.stride(0), out.data_ptr(), channels, layer.conv.data_ptr(),
             layer.conv_bias.data_ptr() if layer.conv_bias is not None else 0,
+            self._type, list(kept_widths(self._model.spec)),
         )  # fmt: skip
-        blocks = -(-channels // 256)
-        self._launch("conv", (blocks, -(-length // CONV_TOKENS), batch), fields)
-        self._launch("push", (blocks, batch), fields)
-        return out
+        grid = -(-channels // 256), -(-length // CONV_TOKENS), batch
+        self._launch("conv", grid, np.concatenate([fields, np.zeros(6, np.int64)]))
+        return out, fields
+
+    def _push(self, convolution: np.ndarray, steps: np.ndarray, channels: int, batch: int) -> None:
+        """The last inputs of a convolution, and what is kept of the tokens in no stored state, into the state. steps:
+        where dt and what makes L of it are."""
+        self._launch("push", (-(-channels // 256), batch), np.concatenate([convolution, steps]))
 
     def _out(self, layer: LayerWeights, y: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = y @ self._weights(layer.matrices["out_proj"], OUT).T
@@ -219,7 +245,7 @@ class Bulk:
 
     def _ahead(self, m: DeviceMatrix, place: int) -> None:
         """Begins to expand a matrix beside what the stream does next; what lay in that scratch has been used."""
-        if self._side is None or self._model.spec.architecture != "mamba2":
+        if self._side is None or self._model.spec.architecture != "mamba2" or m.half is not None:
             return
         self._side.wait_stream(torch.cuda.current_stream(self._gpu.device))
         with torch.cuda.stream(self._side):
@@ -236,6 +262,8 @@ class Bulk:
     def _expand(self, m: DeviceMatrix, first: int = 0, rows: int | None = None, place: int = IN) -> torch.Tensor:
         """Rows of the matrix that `Matrix.dequantize` describes, in a scratch: [rows, cols]."""
         rows = m.rows if rows is None else rows
+        if m.half is not None and self.dtype == torch.float16:
+            return m.half[first : first + rows]
         out = self._scratch[place][: rows * m.cols].view(rows, m.cols)
         key = id(m), first
         if key not in self._expansions:

@@ -20,6 +20,11 @@ from slimba.kernels.cuda.driver import Module
 __all__ = ["Gpu", "open_gpu"]
 
 OLDEST = (8, 0)
+MODULE_OF = {  # where a kernel is, by how its name begins; else in "main"
+    "slimba_product": "generic", "slimba_recur": "generic", "slimba_mid": "mid", "slimba_prepare": "mid",
+    "slimba_states": "mid", "slimba_sample": "sample", "slimba_expand": "bulk", "slimba_add_norm": "bulk",
+    "slimba_conv": "bulk", "slimba_push": "bulk", "slimba_scan": "bulk", "slimba_ssd": "bulk", "slimba_gate": "bulk",
+}  # fmt: skip
 OVERLAPS = (9, 0)  # first with programmatic dependent launch
 
 
@@ -40,13 +45,13 @@ class Gpu:
     ) -> None:
         self.device, self.blocks, self.shared, self.bakes = device, blocks, shared, bakes
         self._overlap = overlap
-        self._build = build
+        self.module_builder = build
         self._modules: dict[tuple[str, str], Any] = {}
 
     def module(self, name: str, extra: str = "") -> Any:
         """The module `name` with `extra` behind it, compiled at first use."""
         if (name, extra) not in self._modules:
-            self._modules[name, extra] = self._build(name, extra)
+            self._modules[name, extra] = self.module_builder(name, extra)
         return self._modules[name, extra]
 
     def launch(
@@ -61,12 +66,13 @@ class Gpu:
         module: Any = None,
     ) -> None:
         """Puts a kernel into torch's current stream; `overlap` where the GPU can and the kernel knows how."""
-        module = module or self.module("main")
+        module = module or self.module(next((m for start, m in MODULE_OF.items() if name.startswith(start)), "main"))
         module.launch(name, grid, threads, shared, fields, self._stream(), overlap=overlap and self._overlap)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """What `work` puts into the stream, to be repeated at will: one CUDA graph. `work` must have run before, and is
-        not run here."""
+        not run here. A graph has memory of its own: torch frees a shared pool with the last graph in it and then
+        refuses to record into it."""
         if self.device.type != "cuda":
             return work
         torch.cuda.synchronize(self.device)

@@ -7,6 +7,9 @@
 
 Layout: ssm [layer][slot][I][N] in the state's type, scale float32 [layer][slot][I] (int8 only), conv float32
 [layer][slot][K][channels], a ring in which token t of a sequence lies at t % K, and pos int32 [slot], tokens seen.
+Mamba-2 stores ssm after every KEPT-th token only (docs/decisions.md, "Recurrent state") and keeps the pos % KEPT tokens
+since: kept_u [layer][slot][KEPT][I] and kept_b [..][G N], float32 or, where ssm has fewer bits, bfloat16, and
+kept_l float32 [..][H].
 """
 
 from __future__ import annotations
@@ -24,12 +27,21 @@ __all__ = ["STATE_CODES", "CudaState", "StatePointers"]
 
 STATE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2}  # enum StateType in kernels/cuda/common.cuh
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-PARTS = ("ssm", "scale", "conv", "pos")
+PARTS = ("ssm", "scale", "conv", "kept_u", "kept_b", "kept_l", "pos")
+KEPT = 16  # of kernels/cuda/step.cuh
+POINTERS = 8  # of a state: its parts, and how many slots it has
+
+
+def kept_widths(spec: ModelSpec) -> tuple[int, int, int]:
+    """Numbers a token that is kept takes in the three parts: u, B and L. None for Mamba-1."""
+    if spec.architecture != "mamba2":
+        return 0, 0, 0
+    return spec.d_inner, spec.n_groups * spec.d_state, spec.n_heads
 
 
 @dataclass(slots=True)
 class StatePointers:
-    """How kernels find a state: `arrays` int64 [5], pointers to its tensors and how many slots; `slots` int32 [B]."""
+    """How kernels find a state: `arrays` int64 [POINTERS], its tensors and how many slots; `slots` int32 [B]."""
 
     arrays: torch.Tensor
     slots: torch.Tensor
@@ -48,18 +60,25 @@ class CudaState:
         self.ssm = torch.zeros(*rows, spec.d_state, dtype=TYPES[dtype], device=device)
         self.scale = torch.zeros(*(rows if dtype == "int8" else (1, batch, 1)), device=device)
         self.conv = torch.zeros(spec.n_layer, batch, spec.d_conv, spec.d_conv_channels, device=device)
+        kind = torch.float32 if dtype == "float32" else torch.bfloat16
+        self.kept_u, self.kept_b, self.kept_l = (
+            torch.zeros(spec.n_layer, batch, KEPT, width, dtype=torch.float32 if i == 2 else kind, device=device)
+            for i, width in enumerate(kept_widths(spec))
+        )
         self.pos = torch.zeros(batch, dtype=torch.int32, device=device)
         self._take(range(batch))
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.ssm, self.scale, self.conv, self.pos
+        return self.ssm, self.scale, self.conv, self.kept_u, self.kept_b, self.kept_l, self.pos
 
     @staticmethod
     def nbytes(spec: ModelSpec, batch: int, dtype: str) -> int:
         entry = {"float32": 4, "bfloat16": 2, "int8": 1}[dtype]
         ssm = spec.d_inner * (spec.d_state * entry + (4 if dtype == "int8" else 0))
-        return batch * (spec.n_layer * (ssm + spec.d_conv * spec.d_conv_channels * 4) + 8)
+        u, b, heads = kept_widths(spec)
+        kept = KEPT * ((u + b) * (4 if dtype == "float32" else 2) + heads * 4)
+        return batch * (spec.n_layer * (ssm + spec.d_conv * spec.d_conv_channels * 4 + kept) + 8)
 
     def view(self, slots: Sequence[int]) -> CudaState:
         """The sequences in these of its slots, in this order, sharing its memory. UserError for what is not a slot."""
@@ -68,15 +87,21 @@ class CudaState:
             raise UserError(f"slots are {list(slots)}; they must be different numbers below {have}, and at least one")
         out = object.__new__(CudaState)
         out.dtype = self.dtype
-        out.ssm, out.scale, out.conv, out.pos = self.tensors
+        out._hold(self.tensors)
         out._take(slots)
+        return out
+
+    def padded(self, slots: Sequence[int], size: int) -> CudaState:
+        """`view`, filled up to `size` sequences by the pool's last slot, in which nothing of worth may be."""
+        out = self.view(slots)
+        out._take([*slots, *[self.pos.shape[0] - 1] * (size - len(slots))])
         return out
 
     def clone(self) -> CudaState:
         """A copy with memory for its own sequences only."""
         out = object.__new__(CudaState)
         out.dtype = self.dtype
-        out.ssm, out.scale, out.conv, out.pos = self._own()
+        out._hold(self._own())
         out._take(range(self.batch))
         return out
 
@@ -104,13 +129,19 @@ class CudaState:
             parts.append(given)
         self._put(parts)
 
+    def _hold(self, tensors: Sequence[torch.Tensor]) -> None:
+        for name, t in zip(PARTS, tensors, strict=True):
+            setattr(self, name, t)
+
     def _take(self, slots: Sequence[int]) -> None:
         """Makes these slots the sequences of this state."""
         device = self.pos.device
         self.batch = len(slots)
         self._partly = list(slots) != list(range(self.pos.shape[0]))
         self._index = torch.tensor(list(slots), dtype=torch.int64, device=device)
-        arrays = [*(t.data_ptr() for t in self.tensors), self.pos.shape[0]]
+        order = self.ssm, self.scale, self.conv, self.pos
+        arrays = [*(t.data_ptr() for t in order), self.pos.shape[0]]
+        arrays += [t.data_ptr() for t in (self.kept_u, self.kept_b, self.kept_l)]
         self.pointers = StatePointers(
             torch.tensor(arrays, dtype=torch.int64, device=device), self._index.to(torch.int32)
         )  # fmt: skip

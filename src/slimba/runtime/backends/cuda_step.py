@@ -1,6 +1,6 @@
 """One token for each sequence of a batch, ready to be recorded as a CUDA graph.
 
-FusedStep: few sequences, three launches a layer, nothing expanded in memory. BulkStep: many, by the bulk pass.
+FusedStep: few sequences, three launches a layer. BulkStep: any model, by the bulk pass. For many see cuda_batch.py.
 
     step = FusedStep(model, gpu, batch=1, state_dtype="int8")
     step.point_to(state); step.ids[:] = ...; step.work(choose=True)     # logits, next ids, positions moved on
@@ -10,6 +10,8 @@ Larger batches than 1 run in groups of 8. Which models fit is `FusedStep.fits`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,20 +21,57 @@ from slimba.models.spec import ModelSpec
 from slimba.runtime.backends.cuda_bake import Baked
 from slimba.runtime.backends.cuda_bulk import Bulk
 from slimba.runtime.backends.cuda_device import Gpu
+from slimba.runtime.backends.cuda_lean import Lean, lean_of
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
-from slimba.runtime.backends.cuda_state import STATE_CODES, CudaState, StatePointers
-from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits, up_to
+from slimba.runtime.backends.cuda_state import KEPT, POINTERS, STATE_CODES, CudaState, StatePointers
+from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of, float_bits
+from slimba.runtime.engine import SamplingParams
 
-__all__ = ["BulkStep", "FusedStep", "PersistentStep", "Step"]
+__all__ = ["BulkStep", "FusedStep", "Step"]
 
 STORE, ADD, IN_PROJ = 0, 1, 2  # enum OutputMode in kernels/cuda/matrix.cuh
 RECUR = {"1": "1, false", "quad": "1, true", "2": "2, false"}  # arguments of the template in kernels/cuda/step.cuh
 MOST_KERNELS = 16  # of one model: a layout a layer would take minutes to compile
-LARGEST_BATCH = 32  # beyond it the bulk pass, which expands every matrix, is faster
+LARGEST_BATCH = 8  # of the fused kernels: the tokens that one holds
+SETTINGS, SAMPLE_BYTES = 7, 8 * (4096 + 1024 + 32 + 1) + 4 * (2048 + 4)  # structs in kernels/cuda/sample.cu
+CHOICE_BLOCKS = 32  # that look at the logits of a sequence
 LARGEST_STATE = 256  # entries of a row of the state that a warp holds
 
 
-class Step:
+def recur_bytes(spec: ModelSpec) -> int:
+    """Shared memory of a block of slimba_recur."""
+    span, n = span_of(spec.headdim), spec.d_state
+    return 4 * (span + 2 * n + KEPT * (span + n + 2))
+
+
+def norm_groups(spec: ModelSpec) -> int:
+    """Parts of the gated norm, each with an RMS of its own; 0 without a norm."""
+    return spec.d_inner // spec.norm_group_size if spec.gated_norm else 0
+
+
+def recurrence(
+    spec: ModelSpec,
+    layer: LayerWeights,
+    state: list[int],
+    batch: int,
+    state_dtype: str,
+    dt: torch.Tensor,
+    z: torch.Tensor,
+    y: torch.Tensor,
+) -> np.ndarray:
+    """The struct Recurrence of kernels/cuda/step.cuh."""
+    gated = not (spec.gated_norm and spec.norm_before_gate)
+    low, high = spec.dt_limit
+    return fields_of(
+        state, batch, spec.n_heads, spec.headdim, spec.d_state, spec.n_groups, spec.d_inner, span_of(spec.headdim),
+        STATE_CODES[state_dtype], int(spec.d_has_hdim), int(gated), layer.conv.data_ptr(),
+        layer.conv_bias.data_ptr() if layer.conv_bias is not None else 0, layer.a.data_ptr(), layer.d.data_ptr(),
+        layer.dt_bias.data_ptr(), dt.data_ptr(), spec.n_heads, z.data_ptr(), spec.d_inner, y.data_ptr(), spec.d_inner,
+        float_bits(low), float_bits(high),
+    )  # fmt: skip
+
+
+class Step(ABC):
     """What every step of decoding has, whatever computes it.
 
     `ids` int32 [B] in, `logits` float32 [B, V] out; `chosen` int32 [B, ROOM] and `count` [B] record greedy ids.
@@ -47,16 +86,25 @@ class Step:
         self.chosen = self._zeros(batch, self.ROOM, dtype=torch.int32)
         self.count = self._zeros(batch, dtype=torch.int32)
         self.logits = self._zeros(batch, spec.vocab_size)
+        self._keys = self._zeros(batch, CHOICE_BLOCKS, dtype=torch.int64)
+        self._tickets = self._zeros(batch, dtype=torch.int32)
         self._valid = torch.full((1,), spec.vocab_size, dtype=torch.int32, device=gpu.device)
-        self.pointers = StatePointers(self._zeros(5, dtype=torch.int64), self._zeros(batch, dtype=torch.int32))
+        self.pointers = StatePointers(self._zeros(POINTERS, dtype=torch.int64), self._zeros(batch, dtype=torch.int32))
+        self._settings = self._zeros(batch, SETTINGS, dtype=torch.int64)
+        self._sample = fields_of(
+            self._state(0), batch, self.logits.data_ptr(), spec.vocab_size, self._valid.data_ptr(),
+            self.ids.data_ptr(), self.chosen.data_ptr(), self.ROOM, self.count.data_ptr(), self._settings.data_ptr(),
+        )  # fmt: skip
+        self.samples = False
         self._argmax = fields_of(
             self._state(0), batch, self.logits.data_ptr(), spec.vocab_size, self._valid.data_ptr(),
-            self.ids.data_ptr(), self.chosen.data_ptr(), self.ROOM, self.count.data_ptr(),
+            self.ids.data_ptr(), self.chosen.data_ptr(), self.ROOM, self.count.data_ptr(), self._keys.data_ptr(),
+            self._tickets.data_ptr(),
         )  # fmt: skip
 
+    @abstractmethod
     def work(self, *, choose: bool) -> None:
         """Launches one step. choose: the most likely ids become the next ids."""
-        raise NotImplementedError
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype, device=self._gpu.device)
@@ -68,6 +116,29 @@ class Step:
         """Ids from `n_valid` on are not chosen; 0 allows all."""
         self._valid.fill_(n_valid or self._model.spec.vocab_size)
 
+    def sample_by(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, numbers: Sequence[int] | None = None
+    ) -> None:
+        """How the next ids are chosen: by these settings, which may be one for each sequence, or greedily (None).
+
+        numbers: each sequence's number in the draws, by default its place in the batch. Token i of a sequence is the
+        i-th after the call of `first_token`.
+        """
+        self.samples = params is not None
+        if params is None:
+            return
+        every = [params] * self.batch if isinstance(params, SamplingParams) else list(params)
+        rows = np.zeros((self.batch, SETTINGS), np.int64)
+        rows[:, :3].view(np.float64)[:] = [[p.temperature, p.top_p, p.min_p] for p in every]
+        rows[:, 3].view(np.uint64)[:] = [p.seed for p in every]
+        rows[:, 4] = [p.top_k for p in every]
+        rows[:, 5] = range(self.batch) if numbers is None else numbers
+        self._settings.copy_(torch.from_numpy(rows))
+
+    def first_token(self, number: int | Sequence[int]) -> None:
+        """The number of the token that is chosen next, where `count` is 0."""
+        self._settings[:, 6] = torch.as_tensor(number, dtype=torch.int64, device=self._gpu.device)
+
     def point_to(self, state: CudaState) -> None:
         """The next steps move this state on."""
         self.pointers.arrays.copy_(state.pointers.arrays)
@@ -76,8 +147,10 @@ class Step:
     def after(self, choose: bool, overlap: bool = False) -> None:
         """The next ids where they are chosen here; and the positions move on."""
         gpu = self._gpu
-        if choose:
-            gpu.launch("slimba_argmax", (self.batch,), self._argmax, 8192, threads=1024, overlap=overlap)
+        if choose and self.samples:
+            gpu.launch("slimba_sample", (self.batch,), self._sample, SAMPLE_BYTES, threads=1024, overlap=overlap)
+        elif choose:
+            gpu.launch("slimba_argmax", (CHOICE_BLOCKS, self.batch), self._argmax, 64, overlap=overlap)
         else:
             fields = fields_of(self._state(0), self.batch, 1)
             gpu.launch("slimba_advance", (-(-self.batch // 256),), fields, overlap=overlap)
@@ -111,8 +184,10 @@ class FusedStep(Step):
         self.recurrences: list[np.ndarray] = []
         for i, layer in enumerate(model.layers):
             self.products += [self._in_proj(layer, i), self._out_proj(layer, i)]
-            self.recurrences.append(self._recurrence(layer, i, STATE_CODES[state_dtype]))
+            tensors = self._dt, self._z, self._y
+            self.recurrences.append(recurrence(spec, layer, self._state(i), batch, state_dtype, *tensors))
         self.products.append(self._head())
+        self._lean: dict[int, Lean] = {}
         self._kernels, self._own = self._bake() if gpu.bakes else self._generic()
         self.embed = fields_of(
             model.embedding.fields, self._state(0), batch, self.ids.data_ptr(), self.u.data_ptr()
@@ -128,13 +203,9 @@ class FusedStep(Step):
         spec = model.spec
         if spec.architecture != "mamba2" or not 1 <= batch <= LARGEST_BATCH or spec.d_state > LARGEST_STATE:
             return False
-        groups = max(1, cls._norm_groups(spec))
+        groups = max(1, norm_groups(spec))
         matrices = [m for layer in model.layers for m in layer.matrices.values()]
         return all(m.shared_bytes(cls.tokens_of(batch), groups) <= gpu.shared for m in [*matrices, model.head])
-
-    @staticmethod
-    def _norm_groups(spec: ModelSpec) -> int:
-        return spec.d_inner // spec.norm_group_size if spec.gated_norm else 0
 
     def work(self, *, choose: bool, overlap: bool = True) -> None:
         """Launches one step. choose: the most likely ids become the next ids. overlap: by dependent launch."""
@@ -143,13 +214,20 @@ class FusedStep(Step):
         for i, layer in enumerate(self._model.layers):
             self.product(layer.matrices["in_proj"], 2 * i, 1, overlap)
             self.recur(i, overlap)
-            self.product(layer.matrices["out_proj"], 2 * i + 1, self._norm_groups(spec), overlap)
+            self.product(layer.matrices["out_proj"], 2 * i + 1, norm_groups(spec), overlap)
         self.product(self._model.head, len(self.products) - 1, 1, overlap)
         self.after(choose, overlap)
 
     def product(self, m: DeviceMatrix, i: int, groups: int, overlap: bool) -> None:
         """Launches the i-th product; `groups` of its input's norm."""
-        grid = min(self._gpu.blocks, m.items), -(-self.batch // self._tokens)
+        if lean := self._lean.get(i):
+            self._gpu.launch(
+                self._kernels[i], (self._gpu.blocks,), self.products[i], lean.shared_bytes, threads=lean.threads,
+                overlap=overlap, module=self._own,
+            )  # fmt: skip
+            return
+        blocks = self._gpu.blocks * (2 if m.items >= 2 * WARPS * self._gpu.blocks else 1)  # two fit a multiprocessor
+        grid = min(blocks, m.items), -(-self.batch // self._tokens)
         shared = m.shared_bytes(self._tokens, groups)
         self._gpu.launch(self._kernels[i], grid, self.products[i], shared, overlap=overlap, module=self._own)
 
@@ -157,7 +235,7 @@ class FusedStep(Step):
         """Launches the recurrence of layer i."""
         spec, name = self._model.spec, self._kernels[len(self.products) + i]
         units = self.batch * (spec.d_inner // span_of(spec.headdim))
-        shared = 4 * (span_of(spec.headdim) + 2 * spec.d_state)
+        shared = recur_bytes(spec)
         grid = (min(units, 8 * self._gpu.blocks),)
         self._gpu.launch(name, grid, self.recurrences[i], shared, overlap=overlap, module=self._own)
 
@@ -165,23 +243,37 @@ class FusedStep(Step):
         """Names of the kernels of products and recurrences, and their module: kernels for any shape."""
         recur = "slimba_recur_" + entries_of(self._model.spec.d_state)
         names = [f"slimba_product_{self._tokens}"] * len(self.products) + [recur] * len(self.recurrences)
-        return names, self._gpu.module("main")
+        return names, self._gpu.module("generic")
 
     def _bake(self) -> tuple[list[str], Any]:
         """The same, made for this model's shape."""
         baked, instance = Baked(), RECUR[entries_of(self._model.spec.d_state)]
-        names = [baked.product(fields, self._tokens) for fields in self.products]
+        if self.batch == 1:
+            self._lean = self._lean_products()
+        names = [baked.product(fields, self._tokens, self._lean.get(i)) for i, fields in enumerate(self.products)]
         names += [baked.recurrence(fields, instance) for fields in self.recurrences]
         if len(set(names)) > MOST_KERNELS:
+            self._lean = {}
             return self._generic()
         return names, self._gpu.module("decode", baked.source)
+
+    def _lean_products(self) -> dict[int, Lean]:
+        """The products that lean.cuh takes, by their number."""
+        spec, blocks = self._model.spec, self._gpu.blocks
+        late = bool(spec.gated_norm and spec.norm_before_gate)
+        found = {}
+        for i, layer in enumerate(self._model.layers):
+            found[2 * i] = lean_of(layer.matrices["in_proj"], blocks, 1, False)
+            found[2 * i + 1] = lean_of(layer.matrices["out_proj"], blocks, norm_groups(spec), late)
+        return {i: lean for i, lean in found.items() if lean is not None and lean.shared_bytes <= self._gpu.shared}
 
     def _in_proj(self, layer: LayerWeights, i: int) -> np.ndarray:
         spec = self._model.spec
         inner, ring = spec.d_inner, spec.d_inner + spec.d_conv_channels
         source = [self.u.data_ptr(), spec.d_model, 0, 0, layer.norm.data_ptr(), 1, float_bits(spec.norm_eps)]
         out = [IN_PROJ, self._dt.data_ptr(), spec.n_heads, 0, inner, self._z.data_ptr(), inner, inner, ring, ring]
-        return fields_of(layer.matrices["in_proj"].fields, source, out, self._state(i), self.batch)
+        m = layer.matrices["in_proj"]
+        return fields_of(m.fields, source, out, self._state(i), self.batch, m.plane_inverse)
 
     def _out_proj(self, layer: LayerWeights, i: int) -> np.ndarray:
         spec = self._model.spec
@@ -189,55 +281,14 @@ class FusedStep(Step):
         weight = layer.gated_norm.data_ptr() if layer.gated_norm is not None else 0
         source = [
             self._y.data_ptr(), spec.d_inner, self._z.data_ptr() if late else 0, spec.d_inner, weight,
-            self._norm_groups(spec), float_bits(spec.norm_eps),
+            norm_groups(spec), float_bits(spec.norm_eps),
         ]  # fmt: skip
         out = [ADD, self.u.data_ptr(), spec.d_model, *[0] * 7]
-        return fields_of(layer.matrices["out_proj"].fields, source, out, self._state(i), self.batch)
+        m = layer.matrices["out_proj"]
+        return fields_of(m.fields, source, out, self._state(i), self.batch, m.plane_inverse)
 
     def _head(self) -> np.ndarray:
         spec, model = self._model.spec, self._model
         source = [self.u.data_ptr(), spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, float_bits(spec.norm_eps)]
         out = [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7]
-        return fields_of(model.head.fields, source, out, self._state(0), self.batch)
-
-    def _recurrence(self, layer: LayerWeights, i: int, state_type: int) -> np.ndarray:
-        spec = self._model.spec
-        gated = not (spec.gated_norm and spec.norm_before_gate)
-        low, high = spec.dt_limit
-        return fields_of(
-            self._state(i), self.batch, spec.n_heads, spec.headdim, spec.d_state, spec.n_groups, spec.d_inner,
-            span_of(spec.headdim), state_type, int(spec.d_has_hdim), int(gated), layer.conv.data_ptr(),
-            layer.conv_bias.data_ptr() if layer.conv_bias is not None else 0, layer.a.data_ptr(), layer.d.data_ptr(),
-            layer.dt_bias.data_ptr(), self._dt.data_ptr(), spec.n_heads, self._z.data_ptr(), spec.d_inner,
-            self._y.data_ptr(), spec.d_inner, float_bits(low), float_bits(high),
-        )  # fmt: skip
-
-
-class PersistentStep(FusedStep):
-    """One token for one sequence by one kernel with barriers of the whole grid. All layers must be alike."""
-
-    def __init__(self, model: CudaModel, gpu: Gpu, state_dtype: str) -> None:
-        super().__init__(model, gpu, 1, state_dtype)
-        spec, device = model.spec, gpu.device
-        baked = Baked()
-        kinds = [self.products[0], self.recurrences[0], self.products[1], self.products[-1]]
-        self._name = baked.persistent(kinds, RECUR[entries_of(spec.d_state)])
-        self._whole = gpu.module("persistent", baked.source)
-        self._arrived = self._zeros(1, dtype=torch.int32)
-        self._all_products = torch.from_numpy(np.stack(self.products)).to(device)
-        self._all_recurrences = torch.from_numpy(np.stack(self.recurrences)).to(device)
-        self._fields = fields_of(
-            self.embed.tolist(), spec.n_layer, self._all_products.data_ptr(), self._all_recurrences.data_ptr(),
-            self._arrived.data_ptr(),
-        )  # fmt: skip
-        groups = max(1, self._norm_groups(spec))
-        matrices = [m for layer in model.layers for m in layer.matrices.values()]
-        work = max(m.shared_bytes(1, groups) for m in [*matrices, model.head])
-        work = max(work, 4 * (span_of(spec.headdim) + 2 * spec.d_state))
-        self._shared = up_to(2 * self.products[0].nbytes + self.recurrences[0].nbytes, 16) + work
-
-    def work(self, *, choose: bool, overlap: bool = False) -> None:
-        """Launches one step. choose: the most likely ids become the next ids."""
-        self._arrived.zero_()
-        self._gpu.launch(self._name, (self._gpu.blocks,), self._fields, self._shared, module=self._whole)
-        self.after(choose)
+        return fields_of(model.head.fields, source, out, self._state(0), self.batch, model.head.plane_inverse)

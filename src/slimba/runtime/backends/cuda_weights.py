@@ -55,10 +55,10 @@ def padded(codes: torch.Tensor, cols: int, fill: int = 0) -> torch.Tensor:
 
 def int4_words(packed: torch.Tensor, cols: int, kpad: int) -> torch.Tensor:
     """uint8 [rows, ceil(cols / 2)], low nibble first -> [rows, kpad / 2]: 4-byte words of the order above in pairs, the
-    first of a pair in the low nibbles."""
+    first of a pair in the low nibbles; nibbles in two's complement, so that a shift left makes 16 times the code."""
     codes = torch.stack([packed & 15, packed >> 4], dim=2).view(packed.shape[0], -1)[:, :cols]
     words = in_order(padded(codes, kpad, 8)).view(packed.shape[0], kpad // 32, 4, 2, 4)
-    return (words[:, :, :, 0] | words[:, :, :, 1] << 4).reshape(packed.shape[0], kpad // 2)
+    return ((words[:, :, :, 0] | words[:, :, :, 1] << 4) ^ 0x88).reshape(packed.shape[0], kpad // 2)
 
 
 class DeviceMatrix:
@@ -78,6 +78,8 @@ class DeviceMatrix:
         self._keep: list[torch.Tensor] = []
         self._device = device
         self._blocks = blocks
+        self.segment_rows = [s.rows for s in layout.segments]
+        self.plane_kpad = up_to(layout.plane.cols, 512) if layout.plane else 0
         self.has_float = any(s.format in ("float32", "float16", "bfloat16") for s in layout.segments)
         segments, items = self._segments(matrix)
         rank, lowrank = self._lowrank(matrix)
@@ -85,6 +87,8 @@ class DeviceMatrix:
         col_scale = self._upload(matrix.arrays["col_scale"].astype(np.float32)) if layout.col_scale else 0
         self.rank = rank
         self.items = items
+        plain = [s.format for s in layout.segments] == ["float16"] and not (rank or layout.plane or layout.col_scale)
+        self.half = self._keep[0][:, : self.cols] if plain else None  # the matrix itself, where it is stored in float16
         self.bias = tensor(bias.astype(np.float32), device) if bias is not None else None
         self.split = split_of(items, blocks, self.kpad // 512)
         codes = {FORMAT_CODES[s.format] for s in layout.segments}
@@ -100,8 +104,7 @@ class DeviceMatrix:
 
     def shared_bytes(self, tokens: int, groups: int = 1) -> int:
         """Shared memory of a block that multiplies `tokens` (1 or 8) vectors: `carve` in matrix.cuh."""
-        layout = self.layout
-        k2 = up_to(layout.plane.cols, 512) if layout.plane else 0
+        k2 = self.plane_kpad
         red = WARPS * TILE * 3 * tokens * 4
         parts = [
             3 * tokens * slice_stride(self.kpad), 3 * tokens * slice_stride(k2) if k2 else 0, red, red if k2 else 0,
@@ -176,7 +179,7 @@ class DeviceMatrix:
         inverse = np.full(self.cols, -1, np.int32)
         inverse[index] = np.arange(p.cols)
         self.plane_inverse = self._upload(inverse)
-        kpad = up_to(p.cols, 512)
+        kpad = self.plane_kpad
         bits = padded(tensor(matrix.arrays["plane_packed"], self._device), kpad // 8)
         scale = self._upload(matrix.arrays["plane_scale"])
         return [p.cols, kpad, p.start, p.stop, kpad // 8, self._hold(bits), scale, self._upload(index)]

@@ -8,13 +8,14 @@ Run the tests: `pytest tests/runtime/test_reference_engine.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from slimba.checkpoints.checkpoint import Checkpoint
+from slimba.checkpoints.checkpoint import Checkpoint, scan_scales
 from slimba.errors import UserError
-from slimba.formats import FORMATS
-from slimba.formats.floats import FloatFormat
+from slimba.formats import MatrixLayout
+from slimba.formats.hadamard import hadamard
 from slimba.models.spec import ModelSpec
 from slimba.runtime.engine import SamplingParams
 from slimba.runtime.sampling import Sampler
@@ -53,24 +54,48 @@ def round_int8(state: torch.Tensor) -> torch.Tensor:
     return codes * torch.where(zero, 0.0, top / 127)
 
 
+def round_fixed(x: torch.Tensor, step: float) -> torch.Tensor:
+    """float32 to the nearest of -127..127 steps, ties to even; NaN stays NaN."""
+    inverse = float(np.float32(1) / np.float32(step))
+    return (x * inverse).clamp(-127, 127).round() * step
+
+
 ROUND = {"float32": None, "bfloat16": round_bfloat16, "int8": round_int8}
 
 
 class InputRounding:
     """A forward pre-hook: x [..., cols] to int8 and back, one scale a token, as QuantArgs in kernels.h lays it down.
 
-    With a column scale c, x c is what is rounded; the module's weights hold c already, so it is divided out again.
+    With a Hadamard transform H and a column scale c, (H x) c is what is rounded; the module's weights hold both, so
+    they are undone again. With a stored scale that one is used for all tokens, and codes saturate.
     """
 
-    def __init__(self, column: torch.Tensor | None) -> None:
-        self._column = column
+    def __init__(self, layout: MatrixLayout, arrays: dict[str, np.ndarray], device: str) -> None:
+        self._block = layout.hadamard
+        column = arrays["col_scale"].astype(np.float32) if layout.col_scale else None
+        self._column = None if column is None else torch.from_numpy(column).to(device)
+        self._step = float(arrays["input_scale"][0]) if layout.input_scale else None
 
     def __call__(self, module: torch.nn.Module | None, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
         x = args[0].float()
+        if self._block:
+            x = hadamard(x, self._block)
         if self._column is not None:
             x = x * self._column
-        x = round_int8(x)
-        return x if self._column is None else torch.where(self._column == 0, 0.0, x / self._column)
+        x = round_int8(x) if self._step is None else round_fixed(x, self._step)
+        if self._column is not None:
+            x = torch.where(self._column == 0, 0.0, x / self._column)
+        return hadamard(x, self._block) if self._block else x
+
+
+class ScanRounding:
+    """x, B and C [..., channels] to int8 and back, with the file's scale a channel; codes saturate."""
+
+    def __init__(self, scale: torch.Tensor) -> None:
+        self.scale, self._inverse = scale, 1 / scale
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.float() * self._inverse).clamp(-127, 127).round() * self.scale
 
 
 class TorchState:
@@ -105,7 +130,8 @@ class ReferenceEngine:
     threads sets torch's threads (for the process). device: a torch device name. state_dtype: what the recurrent state
     is stored in, by Mamba-2 every 16 tokens, by Mamba-1 after each, whose tokens therefore run one by one. activations:
     float32 or int8, by default what the checkpoint says; with int8 the input of every matrix that is not all floats is
-    rounded, one scale a token. UserError for other types and for weights that are not finite.
+    rounded, one scale a token unless the matrix says otherwise. UserError for other types and for weights that are not
+    finite.
     """
 
     name = "reference"
@@ -132,6 +158,10 @@ class ReferenceEngine:
         load_weights(self.model, checkpoint)
         self.model.requires_grad_(False).eval().to(device)
         self._head_input = self._round_inputs(checkpoint, device) if activations == "int8" else None
+        for i, name in enumerate(scan_scales(self.spec, checkpoint.numerics) if activations == "int8" else ()):
+            scale = torch.from_numpy(checkpoint.vector(name)).to(device)
+            mixer: Any = self.model.backbone.layers[i].mixer
+            mixer.round_scan = ScanRounding(scale)
         if self.spec.architecture == "mamba2":
             self.model.set_chunk_size(min(SCAN_CHUNK, self.spec.chunk_size))
         self._device = torch.device(device)
@@ -215,11 +245,9 @@ class ReferenceEngine:
         """Rounds what enters the projections; returns what rounds the head's input (None where the head is float)."""
         found: dict[str, InputRounding] = {}
         for name, layout in checkpoint.layouts.items():
-            if all(isinstance(FORMATS[segment.format], FloatFormat) for segment in layout.segments):
+            if not layout.takes_int8:
                 continue
-            scale = checkpoint.matrix(name).arrays["col_scale"] if layout.col_scale else None
-            column = None if scale is None else torch.from_numpy(scale.astype(np.float32)).to(device)
-            found[name] = InputRounding(column)
+            found[name] = InputRounding(layout, checkpoint.matrix(name).arrays, device)
             if name not in ("backbone.embeddings", "lm_head"):
                 self.model.get_submodule(name).register_forward_pre_hook(found[name])
         return found.get(checkpoint.head)

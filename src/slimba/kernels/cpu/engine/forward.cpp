@@ -15,6 +15,16 @@ constexpr std::int64_t kChunkTokens = 256;   // tokens of all sequences together
 constexpr std::int64_t kConvBlock = 128;     // channels per task
 constexpr std::int64_t kChannelBlock = 128;  // Mamba-1 channels per task
 constexpr std::int64_t kHeadTasks = 2;       // tasks of heads, a thread; one where there are many threads
+
+// To int8 and back with a scale a channel; codes saturate at +-127, NaN stays NaN.
+void round_to_scale(const float* scale, std::int64_t n, float* x) {
+  constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: adding and taking it away rounds to nearest, ties to even
+  for (std::int64_t i = 0; i < n; ++i) {
+    float v = x[i] * (1.0f / scale[i]);
+    v = v > 127.0f ? 127.0f : v < -127.0f ? -127.0f : v;
+    x[i] = ((v + kToInteger) - kToInteger) * scale[i];
+  }
+}
 }  // namespace
 
 std::int64_t Model::chunk_tokens(std::int64_t sequences) { return std::max<std::int64_t>(1, kChunkTokens / sequences); }
@@ -63,6 +73,8 @@ void Model::conv_channels(const Layer& layer, std::int64_t index, const Chunk& c
   kernels_.conv_silu({in + row * stride + first, stride, c.length, count, layer.conv_weight.data() + first, channels,
                       layer.conv_bias.empty() ? nullptr : layer.conv_bias.data() + first, int(config.d_conv),
                       c.state.floats(State::kConv, index, c.slots[s]) + first, out, out_stride, keep});
+  if (layer.conv_scale.empty() || !config.int8_activations) return;
+  for (std::int64_t t = 0; t < c.length; ++t) round_to_scale(layer.conv_scale.data() + first, count, out + t * out_stride);
 }
 
 void Model::conv(const Layer& layer, std::int64_t index, const Chunk& c) {

@@ -19,6 +19,27 @@ std::int64_t padded(std::int64_t n, std::int64_t step) { return (n + step - 1) /
 std::int64_t sums_of(std::int64_t cols) { return (cols + 127) / 128 + 1; }  // see QuantArgs
 bool quantised(Format f) { return f == kInt8 || f == kInt4 || f == kSign; }
 
+// Kernels::quantize with a scale that is given: codes saturate at +-127. Returns the scale, NaN for a damaged token.
+float quantize_fixed(const float* x, std::int64_t n, float scale, std::int8_t* q, std::int32_t* sums) {
+  constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: adding and taking it away rounds to nearest, ties to even
+  const float inverse = 1.0f / scale;
+  float poison = 0;
+  std::int32_t total = 0;
+  for (std::int64_t first = 0; first < n; first += 128) {
+    std::int32_t sum = 0;
+    for (std::int64_t i = first; i < std::min(n, first + 128); ++i) {
+      poison += x[i] - x[i];
+      const float v = std::clamp(x[i] * inverse, -127.0f, 127.0f);
+      q[i] = std::int8_t(poison == 0 ? (v + kToInteger) - kToInteger : 0.0f);
+      sum += q[i];
+    }
+    total += *sums++ = sum;
+  }
+  std::fill(q + n, q + padded(n, 64), std::int8_t(0));
+  *sums = total;
+  return poison == 0 ? scale : __builtin_nanf("");
+}
+
 template <class T>
 T* elements(Buffer& b, std::int64_t count) {
   return reinterpret_cast<T*>(b.at_least((count * std::int64_t(sizeof(T)) + 3) / 4));
@@ -69,9 +90,14 @@ Model::Inputs Model::prepare(const Matrix& m, const float* x, std::int64_t x_str
   return in;
 }
 
-// One token: column scale, rounding, and every form that was asked for; scratch holds cols + plane_cols floats.
+// One token: transform, column scale, rounding, and every form that was asked for; scratch holds cols + plane_cols floats.
 void Model::prepare_token(const Matrix& m, const Inputs& in, const float* row, std::int64_t t, float* scratch) {
   const Input &whole = in.whole, &plane = in.plane;
+  if (m.hadamard) {
+    std::copy(row, row + m.cols, scratch);
+    kernels_.hadamard(scratch, m.cols, m.hadamard);
+    row = scratch;
+  }
   if (!m.col_scale.empty()) {
     for (std::int64_t c = 0; c < m.cols; ++c) scratch[c] = row[c] * m.col_scale[std::size_t(c)];
     row = scratch;
@@ -83,7 +109,9 @@ void Model::prepare_token(const Matrix& m, const Inputs& in, const float* row, s
   std::int8_t* q = const_cast<std::int8_t*>(whole.q) + t * whole.q_stride;
   if (whole.int8) {
     float* scale = const_cast<float*>(whole.q_scale) + t;
-    kernels_.quantize(row, m.cols, q, scale, const_cast<std::int32_t*>(whole.q_sums) + t * sums_of(m.cols));
+    std::int32_t* sums = const_cast<std::int32_t*>(whole.q_sums) + t * sums_of(m.cols);
+    if (m.input_scale > 0) *scale = quantize_fixed(row, m.cols, m.input_scale, q, sums);
+    else kernels_.quantize(row, m.cols, q, scale, sums);
     for (const int f : {kInt8, kInt4, kSign}) for_few(whole, f, q, m.cols);
     if (whole.floats[kFloat32] || whole.floats[kFloat16] || whole.floats[kBfloat16]) {  // they see the rounded input
       for (std::int64_t c = 0; c < m.cols; ++c) scratch[c] = float(q[c]) * *scale;

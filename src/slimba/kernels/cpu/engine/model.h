@@ -25,8 +25,8 @@ struct Segment {
   const std::uint8_t* scale;
 };
 
-// W = (segments stacked; rows lowrank_start.. += A B; rows plane_start.., columns plane_index += plane) * col_scale, see
-// docs/file-format.md.
+// W = (segments stacked; rows lowrank_start.. += A B; rows plane_start.., columns plane_index += plane) * col_scale *
+// Hadamard, see docs/file-format.md.
 struct Matrix {
   std::int64_t rows = 0, cols = 0;
   std::vector<Segment> segments;
@@ -37,11 +37,15 @@ struct Matrix {
   std::vector<std::int32_t> plane_index;  // [plane_cols]; empty: all columns
   std::vector<float> col_scale;  // empty: none
   std::vector<float> bias;       // empty: none
+  std::int64_t hadamard = 0;     // block of the transform of the input; 0: none
+  float input_scale = 0;         // of int8 inputs, the same for all tokens; 0: one a token
+  bool float_input = false;      // whatever the model's activations are
   std::vector<ThreadPool::Span> first;  // what each thread reads first of it in decode; made at its first use
 
   bool present() const { return rows > 0; }
   // Whether int8 activations, where the model asks for them, apply: not to a matrix of floats alone.
   bool takes_int8() const {
+    if (float_input) return false;
     for (const Segment& s : segments)
       if (s.format == kInt8 || s.format == kInt4 || s.format == kSign) return true;
     return false;
@@ -55,6 +59,7 @@ struct Layer {
   std::vector<float> norm;         // [D]
   std::vector<float> conv_weight;  // [K, channels], tap-major
   std::vector<float> conv_bias;    // [channels] or empty
+  std::vector<float> conv_scale;   // [channels] or empty: x, B and C become int8 where activations are
   std::vector<float> a;            // -exp(A_log): [H] or [I, N]
   std::vector<float> d;            // [H] or [I]
   std::vector<float> dt_bias;      // [H] or [I]

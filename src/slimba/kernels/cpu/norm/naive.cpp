@@ -1,4 +1,4 @@
-// Portable twin of the element-wise kernels around a matrix: RMS norm, SiLU gate, log-softmax sums.
+// Portable twin of the kernels around a matrix: RMS norm, SiLU gate, log-softmax sums, Hadamard transform.
 #include <cmath>
 
 #include "../kernels.h"
@@ -40,6 +40,19 @@ void read(const float* x, std::int64_t n, float* sink) {
   for (int k = 0; k < 16; ++k) *sink += part[k];
 }
 
+void hadamard(float* x, std::int64_t n, std::int64_t block) {
+  for (std::int64_t distance = 1; distance < block; distance *= 2) {
+    for (std::int64_t i = 0; i < n; ++i) {
+      if (i & distance) continue;
+      const float a = x[i], b = x[i + distance];
+      x[i] = a + b;
+      x[i + distance] = a - b;
+    }
+  }
+  const float scale = float(1.0 / std::sqrt(double(block)));
+  for (std::int64_t i = 0; i < n; ++i) x[i] *= scale;
+}
+
 }  // namespace
 
 void naive_norm(Kernels& k) {
@@ -48,6 +61,7 @@ void naive_norm(Kernels& k) {
   k.max = max_of;
   k.sum_exp = sum_exp;
   k.read = read;
+  k.hadamard = hadamard;
 }
 
 }  // namespace slimba

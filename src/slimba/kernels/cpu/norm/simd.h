@@ -1,4 +1,4 @@
-// RMS norm, SiLU gate and log-softmax sums for AVX2 and AVX-512; included by avx2.cpp and avx512.cpp.
+// RMS norm, SiLU gate, log-softmax sums and Hadamard transform for AVX2 and AVX-512; included by avx2.cpp and avx512.cpp.
 #include "../simd.h"
 
 namespace slimba {
@@ -70,12 +70,43 @@ void read(const float* x, int64_t n, float* sink) {
   *sink += sum_lanes(vadd(vadd(part[0], part[1]), vadd(part[2], part[3])));
 }
 
+// One stage of the transform at a distance below a vector's width; a constant, so that the compiler can use shuffles.
+template <int D>
+void near_stage(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += 2 * D) {
+    for (int j = 0; j < D; ++j) {
+      const float a = x[i + j], b = x[i + j + D];
+      x[i + j] = a + b;
+      x[i + j + D] = a - b;
+    }
+  }
+}
+
+void hadamard(float* x, int64_t n, int64_t block) {
+  if (block > 1) near_stage<1>(x, n);
+  if (block > 2) near_stage<2>(x, n);
+  if (block > 4) near_stage<4>(x, n);
+  if (W > 8 && block > 8) near_stage<8>(x, n);
+  for (int64_t distance = W; distance < block; distance *= 2) {
+    for (int64_t i = 0; i < n; i += 2 * distance) {
+      for (int64_t j = i; j < i + distance; j += W) {
+        const vf a = vload(x + j), b = vload(x + j + distance);
+        vstore(x + j, vadd(a, b));
+        vstore(x + j + distance, vsub(a, b));
+      }
+    }
+  }
+  const vf scale = vset(float(1.0 / __builtin_sqrt(double(block))));
+  for (int64_t i = 0; i < n; i += W) vstore_n(x + i, vmul(vload_n(x + i, n - i), scale), n - i);
+}
+
 void fill(Kernels& k) {
   k.rms_norm = rms_norm;
   k.gate = gate;
   k.max = max_of;
   k.sum_exp = sum_exp;
   k.read = read;
+  k.hadamard = hadamard;
 }
 
 }  // namespace

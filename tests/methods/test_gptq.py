@@ -1,11 +1,14 @@
 """Grids and GPTQ against brute force and against round-to-nearest.
 
-Run: `pytest tests/benchmarks/test_gptq.py`.
+Run: `pytest tests/methods/test_gptq.py`.
 """
 
+import numpy as np
 import pytest
 import torch
-from gptq import GROUP, Grid, gptq, round_to_nearest
+
+from slimba.formats import Matrix, MatrixLayout
+from slimba.methods.gptq import GROUP, Grid, gptq, round_to_nearest
 
 GRIDS = [Grid(4), Grid(3), Grid(3, half=True), Grid(2), Grid(2, half=True)]
 
@@ -63,3 +66,27 @@ def test_a_dead_column_is_zero_and_harmless() -> None:
     q = gptq(w, x.T @ x, Grid(4)).weight()
     assert not q[:, 7].any() and torch.isfinite(q).all()
     assert float((q - w).square().mean()) < 0.1
+
+
+@pytest.mark.parametrize(("format", "bits", "group"), [("int4", 4, GROUP), ("int8", 8, None)])
+@pytest.mark.parametrize("cols", [GROUP, 3 * GROUP, 77, GROUP + 1])
+def test_the_codes_fit_our_formats(format: str, bits: int, group: int | None, cols: int) -> None:
+    w, x = random(9, cols), random(600, cols, seed=1)
+    for q in (round_to_nearest(w, Grid(bits), group), gptq(w, x.T @ x, Grid(bits), group)):
+        layout = MatrixLayout.plain(9, cols, format)
+        matrix = Matrix(layout, {layout.part_name(0, part): a for part, a in q.arrays(format).items()})
+        assert {k: (a.dtype.name, a.shape) for k, a in matrix.arrays.items()} == {
+            k[2:]: v for k, v in layout.tensors("m").items()
+        }
+        np.testing.assert_array_equal(matrix.dequantize(), q.weight().numpy())
+
+
+def test_a_scale_a_row_is_also_better_with_gptq() -> None:
+    cols = 2 * GROUP
+    w = random(40, cols)
+    x = random(2000, cols, seed=1) @ (random(cols, cols, seed=2) * 0.1 + torch.eye(cols))
+    h = x.T @ x
+    ours, plain = gptq(w, h, Grid(8), None), round_to_nearest(w, Grid(8), None)
+    assert ours.scale.shape == (40, 1)
+    errors = [float(((q.weight() - w) @ h * (q.weight() - w)).sum()) for q in (ours, plain)]
+    assert errors[0] < 0.8 * errors[1]

@@ -1,0 +1,1 @@
+"""`slimba compress --method quamba2`: quantisation after training. docs/quamba2.md describes it."""

@@ -1,0 +1,123 @@
+"""One token for each of tens to hundreds of sequences, ready to be recorded as a CUDA graph: six launches a layer,
+nothing expanded in memory (kernels/cuda/mid.cu and batch.cu).
+
+    step = BatchStep(model, gpu, batch=128, state_dtype="int8")     # where BatchStep.fits(model)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from slimba.models.spec import ModelSpec
+from slimba.runtime.backends.cuda_device import Gpu
+from slimba.runtime.backends.cuda_mid import Mid
+from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
+from slimba.runtime.backends.cuda_state import KEPT, STATE_CODES
+from slimba.runtime.backends.cuda_step import IN_PROJ, LARGEST_STATE, STORE, Step, norm_groups, recur_bytes, recurrence
+from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits
+
+__all__ = ["BatchStep"]
+
+STATE_HEADS = 4  # of kernels/cuda/batch.cu
+RESIDUAL = 1
+
+
+class BatchStep(Step):
+    def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str) -> None:
+        super().__init__(model, gpu, batch)
+        spec, zeros = model.spec, self._zeros
+        matrices = [m for layer in model.layers for m in layer.matrices.values()]
+        self._mid = Mid(gpu, batch, [*matrices, model.head])
+        self._u = zeros(batch, spec.d_model)
+        self._z, self._y, self._dt = zeros(batch, spec.d_inner), zeros(batch, spec.d_inner), zeros(batch, spec.n_heads)
+        self._parts = zeros(2, batch, spec.d_model)  # results of out_proj, each of some of its columns
+        self._embed = fields_of(
+            model.embedding.fields, self._state(0), batch, self.ids.data_ptr(), self._u.data_ptr()
+        )  # fmt: skip
+        tensors = self._dt, self._z, self._y
+        self._recurrences = [
+            recurrence(spec, layer, self._state(i), batch, state_dtype, *tensors)
+            for i, layer in enumerate(model.layers)
+        ]
+        self._states = f"slimba_states_{STATE_CODES[state_dtype]}_{spec.d_state}" if states_fit(spec) else None
+        groups, n = spec.n_groups, spec.d_state
+        self._between = [
+            zeros(batch, spec.d_inner), zeros(batch, groups, n), zeros(batch, groups, 3, n, dtype=torch.int8),
+            zeros(batch, groups), zeros(batch, groups, KEPT),
+        ]  # fmt: skip
+
+    @classmethod
+    def fits(cls, model: CudaModel) -> bool:
+        spec = model.spec
+        matrices = [m for layer in model.layers for m in layer.matrices.values()]
+        small = spec.architecture == "mamba2" and spec.d_state <= LARGEST_STATE
+        return small and all(Mid.fits(m) for m in [*matrices, model.head])
+
+    def work(self, *, choose: bool) -> None:
+        """Launches one step. choose: the most likely ids become the next ids."""
+        model, gpu = self._model, self._gpu
+        spec = model.spec
+        gpu.launch("slimba_embed", (4 * gpu.blocks,), self._embed)
+        parts = 0
+        for i, layer in enumerate(model.layers):
+            m = layer.matrices["in_proj"]
+            self._norm_residual(m, layer.norm, parts)
+            self._mid.product(m, self._in_proj(), self._state(i))
+            self._recur(i)
+            parts = self._out_proj(layer, i)
+        self._norm_residual(model.head, model.norm_f, parts)
+        out = [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7]
+        self._mid.product(model.head, out, self._state(0))
+        self.after(choose)
+
+    def _norm_residual(self, m: DeviceMatrix, weight: torch.Tensor, parts: int) -> None:
+        """Adds the results of the last out_proj to the residual stream and norms it for m."""
+        spec = self._model.spec
+        source = [self._u.data_ptr(), spec.d_model, 0, 0, weight.data_ptr(), 1, float_bits(spec.norm_eps)]
+        added = [RESIDUAL, self._parts.data_ptr(), self.batch * spec.d_model, parts]
+        self._mid.norm(m, source, 1, added)
+
+    def _in_proj(self) -> list[int]:
+        spec = self._model.spec
+        inner, ring = spec.d_inner, spec.d_inner + spec.d_conv_channels
+        return [IN_PROJ, self._dt.data_ptr(), spec.n_heads, 0, inner, self._z.data_ptr(), inner, inner, ring, ring]
+
+    def _out_proj(self, layer: LayerWeights, i: int) -> int:
+        """Gated norm and out_proj; in how many parts the results are."""
+        spec, m = self._model.spec, layer.matrices["out_proj"]
+        late = spec.gated_norm and spec.norm_before_gate
+        weight = layer.gated_norm.data_ptr() if layer.gated_norm is not None else 0
+        source = [
+            self._y.data_ptr(), spec.d_inner, self._z.data_ptr() if late else 0, spec.d_inner, weight,
+            norm_groups(spec), float_bits(spec.norm_eps),
+        ]  # fmt: skip
+        self._mid.norm(m, source, norm_groups(spec))
+        parts = self._mid.parts_of(m)
+        out = [STORE, self._parts.data_ptr(), spec.d_model, *[0] * 7]
+        self._mid.product(m, out, self._state(i), parts, self.batch * spec.d_model)
+        return parts
+
+    def _recur(self, i: int) -> None:
+        spec, gpu = self._model.spec, self._gpu
+        if self._states is None:
+            units = self.batch * (spec.d_inner // span_of(spec.headdim))
+            name = "slimba_recur_" + entries_of(spec.d_state)
+            gpu.launch(name, (min(units, 8 * gpu.blocks),), self._recurrences[i], recur_bytes(spec), overlap=True)
+            return
+        fields = np.concatenate([self._recurrences[i], fields_of([t.data_ptr() for t in self._between])])
+        n, groups = spec.d_state, spec.n_groups
+        grid = 1 + -(-spec.d_inner // 256), self.batch
+        gpu.launch("slimba_prepare", grid, fields, 4 * groups * (2 * n + 1), overlap=True)
+        grid = spec.n_heads // STATE_HEADS, self.batch
+        gpu.launch(self._states, grid, fields, states_bytes(n), overlap=True)
+
+
+def states_fit(spec: ModelSpec) -> bool:
+    """Whether slimba_states takes this shape."""
+    return spec.headdim == 64 and spec.d_state in (64, 128) and spec.n_heads // spec.n_groups % STATE_HEADS == 0
+
+
+def states_bytes(n: int) -> int:
+    """Shared memory of slimba_states: StatesShared in kernels/cuda/batch.cu."""
+    return 4 * (256 + 2 * STATE_HEADS * KEPT + n + KEPT * n + KEPT * 256)

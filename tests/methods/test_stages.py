@@ -1,0 +1,150 @@
+"""A recipe of stages: the same bits as its methods one by one, resumed where it was cut, refused before it starts.
+
+Run: `pytest tests/methods/test_stages.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import slimba.methods.dfssm.run as dfssm
+import slimba.methods.ptq.run as ptq
+from helpers.tiny import TEXT, tiny_directory
+from slimba import compress
+from slimba.checkpoints.packed import read_packed
+from slimba.cli.main import main
+from slimba.data.batches import WindowBatches
+from slimba.errors import UserError
+from slimba.runtime.load import load
+
+DFSSM = "{method: dfssm, tokens: 640, window: 32, batch: 2, calibration_windows: 2, rank: 2, float_rows: [out]"
+DFSSM += ", embedding: float16}"
+PTQ = "{method: ptq, tokens: 128, window: 32, int4_rows: [out], int8_rows: [embedding]}"
+RECIPE = f"stages:\n  - {DFSSM}\n  - {PTQ}\n"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    tiny_directory(tmp_path / "teacher")
+    Path("text.txt").write_text(TEXT * 20, "utf-8")
+    Path("stages.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def run(out: str, **more: Any) -> dict[str, Any]:
+    return compress("teacher", out, recipe="stages.yaml", data=["text.txt"], device="cpu", **more)
+
+
+def weights(out: str) -> bytes:
+    return Path(out, "model.safetensors").read_bytes()
+
+
+def test_two_stages_are_the_two_methods_one_after_the_other(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["compress", "teacher", "out", "--recipe", "stages.yaml", "--data", "text.txt", "--json", "run.json"]
+    assert main(line) == 0
+    assert "768 tokens" in capsys.readouterr().out
+    Path("one.yaml").write_text(DFSSM.replace("tokens: 640, ", ""))
+    Path("two.yaml").write_text(PTQ.replace("tokens: 128, ", ""))
+    compress("teacher", "one", recipe="one.yaml", data=["text.txt"], tokens=640, device="cpu")
+    compress("one", "two", recipe="two.yaml", data=["text.txt"], tokens=128, device="cpu")
+    assert weights("out") == weights("two") != weights("one")
+
+    model = read_packed(Path("out"))
+    formats = {name: [s.format for s in layout.segments] for name, layout in model.layouts.items()}
+    assert formats["backbone.layers.0.mixer.in_proj"] == ["sign", "int8"]
+    assert formats["backbone.layers.1.mixer.out_proj"] == ["int4"]
+    assert formats["backbone.embeddings"] == ["int8"]
+    record = json.loads(Path("run.json").read_text())
+    assert model.provenance["stages"] == record["stages"]
+    assert [s["method"] for s in record["stages"]] == ["dfssm", "ptq"]
+    assert record["tokens"] == 640 + 128 and set(record["final"]) >= {"dfssm.kl", "ptq.error"}
+    assert not Path("out.work").exists() and Path("out/training.jsonl").is_file()
+    card = Path("out/README.md").read_text()
+    assert "## Stage 1: dfssm" in card and "## Stage 2: ptq" in card
+    assert "rank 2; B, C, dt at int8; out at float16" in card and "out at int4" in card
+    assert len(load("out", backend="cpu").generate("The sea", max_new_tokens=3).ids) >= 1
+
+
+def test_resume_passes_over_the_stage_that_is_done(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("whole")
+    with monkeypatch.context() as m:
+        m.setattr(ptq, "quantised", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run("cut")
+    assert Path("cut.work/stage-1/model.safetensors").is_file() and not Path("cut").exists()
+    with monkeypatch.context() as m:
+        m.setattr(dfssm, "train", interrupted)  # stage 1 is not run again
+        run("cut", resume=True)
+    assert weights("cut") == weights("whole")
+    assert not Path("cut.work").exists()
+
+
+def test_resume_continues_within_a_stage(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("whole")
+    seen: list[int] = []
+    usual = WindowBatches.__getitem__
+
+    def batch(self: WindowBatches, step: int) -> Any:
+        seen.append(step)
+        return interrupted() if step == 6 and seen.count(6) == 1 else usual(self, step)
+
+    monkeypatch.setattr(WindowBatches, "__getitem__", batch)
+    monkeypatch.setattr(dfssm, "LoopSettings", functools.partial(dfssm.LoopSettings, save_every_s=0.0, log_every=1))
+    with pytest.raises(KeyboardInterrupt):
+        run("cut")
+    run("cut", resume=True)
+    assert weights("cut") == weights("whole")
+    assert seen[:7] == list(range(7)) and seen[7] > 0, "the second run began where the first was saved"
+
+
+def interrupted(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_resume_with_another_recipe_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as m:
+        m.setattr(ptq, "quantised", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run("cut")
+    Path("stages.yaml").write_text(RECIPE.replace("int4_rows: [out]", "int4_rows: []"))
+    with pytest.raises(UserError, match="stages differs from the interrupted run's"):
+        run("cut", resume=True)
+    assert Path("cut.work/stage-1").is_dir(), "nothing is thrown away"
+
+
+BAD = {
+    "nothing in the list": ("stages: []", "", "must be a list of mappings"),
+    "settings beside the stages": (f"rank: 4\n{RECIPE}", "", "'rank' stands beside stages"),
+    "a stage without a method": ("stages: [{rank: 4}]", "", "stage 1 names no method"),
+    "an unknown method": (f"stages: [{DFSSM}, {{method: magic}}]", "", "stage 2: unknown method 'magic'"),
+    "an unknown setting": (f"stages: [{DFSSM}, {{method: ptq, rank: 4}}]", "", "stage 2: unknown setting 'rank'"),
+    "tokens that are none": ("stages: [{method: dfssm, tokens: many}]", "", "tokens of stage 1 is 'many'"),
+    "tokens given apart": (RECIPE, "--tokens 64", "hold their own tokens"),
+    "settings given apart": (RECIPE, "--set rank=3", "hold their own settings"),
+    "a method given apart": (RECIPE, "--method ptq", "hold their own method"),
+    "rows that stage 1 has made signs": (
+        RECIPE.replace("int4_rows: [out]", "int4_rows: [z]"),
+        "",
+        "stage 2 (ptq): the z rows of backbone.layers.0.mixer.in_proj are sign already",
+    ),
+    "dfssm after another": (f"stages: [{PTQ}, {DFSSM}]", "", "stage 2 (dfssm): dfssm begins from a float model"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_recipe_is_refused_before_anything_runs(
+    here: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    text, options, message = BAD[name]
+    Path("stages.yaml").write_text(text)
+    before = sorted(here.rglob("*"))
+    assert main(f"compress teacher out --recipe stages.yaml --data text.txt {options}".split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert sorted(here.rglob("*")) == before
