@@ -42,7 +42,7 @@ from slimba.training.recipes import load_recipe, parse_overrides
 
 OWN = ("tokens", "seed", "recipe", "keep")
 # what the first fit depends on: arms that share these share the fit
-FIT = ("rank", "int8_rows", "int4_rows", "plane", "plane_rows", "embedding", "window", "calibration_windows")
+FIT = ("rank", "int8_rows", "int4_rows", "float_rows", "plane", "plane_rows", "embedding", "window", "calibration_windows")
 FIT += ("init_rounds", "col_floor")
 
 

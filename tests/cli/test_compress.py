@@ -57,15 +57,27 @@ def test_compress_then_run(here: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main([*line, "--overwrite"]) == 0
 
 
-def test_pretrain_then_compress(here: Path) -> None:
-    sizes = ["--set", "d_model=32", "--set", "n_layer=2", "--set", "headdim=16", "--set", "d_state=8"]
+@pytest.mark.parametrize("architecture", ["mamba2", "mamba1"])
+def test_pretrain_then_compress(here: Path, architecture: str) -> None:
+    sizes = [
+        "--set",
+        f"architecture={architecture}",
+        "--set",
+        "d_model=32",
+        "--set",
+        "n_layer=2",
+        "--set",
+        "headdim=16",
+        "--set",
+        "d_state=8",
+    ]
     quick = ["--set", "window=32", "--set", "batch=2", "--tokens", "1280"]
     tokenizer = ["--tokenizer", "teacher/tokenizer.json"]
     assert main(["pretrain", "new", "--data", "text.txt", *tokenizer, *sizes, *quick]) == 0
     rows = [json.loads(row) for row in Path("new/training.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < rows[0]["loss"]
     model = load("new", backend="cpu")
-    assert model.spec.d_model == 32 and model.spec.add_bos
+    assert (model.spec.architecture, model.spec.d_model) == (architecture, 32) and model.spec.add_bos
     assert main(["compress", "new", "out", "--data", "text.txt", "--tokens", "128", *QUICK]) == 0
 
 

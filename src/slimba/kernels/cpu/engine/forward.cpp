@@ -12,9 +12,9 @@ namespace slimba {
 
 namespace {
 constexpr std::int64_t kChunkTokens = 256;   // tokens of all sequences together in one chunk
-constexpr std::int64_t kConvBlock = 512;     // channels per task
+constexpr std::int64_t kConvBlock = 128;     // channels per task
 constexpr std::int64_t kChannelBlock = 128;  // Mamba-1 channels per task
-constexpr std::int64_t kHeadTasks = 2;       // tasks of heads, a thread
+constexpr std::int64_t kHeadTasks = 2;       // tasks of heads, a thread; one where there are many threads
 
 // To int8 and back with a scale a channel; codes saturate at +-127, NaN stays NaN.
 void round_to_scale(const float* scale, std::int64_t n, float* x) {
@@ -46,15 +46,19 @@ const float* Model::hidden(const std::int32_t* ids, std::int64_t n, std::int64_t
           [&](std::int64_t t, int) { kernels_.rms_norm(u + t * d, weight.data(), d, config.norm_eps, x + t * d); });
   };
   for (std::int64_t i = 0; i < config.n_layer; ++i) {
-    const Layer& layer = layers[std::size_t(i)];
+    Layer& layer = layers[std::size_t(i)];
     poll();
     norm(layer.norm);
+    if (config.mamba2) expect_states(i, c);
+    else pool_.expect(nullptr);
     float* p = projected_.at_least(c.tokens * layer.in_proj.rows);
     matmul(layer.in_proj, x, d, c.tokens, p, layer.in_proj.rows, false);
     if (config.mamba2) mixer2(layer, i, c);
     else mixer1(layer, i, c);
+    expect(i + 1 < config.n_layer ? layers[std::size_t(i + 1)].in_proj : head(), c.tokens);
     matmul(layer.out_proj, y_.data(), config.d_inner, c.tokens, u, d, true);
   }
+  pool_.expect(nullptr);
   norm(norm_f);
   for (std::int64_t s = 0; s < n; ++s) state.advance(slots[s], length);
   state.interrupted = false;
@@ -83,17 +87,15 @@ void Model::conv(const Layer& layer, std::int64_t index, const Chunk& c) {
 }
 
 // In: projected_ [T, z | x | B | C | dt]. Out: y_ [T, I], ready for out_proj.
-void Model::mixer2(const Layer& layer, std::int64_t index, const Chunk& c) {
+void Model::mixer2(Layer& layer, std::int64_t index, const Chunk& c) {
   const std::int64_t heads = config.heads(), groups = config.n_groups, per_group = heads / groups;
   conv_out_.at_least(c.tokens * config.channels());
   if (c.length > 1) conv(layer, index, c);  // a single token's is computed by those who need it, one job less
   dt_.at_least(c.tokens * heads);
   y_.at_least(c.tokens * config.d_inner);
   for (auto& buffer : scratch_) buffer.at_least(ssm2_work_floats(config.d_state) + 2 * config.d_state);
-  // A task shares the products of B and C between its heads, so it has more than one where there are enough
-  const std::int64_t tasks = kHeadTasks * pool_.threads() / c.sequences / groups;
-  const std::int64_t count = std::clamp<std::int64_t>(per_group / std::max<std::int64_t>(1, tasks), 1, per_group);
-  const std::int64_t parts = (per_group + count - 1) / count;
+  const std::int64_t count = heads_a_task(c.sequences), parts = (per_group + count - 1) / count;
+  expect(layer.out_proj, c.tokens);
   share(c.sequences * groups * parts, c.tokens * config.d_inner * config.d_state, [&](std::int64_t task, int thread) {
     const std::int64_t s = task / (groups * parts), g = task / parts % groups, first = task % parts * count;
     heads2(layer, index, c, {s, g * per_group + first, std::min(count, per_group - first)},
@@ -101,6 +103,28 @@ void Model::mixer2(const Layer& layer, std::int64_t index, const Chunk& c) {
   });
   hold2(layer, index, c);
   norm2(layer, c);
+}
+
+// A task shares the products of B and C between its heads, so it has more than one where there are enough.
+std::int64_t Model::heads_a_task(std::int64_t sequences) const {
+  const std::int64_t per_group = config.heads() / config.n_groups;
+  const std::int64_t threads = pool_.threads(), wanted = threads < 8 ? kHeadTasks * threads : threads;
+  const std::int64_t tasks = wanted / sequences / config.n_groups;
+  return std::clamp<std::int64_t>(per_group / std::max<std::int64_t>(1, tasks), 1, per_group);
+}
+
+void Model::expect_states(std::int64_t index, const Chunk& c) {
+  if (c.tokens > 1 || pool_.threads() == 1) return pool_.expect(nullptr);
+  const std::int64_t heads = config.heads(), groups = config.n_groups, per_group = heads / groups, n = pool_.threads();
+  const std::int64_t count = heads_a_task(1), parts = (per_group + count - 1) / count, tasks = groups * parts;
+  const std::int64_t head_bytes = State::Sizes(config).bytes[State::kSsm] / heads;
+  states_first_.resize(std::size_t(n));
+  for (std::int64_t i = 0; i < n; ++i) {
+    const std::int64_t task = std::min(tasks - 1, tasks * i / n), h = task / parts * per_group + task % parts * count;
+    states_first_[std::size_t(i)] = {c.state.part(State::kSsm, index, c.slots[0]) + h * head_bytes, count * head_bytes,
+                                       nullptr, 0};
+  }
+  pool_.expect(states_first_.data());
 }
 
 // Step sizes, recurrence in blocks of the buffer, gate.

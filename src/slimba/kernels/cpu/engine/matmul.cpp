@@ -9,6 +9,9 @@ namespace slimba {
 
 namespace {
 
+constexpr std::int64_t kFewTokens = 4;     // up to which the bytes of a matrix are what takes the time
+constexpr std::int64_t kExpected = 1 << 17;  // bytes, a good part of a second-level cache
+constexpr std::int64_t kBytesOfEight[kFormats] = {32, 16, 16, 8, 4, 1};  // columns
 constexpr std::int64_t kFactorRows = 16;  // of a low-rank correction's B, per task
 
 std::int64_t padded(std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; }
@@ -178,12 +181,17 @@ void Model::factor_block(const Matrix& m, const Input& in, std::int64_t block, F
 // factors are there, then the bias.
 void Model::panel(const Matrix& m, const Inputs& in, std::int64_t begin, std::int64_t end, const Output& out,
                   const Factors& factors, float* scratch) {
+  const std::int64_t first = std::max(begin, m.plane_start), last = std::min(end, m.plane_stop);
+  if (m.plane_cols && in.whole.tokens <= kFewTokens) {  // meanwhile its second plane is fetched
+    const std::int64_t bytes = padded(m.plane_cols, 64) / 8;
+    for (std::int64_t i = (first - m.plane_start) * bytes; i < (last - m.plane_start) * bytes; i += 64)
+      __builtin_prefetch(m.plane.data + i, 0, 2);
+  }
   for (const Segment& s : m.segments) {
     const std::int64_t from = std::max(begin, s.first_row), to = std::min(end, s.first_row + s.rows);
     if (from >= to) continue;
     rows(s, m.cols, from - s.first_row, to - s.first_row, in.whole, {out.y + s.first_row, out.stride, out.add}, scratch);
   }
-  const std::int64_t first = std::max(begin, m.plane_start), last = std::min(end, m.plane_stop);
   if (m.plane_cols && first < last) {
     rows(m.plane, m.plane_cols, first - m.plane_start, last - m.plane_start, in.plane,
          {out.y + m.plane_start, out.stride, true}, scratch);
@@ -214,21 +222,44 @@ std::int64_t Model::scratch_floats(const Matrix& m, const Inputs& in) const {
 // Rows into panels: enough of them to share the work evenly, large enough to amortise what is set up for each. With few
 // tokens the work is the bytes to read, of which an int8 row has eight times those of a sign row; with many it is rows.
 void Model::split(const Matrix& m, std::int64_t tokens, std::int64_t work) {
-  constexpr std::int64_t kBytes[kFormats] = {32, 16, 16, 8, 4, 1};  // of eight columns
   panels_.clear();
   if (work < kShareFrom) return panels_.push_back({0, m.rows});
   std::int64_t bytes = 0;
-  for (const Segment& s : m.segments) bytes += s.rows * kBytes[s.format] * m.cols / 8;
-  const std::int64_t share = 4 * pool_.threads();
+  for (const Segment& s : m.segments) bytes += s.rows * kBytesOfEight[s.format] * m.cols / 8;
+  const std::int64_t share = (tokens <= kFewTokens ? 4 : 8) * pool_.threads();
   for (const Segment& s : m.segments) {
     std::int64_t height = std::clamp<std::int64_t>((m.rows / share + 63) / 64 * 64, 64, 256);
-    if (tokens <= 4) {
+    if (tokens <= kFewTokens) {
       const std::int64_t most = std::clamp<std::int64_t>(bytes / share, 1 << 14, 1 << 18);
-      height = std::max<std::int64_t>(32, most * 8 / (kBytes[s.format] * m.cols) / 32 * 32);
+      height = std::max<std::int64_t>(32, most * 8 / (kBytesOfEight[s.format] * m.cols) / 32 * 32);
     }
     for (std::int64_t r = 0; r < s.rows; r += height)
       panels_.push_back({s.first_row + r, s.first_row + std::min(r + height, s.rows)});
   }
+}
+
+// The rows that each thread begins with, as `split` deals them and the pool hands them out.
+void Model::expect(Matrix& m, std::int64_t tokens) {
+  if (tokens > kFewTokens || pool_.threads() == 1) return pool_.expect(nullptr);
+  if (m.first.empty()) {
+    split(m, 1, kShareFrom);
+    const std::int64_t n = pool_.threads(), panels = std::int64_t(panels_.size());
+    for (std::int64_t i = 0; i < n; ++i) {
+      const std::int64_t row = panels_[std::size_t(std::min(panels - 1, panels * i / n))].begin;
+      for (const Segment& s : m.segments) {
+        if (row < s.first_row || row >= s.first_row + s.rows) continue;
+        const std::int64_t row_bytes = (m.cols * kBytesOfEight[s.format] + 7) / 8, skip = row - s.first_row;
+        ThreadPool::Span span = {s.data + skip * row_bytes, std::min((s.rows - skip) * row_bytes, kExpected), nullptr, 0};
+        if (m.plane_cols && row < m.plane_stop) {
+          const std::int64_t bytes = padded(m.plane_cols, 64) / 8, from = std::max<std::int64_t>(0, row - m.plane_start);
+          span.more = m.plane.data + from * bytes;
+          span.more_bytes = std::min((m.plane.rows - from) * bytes, kExpected / 4);
+        }
+        m.first.push_back(span);
+      }
+    }
+  }
+  pool_.expect(m.first.data());
 }
 
 // With few tokens one job for everything: the factors of a correction wait for nobody and are claimed before the panels.

@@ -40,6 +40,7 @@ struct Matrix {
   std::int64_t hadamard = 0;     // block of the transform of the input; 0: none
   float input_scale = 0;         // of int8 inputs, the same for all tokens; 0: one a token
   bool float_input = false;      // whatever the model's activations are
+  std::vector<ThreadPool::Span> first;  // what each thread reads first of it in decode; made at its first use
 
   bool present() const { return rows > 0; }
   // Whether int8 activations, where the model asks for them, apply: not to a matrix of floats alone.
@@ -144,6 +145,7 @@ class Model {
   Matrix embedding, lm_head;  // lm_head absent: tied
   std::vector<float> norm_f;
 
+  Matrix& head() { return lm_head.present() ? lm_head : embedding; }
   const Matrix& head() const { return lm_head.present() ? lm_head : embedding; }
   const Kernels& kernels() const { return kernels_; }
   ThreadPool& pool() { return pool_; }
@@ -201,7 +203,11 @@ class Model {
              const Factors& factors, float* scratch);
   std::int64_t scratch_floats(const Matrix& m, const Inputs& in) const;
   void split(const Matrix& m, std::int64_t tokens, std::int64_t work);
-  void mixer2(const Layer& layer, std::int64_t index, const Chunk& c);
+  // Says what comes after the next job: a matrix, or the states of a layer.
+  void expect(Matrix& m, std::int64_t tokens);
+  void expect_states(std::int64_t index, const Chunk& c);
+  std::int64_t heads_a_task(std::int64_t sequences) const;
+  void mixer2(Layer& layer, std::int64_t index, const Chunk& c);
   void mixer1(const Layer& layer, std::int64_t index, const Chunk& c);
   void conv(const Layer& layer, std::int64_t index, const Chunk& c);
   void conv_channels(const Layer& layer, std::int64_t index, const Chunk& c, std::int64_t s, std::int64_t first,
@@ -236,6 +242,7 @@ class Model {
     std::int64_t begin, end;
   };
   std::vector<Range> panels_;  // rows of the matrix at hand, a task each
+  std::vector<ThreadPool::Span> states_first_;  // what each thread reads first of a layer's states
   Buffer factor_, factor_prepared_;
   Buffer residual_, normed_, projected_, conv_out_, dt_, y_, bcdt_;
 };

@@ -34,9 +34,10 @@ void relax() {
 // Every thread owns a run of consecutive tasks, so that it reads memory in order and claims without meeting others; a
 // thread that is done takes from the others' runs, from the front too.
 //
-// A job is open while `generation` is odd. A worker announces itself in `active` and then looks at the generation
-// again: the caller closes the job first and waits for `active` to fall to zero second, so no worker can touch a closed
-// job.
+// A job is open while `generation` is odd. A worker says that it is busy and then looks at the generation again: the caller
+// closes the job first and waits until nobody is busy second, so no worker can touch a closed job. Who sleeps through a
+// job is not waited for. Flags and runs have cache lines of their own: with many threads one counter would be the slowest
+// part of a job.
 struct ThreadPool::Shared {
   std::mutex mutex;
   std::condition_variable wake;
@@ -48,14 +49,18 @@ struct ThreadPool::Shared {
     std::atomic<std::int64_t> next{0};
     std::int64_t end = 0;
   };
-  std::vector<Run> runs;  // one a thread
+  struct alignas(64) Flag {
+    std::atomic<bool> busy{false};
+  };
+  std::vector<Run> runs;    // one a thread
+  std::vector<Flag> flags;  // the same; the caller's is not used
 
   alignas(64) std::atomic<std::uint64_t> generation{0};
-  alignas(64) std::atomic<int> active{0};
-  Function function = nullptr;
+  alignas(64) Function function = nullptr;
   void* context = nullptr;
+  const Span* expected = nullptr;
 
-  explicit Shared(int threads) : runs(std::size_t(threads)) {}
+  explicit Shared(int threads) : runs(std::size_t(threads)), flags(std::size_t(threads)) {}
 
   void deal(std::int64_t tasks) {
     const std::int64_t n = std::int64_t(runs.size());
@@ -77,10 +82,24 @@ struct ThreadPool::Shared {
   void work(int thread) {
     std::uint64_t seen = 0;
     while (wait_for_job(seen)) {
-      active.fetch_add(1);
-      if (generation.load() == seen) claim(thread);
-      active.fetch_sub(1);
+      Span span = {nullptr, 0, nullptr, 0};
+      std::atomic<bool>& busy = flags[std::size_t(thread)].busy;
+      busy.store(true);
+      if (generation.load() == seen) {
+        claim(thread);
+        if (expected) span = expected[thread];
+      }
+      busy.store(false);
+      fetch(span.data, span.bytes, seen);
+      fetch(span.more, span.more_bytes, seen);
     }
+  }
+
+  // Into the second-level cache, until there is a new job
+  void fetch(const void* data, std::int64_t bytes, std::uint64_t seen) const {
+    const char* at = static_cast<const char*>(data);
+    for (std::int64_t i = 0; i < bytes && generation.load() <= seen + 1; i += 1024)
+      for (std::int64_t k = 0; k < 1024; k += 64) __builtin_prefetch(at + i + k, 0, 2);
   }
 
   // True with the generation of an open job in `seen`, false when the pool stops.
@@ -136,6 +155,7 @@ void ThreadPool::run_raw(std::int64_t tasks, Function function, void* context) {
   s.deal(tasks);
   s.function = function;
   s.context = context;
+  s.expected = expected_;
   bool asleep;
   {
     std::lock_guard<std::mutex> lock(s.mutex);
@@ -145,9 +165,12 @@ void ThreadPool::run_raw(std::int64_t tasks, Function function, void* context) {
   if (asleep) s.wake.notify_all();
   s.claim(0);
   s.generation.fetch_add(1);
-  for (int spins = 0; s.active.load() > 0; ++spins) {
-    if (spins < 4096) relax();
-    else std::this_thread::yield();
+  int spins = 0;
+  for (Shared::Flag& flag : s.flags) {
+    for (; flag.busy.load(); ++spins) {
+      if (spins < 4096) relax();
+      else std::this_thread::yield();
+    }
   }
 }
 

@@ -19,6 +19,16 @@ class ThreadPool {
 
   int threads() const { return threads_; }
 
+  // Memory that a thread will read first in the job after the next one: a worker that is done with the next job brings it
+  // into its cache while it waits. threads() of them, alive until that job; null: nothing is known.
+  struct Span {
+    const void* data;
+    std::int64_t bytes;
+    const void* more;  // in another place, such as a second sign plane
+    std::int64_t more_bytes;
+  };
+  void expect(const Span* spans) { expected_ = spans; }
+
   // Calls f(task, thread) for 0 <= task < tasks and 0 <= thread < threads(). One caller at a time; f must not throw.
   template <class F>
   void run(std::int64_t tasks, F&& f) {
@@ -35,6 +45,7 @@ class ThreadPool {
 
   struct Shared;
   int threads_;
+  const Span* expected_ = nullptr;
   Shared* shared_ = nullptr;  // leaked in a forked child: its threads do not exist there
   long owner_pid_ = 0;
 };

@@ -38,7 +38,7 @@ struct Int4Rows {
   int64_t cols, row_bytes, groups;
 
   const uint8_t* row(int64_t r) const { return data + r * row_bytes; }
-  void fetch(int64_t r, int64_t pair) const { _mm_prefetch((const char*)row(r + W) + pair * W, _MM_HINT_T1); }
+  void fetch(int64_t r, int64_t pair) const { fetch_line((const uint8_t*)row(r + W) + pair * W); }
   int64_t whole_pairs() const { return row_bytes / W; }
   static vf load(const uint8_t* row, int64_t pair, bool odd) { return int4_numbers(load_bytes(row + pair * W), odd); }
   vf load_end(const uint8_t* row, int64_t pair, bool odd) const {

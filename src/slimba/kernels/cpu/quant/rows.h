@@ -86,7 +86,7 @@ inline void sign_dots(const uint8_t* const* rows, int64_t bytes, const uint8_t* 
   for (; b + 64 <= bytes; b += 64, x += kSignColumns) {
 #pragma GCC unroll 4
     for (int r = 0; r < RB; ++r) {
-      if (fetch) _mm_prefetch((const char*)rows[r] + b + kAhead, _MM_HINT_T0);
+      if (fetch) fetch_line(rows[r] + b + kAhead);
       w[r] = iload(rows[r] + b);
     }
     sign_step<RB>(w, x, acc);
@@ -94,7 +94,7 @@ inline void sign_dots(const uint8_t* const* rows, int64_t bytes, const uint8_t* 
   if (b < bytes) {
     const __mmask64 some = (__mmask64(1) << (bytes - b)) - 1;
     for (int r = 0; r < RB; ++r) {
-      if (fetch) _mm_prefetch((const char*)rows[r] + b + kAhead, _MM_HINT_T0);
+      if (fetch) fetch_line(rows[r] + b + kAhead);
       w[r] = _mm512_maskz_loadu_epi8(some, rows[r] + b);
     }
     sign_step<RB>(w, x, acc);

@@ -180,7 +180,7 @@ struct Head {
     const int64_t pieces = a.d_state / Piece::kEntries, bytes = shared.row_bytes;
     const auto fetch = [&](int64_t row, int64_t count) {
       if (a.tokens > 4) return;  // the state comes from the cache
-      for (int64_t i = 0; i < count * bytes; i += 64) _mm_prefetch((const char*)state(row) + kFetch + i, _MM_HINT_T0);
+      for (int64_t i = 0; i < count * bytes; i += 64) fetch_line(state(row) + kFetch + i);
     };
     int64_t r = 0;
     for (; r + 2 <= n; r += 2) {
@@ -299,8 +299,8 @@ struct Head {
 inline void fetch_buffer(const Ssm2Args& a, int64_t h) {
   const int64_t row = a.headdim * (a.type == kStateFloat32 ? 4 : 2);
   const char* u = (const char*)a.held_u + h * kBlockTokens * row;
-  for (int64_t i = 0; i < row * (a.filled + a.tokens); i += 64) _mm_prefetch(u + i, _MM_HINT_T0);
-  _mm_prefetch((const char*)(a.logs + h * kBlockTokens), _MM_HINT_T0);
+  for (int64_t i = 0; i < row * (a.filled + a.tokens); i += 64) fetch_line(u + i);
+  fetch_line(a.logs + h * kBlockTokens);
 }
 
 void ssm2(const Ssm2Args& a) {
