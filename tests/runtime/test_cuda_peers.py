@@ -89,3 +89,33 @@ def test_the_plot_shows_every_line(tmp_path: Path) -> None:
     for name in ("Slimba", "limit of the memory", "mamba-ssm CUDA graph", "tokens/s"):
         assert name in text
     assert "transformers" not in text
+
+
+def test_what_was_measured_on_a_gpu_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slimba.cli.bench import _print
+    from slimba.runtime.measure import PrefillRow
+
+    monkeypatch.setenv("COLUMNS", "200")
+    peer = {
+        "peer": "mamba-ssm", "version": "9", "how": "CUDA graph", "batch": 8, "decode_tokens_per_second": 2000.0,
+        "prefill_tokens_per_second": None,
+    }  # fmt: skip
+    record = {
+        "model": "mamba2-1.3b as dfssm (random weights)",
+        "machine": {"gpu": "H100", "load_average": None},
+        "bandwidth": 3e12,
+        "difference_to_reference": {"steps": 1e-5, "prompt": 8e-3},
+        "products": {"1": "23-bit fixed point", "8": "float16", "prompt": "float16"},
+        "numerics": {"activations": "float32", "state": "int8"},
+        "peak_gpu_bytes": 4 * 10**8,
+        "decode": [DecodeRow(b, 10**8, 1e-4, 2e-4, [2e-4], 0.5, b / 2e-4) for b in (1, 8)],
+        "prefill": [PrefillRow(b, 512, 0.01, [0.01], b * 51200.0) for b in (1, 8)],
+        "gpu_peers": [peer, {"peer": "transformers", "missing": "no kernels"}],
+    }
+    _print(record)
+    text = capsys.readouterr().out
+    for words in ("H100", "state int8", "23-bit fixed point (1), float16 (8)", "8.0e-03", "GPU memory 400 MB", "20.00"):
+        assert words in " ".join(text.split())
+    assert "transformers was not measured: no kernels" in text

@@ -183,7 +183,11 @@ def _where(record: dict[str, Any]) -> str:
     state = f"state {record['numerics']['state']}"
     if "gpu" in machine:
         agreed = ", ".join(f"{name} {value:.1e}" for name, value in record["difference_to_reference"].items())
-        return f"{machine['gpu']}, {state}, {limit}; the reference agrees to {agreed} of the largest logit"
+        products = ", ".join(f"{how} ({what})" for what, how in record["products"].items())
+        return (
+            f"{machine['gpu']}, {state}, products by batch in {products}, {limit}; "
+            f"the reference agrees to {agreed} of the largest logit"
+        )
     agreed = f"naive kernels agree to {record['difference_to_naive_kernels']:.1e}"
     state = f"activations {record['numerics']['activations']}, {state}"
     return f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']} kernels, {state}, {limit}; {agreed}"

@@ -28,8 +28,8 @@ MODULES = {  # apart, because a process needs few of them; cuda_bake.py adds the
     "main": (*BASE, "decode.cu"),
     "decode": (*BASE, "tiles.cuh", "product.cuh", "lean.cuh", "step.cuh", "decode.cu"),
     "generic": (*PRODUCTS, "generic.cu"),
-    "bulk": (*BASE, "step.cuh", "bulk.cu", "scan.cu", "scan1.cu", "ssd.cu"),
-    "mid": (*BASE, "step.cuh", "mid.cu", "batch.cu"),
+    "bulk": (*BASE, "step.cuh", "bulk.cu", "expand.cu", "scan.cu", "scan1.cu", "ssd.cu"),
+    "mid": (*BASE, "step.cuh", "mid_norm.cu", "mid.cu", "batch.cu"),
     "sample": (*BASE, "decode.cu", "sample.cu"),
 }
 OPTIONS = ("--std=c++17", "--device-as-default-execution-space")

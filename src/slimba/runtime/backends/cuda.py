@@ -224,6 +224,10 @@ class CudaEngine:
         self.run(step, choose=False)
         return step.logits
 
+    def arithmetic(self, batch: int) -> str:
+        """What the products of a step of `batch` sequences take their inputs in, once there has been one."""
+        return self._steps[batch].arithmetic
+
     def stepper(self, state: CudaState) -> Step:
         """The step for this batch size, pointed to `state`."""
         batch = state.batch

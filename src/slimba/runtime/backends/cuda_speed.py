@@ -38,8 +38,9 @@ def gpu_record(
     limit = bandwidth()
     moved = traffic(checkpoint, numerics["state"])
     torch.cuda.reset_peak_memory_stats()
-    decode, prefill = [], []
+    decode, prefill, products = [], [], {}
     for batch in batches:
+        products[str(batch)] = engine.arithmetic(batch)
         times = decode_times(engine, batch, new_tokens)
         middle, floor = statistics.median(times), moved.step(batch) / limit
         decode.append(DecodeRow(batch, moved.step(batch), floor, middle, times, floor / middle, batch / middle))
@@ -54,6 +55,7 @@ def gpu_record(
         "weight_bytes": checkpoint.nbytes(),
         "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
         "numerics": numerics,
+        "products": products | {"prompt": "float16"},
         "decode": decode,
         "prefill": prefill,
     }

@@ -74,10 +74,12 @@ def recurrence(
 class Step(ABC):
     """What every step of decoding has, whatever computes it.
 
-    `ids` int32 [B] in, `logits` float32 [B, V] out; `chosen` int32 [B, ROOM] and `count` [B] record greedy ids.
+    `ids` int32 [B] in, `logits` float32 [B, V] out; `chosen` int32 [B, ROOM] and `count` [B] record the ids that are
+    chosen. `arithmetic`: what the products take their inputs in.
     """
 
     ROOM = 4096
+    arithmetic = "float16"
 
     def __init__(self, model: CudaModel, gpu: Gpu, batch: int) -> None:
         spec = model.spec
@@ -172,6 +174,8 @@ class BulkStep(Step):
 
 class FusedStep(Step):
     """One token for each of up to LARGEST_BATCH sequences by the fused kernels."""
+
+    arithmetic = "23-bit fixed point"
 
     def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str) -> None:
         super().__init__(model, gpu, batch)

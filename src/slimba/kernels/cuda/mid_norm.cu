@@ -1,0 +1,132 @@
+// Vectors for the products of mid.cu: normed, in float16, in the order of their operands.
+//
+// Naive twin: the norms of tests/runtime/numpy_reference.py. Tests: tests/kernels/test_cuda_kernels.py.
+#define NORM_AHEAD 8              // numbers of a vector that a thread loads together
+
+// Where column c lies, within its 32.
+DEV int place_of(int c) { return (c & ~31) | (c & 15) >> 1 << 2 | (c & 1) << 1 | (c >> 4 & 1); }
+
+// u += the parts; e = u (or x) * silu(gate) * weight, divided by the RMS; float16 to out, chosen columns to out2, and
+// the product with the right low-rank factor to factors. One block a vector.
+struct MidNorm {
+  Matrix m;  // that will multiply the vectors
+  Input in;
+  i64 residual, parts, part_stride, n_parts;  // n_parts: 0 to 2; residual: 1 where in.x is added to and written
+  i64 out, out2, factors, plane_inverse;      // float16 [B][kpad], [B][plane_kpad], [B][rank]
+};
+
+DEV void mid_norm(const MidNorm& p, u8* smem) {
+  const Matrix& m = p.m;
+  const int b = blockIdx.x, cols = (int)m.cols, kpad = (int)m.kpad, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const int groups = (int)p.in.groups, size = groups > 1 ? cols / groups : cols;
+  float *e = (float*)smem, *scratch = e + kpad, *inverse = scratch + WARPS;  // e in the order of codes
+  u16* chosen = (u16*)(inverse + (groups > 1 ? groups : 1));
+  const float *gate = p.in.gate ? (const float*)p.in.gate + b * p.in.gate_stride : nullptr, eps = param_float(p.in.eps);
+  const float *weight = (const float*)p.in.weight, *col_scale = (const float*)m.col_scale;
+  float* x = (float*)p.in.x + b * p.in.x_stride;
+  auto sum_of = [&](float v) {
+    v = warp_sum(v);
+    __syncthreads();
+    if (lane == 0) scratch[warp] = v;
+    __syncthreads();
+    v = 0;
+    for (int w = 0; w < WARPS; ++w) v += scratch[w];
+    return v;
+  };
+  const i32* place = (const i32*)p.plane_inverse;
+  for (int i = threadIdx.x; i < (int)m.plane_kpad; i += THREADS) chosen[i] = 0;
+  float seen = 0;  // what does not depend on the kernel before comes into L1 while that runs
+#pragma unroll 8
+  for (int i = threadIdx.x; i < cols; i += THREADS) {
+    if (weight) seen += weight[i];
+    if (m.plane_cols) seen += (float)place[i];
+  }
+  touch(seen);
+  await_previous();
+  release_next();
+  const float* added = (const float*)p.parts + b * (i64)cols;  // at most two results of the product before
+  const int second = (int)p.part_stride;
+  float squares = 0;
+#pragma unroll 1
+  for (int first = threadIdx.x; first < kpad; first += NORM_AHEAD * THREADS) {
+    float v[NORM_AHEAD];  // all loads before any store, which might be to where they come from
+#pragma unroll
+    for (int k = 0; k < NORM_AHEAD; ++k) {
+      const int i = first + k * THREADS;
+      v[k] = i < cols ? load_fresh(x + i) : 0.0f;
+      if (i < cols && p.n_parts > 0) v[k] += load_fresh(added + i);
+      if (i < cols && p.n_parts > 1) v[k] += load_fresh(added + second + i);
+    }
+#pragma unroll
+    for (int k = 0; k < NORM_AHEAD; ++k) {
+      const int i = first + k * THREADS;
+      if (i >= kpad) break;
+      if (i < cols && p.residual) x[i] = v[k];
+      squares += v[k] * v[k];
+      e[(i >> 5) * 32 + (i & 7) * 4 + ((i >> 3) & 3)] = v[k];
+    }
+  }
+  if (groups > 1) {
+    __syncthreads();
+    for (int g = 0; g < groups; ++g) {
+      float part = 0;
+      for (int i = g * size + threadIdx.x; i < (g + 1) * size; i += THREADS) {
+        const float v = e[(i >> 5) * 32 + (i & 7) * 4 + ((i >> 3) & 3)];
+        part += v * v;
+      }
+      part = sum_of(part);
+      if (threadIdx.x == 0) inverse[g] = 1.0f / sqrtf(part / (float)size + eps);
+    }
+    __syncthreads();
+  } else {
+    squares = sum_of(squares);
+    if (threadIdx.x == 0) inverse[0] = groups ? 1.0f / sqrtf(squares / (float)cols + eps) : 1.0f;
+    __syncthreads();
+  }
+  u16* out = (u16*)p.out + b * (i64)kpad;
+#pragma unroll 1
+  for (int first = threadIdx.x; first < kpad; first += NORM_AHEAD * THREADS) {
+    float v[NORM_AHEAD];
+    i32 where[NORM_AHEAD];
+#pragma unroll
+    for (int k = 0; k < NORM_AHEAD; ++k) {
+      const int i = first + k * THREADS;
+      v[k] = 0;
+      where[k] = m.plane_cols && i < cols ? place[i] : -1;
+      if (i >= cols) continue;
+      v[k] = e[(i >> 5) * 32 + (i & 7) * 4 + ((i >> 3) & 3)] * inverse[groups > 1 ? i / size : 0];
+      if (weight) v[k] *= weight[i];
+      if (col_scale) v[k] *= col_scale[i];
+      if (gate) v[k] *= silu(load_fresh(gate + i));
+    }
+#pragma unroll
+    for (int k = 0; k < NORM_AHEAD; ++k) {
+      const int i = first + k * THREADS;
+      if (i >= kpad) break;
+      e[(i >> 5) * 32 + (i & 7) * 4 + ((i >> 3) & 3)] = v[k];
+      out[place_of(i)] = float_to_half_bits(v[k]);
+      if (where[k] >= 0) chosen[place_of(where[k])] = float_to_half_bits(v[k]);
+    }
+  }
+  __syncthreads();
+  u16* out2 = (u16*)p.out2 + b * m.plane_kpad;
+  for (int i = threadIdx.x; i < (int)m.plane_kpad; i += THREADS) out2[i] = chosen[i];
+#pragma unroll 1
+  for (int r = warp; r < (int)m.rank; r += WARPS) {
+    const u8* codes = (const u8*)m.lr_b + (i64)r * kpad;
+    float sum = 0;
+#pragma unroll 4
+    for (int c = lane * 16; c < kpad; c += WARP * 16) {
+      const uint4 q = load_weights(codes + c);
+#pragma unroll
+      for (int k = 0; k < 16; ++k) sum = fmaf((float)(i8)(word(q, k / 4) >> (k % 4 * 8)), e[c + k], sum);
+    }
+    sum = warp_sum(sum) * half_bits_to_float(((const u16*)m.lr_b_scale)[r]);
+    if (lane == 0) ((u16*)p.factors)[b * m.rank + r] = float_to_half_bits(sum);
+  }
+}
+
+KERNEL(slimba_mid_norm, MidNorm, THREADS) {
+  SHARED(smem);
+  mid_norm(p, smem);
+}
