@@ -42,8 +42,8 @@ from slimba.training.recipes import load_recipe, parse_overrides
 
 OWN = ("tokens", "seed", "recipe", "keep")
 # what the first fit depends on: arms that share these share the fit
-FIT = ("rank", "int8_rows", "int4_rows", "float_rows", "plane", "plane_rows", "embedding", "window", "calibration_windows")
-FIT += ("init_rounds", "col_floor")
+FIT = ("rank", "int8_rows", "int4_rows", "float_rows", "plane", "plane_rows", "embedding", "window")
+FIT += ("calibration_windows", "init_rounds", "col_floor")
 
 
 def token_ids(path: Path, teacher: Checkpoint) -> np.ndarray:

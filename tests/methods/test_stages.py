@@ -23,7 +23,7 @@ from slimba.errors import UserError
 from slimba.runtime.load import load
 
 DFSSM = "{method: dfssm, tokens: 640, window: 32, batch: 2, calibration_windows: 2, rank: 2, float_rows: [out]"
-DFSSM += ", embedding: float16}"
+DFSSM += ", int8_rows: [dt], plane: 0.3, plane_rows: [x], embedding: float16}"
 PTQ = "{method: ptq, tokens: 128, window: 32, int4_rows: [out], int8_rows: [embedding]}"
 RECIPE = f"stages:\n  - {DFSSM}\n  - {PTQ}\n"
 
@@ -67,7 +67,8 @@ def test_two_stages_are_the_two_methods_one_after_the_other(here: Path, capsys: 
     assert not Path("out.work").exists() and Path("out/training.jsonl").is_file()
     card = Path("out/README.md").read_text()
     assert "## Stage 1: dfssm" in card and "## Stage 2: ptq" in card
-    assert "rank 2; B, C, dt at int8; out at float16" in card and "out at int4" in card
+    assert "a second sign plane on 30% of the columns in the rows x" in card
+    assert "rank 2; int8 in the rows dt; float16 in the rows out" in card and "out at int4" in card
     assert len(load("out", backend="cpu").generate("The sea", max_new_tokens=3).ids) >= 1
 
 

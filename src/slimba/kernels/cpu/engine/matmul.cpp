@@ -10,6 +10,7 @@ namespace slimba {
 namespace {
 
 constexpr std::int64_t kFewTokens = 4;     // up to which the bytes of a matrix are what takes the time
+constexpr std::int64_t kPlaneAhead = 1 << 14;  // bytes of a plane; from there on its kernel fetches ahead
 constexpr std::int64_t kExpected = 1 << 17;  // bytes, a good part of a second-level cache
 constexpr std::int64_t kBytesOfEight[kFormats] = {32, 16, 16, 8, 4, 1};  // columns
 constexpr std::int64_t kFactorRows = 16;  // of a low-rank correction's B, per task
@@ -182,10 +183,10 @@ void Model::factor_block(const Matrix& m, const Input& in, std::int64_t block, F
 void Model::panel(const Matrix& m, const Inputs& in, std::int64_t begin, std::int64_t end, const Output& out,
                   const Factors& factors, float* scratch) {
   const std::int64_t first = std::max(begin, m.plane_start), last = std::min(end, m.plane_stop);
-  if (m.plane_cols && in.whole.tokens <= kFewTokens) {  // meanwhile its second plane is fetched
-    const std::int64_t bytes = padded(m.plane_cols, 64) / 8;
-    for (std::int64_t i = (first - m.plane_start) * bytes; i < (last - m.plane_start) * bytes; i += 64)
-      __builtin_prefetch(m.plane.data + i, 0, 2);
+  if (m.plane_cols && in.whole.tokens <= kFewTokens) {  // meanwhile its second plane's beginning is fetched
+    const std::int64_t bytes = padded(m.plane_cols, 64) / 8, from = (first - m.plane_start) * bytes;
+    for (std::int64_t i = 0; i < std::min((last - first) * bytes, kPlaneAhead); i += 64)
+      __builtin_prefetch(m.plane.data + from + i, 0, 2);
   }
   for (const Segment& s : m.segments) {
     const std::int64_t from = std::max(begin, s.first_row), to = std::min(end, s.first_row + s.rows);

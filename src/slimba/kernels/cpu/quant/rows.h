@@ -73,10 +73,22 @@ inline void sign_step(const vi (&w)[RB], const uint8_t* x, vi (&acc)[RB][4]) {
   }
 }
 
-// sum[i]: activations where the bit is 1, of RB rows and the token whose prepared activations are x. `fetch`: these rows are
-// read for the first time, so what lies kAhead bytes on is fetched.
+// 64 bits at any address as a mask; as assembly, because GCC takes what memcpy loads through a general register
+inline __mmask64 load_mask(const uint8_t* p) {
+  struct __attribute__((packed)) Word {
+    uint64_t bits;
+  };
+  __mmask64 mask;
+  asm("kmovq %1, %0" : "=k"(mask) : "m"(((const Word*)p)->bits));
+  return mask;
+}
+constexpr int64_t kMaskedBytes = 40;  // of a row's end, up to which masks of 64 columns take fewer instructions
+
+// sum[i]: activations where the bit is 1, of RB rows and the token whose activations are x as prepared, and q in their own
+// order. `fetch`: these rows are read for the first time, so what lies kAhead bytes on is fetched.
 template <int RB>
-inline void sign_dots(const uint8_t* const* rows, int64_t bytes, const uint8_t* x, bool fetch, vi* sum) {
+inline void sign_dots(const uint8_t* const* rows, int64_t bytes, const uint8_t* x, const int8_t* q, bool fetch,
+                      vi* sum) {
   vi acc[RB][4], w[RB];
 #pragma GCC unroll 4
   for (int r = 0; r < RB; ++r)
@@ -91,7 +103,16 @@ inline void sign_dots(const uint8_t* const* rows, int64_t bytes, const uint8_t* 
     }
     sign_step<RB>(w, x, acc);
   }
-  if (b < bytes) {
+  if (b < bytes && bytes - b <= kMaskedBytes) {
+    for (int r = 0; r < RB; ++r)
+      if (fetch) fetch_line(rows[r] + b + kAhead);
+    for (; b < bytes; b += 8) {
+      const vi own = iload(q + b * 8);
+#pragma GCC unroll 4
+      for (int r = 0; r < RB; ++r)
+        acc[r][0] = dot4(acc[r][0], ibytes(1), _mm512_maskz_mov_epi8(load_mask(rows[r] + b), own));
+    }
+  } else if (b < bytes) {
     const __mmask64 some = (__mmask64(1) << (bytes - b)) - 1;
     for (int r = 0; r < RB; ++r) {
       if (fetch) fetch_line(rows[r] + b + kAhead);
@@ -117,7 +138,7 @@ void sign_few(const QuantArgs& a) {
     for (int i = 0; i < W; ++i) rows[i] = a.data + (row + min64(i, n - 1)) * bytes;
     for (int64_t t = 0; t < a.tokens; ++t) {
       vi sum[W];
-      for (int r = 0; r < W; r += RB) sign_dots<RB>(rows + r, bytes, a.prepared + t * stride, t == 0, sum + r);
+      for (int r = 0; r < W; r += RB) sign_dots<RB>(rows + r, bytes, a.prepared + t * stride, a.x + t * a.x_stride, t == 0, sum + r);
       finish.scaled(row, n, t, SignPanel::correct(reduce_ints(sum), finish.total(t)), scale);
     }
   }
