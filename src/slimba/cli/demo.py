@@ -134,7 +134,7 @@ def show(teacher: Measured, student: Measured, record: dict[str, Any], full_pass
             f"{m.tokens_per_second:,.0f}",
         )
     table.add_row(
-        f"[dim]a full pass on {full_pass['device']}",
+        f"[dim]the default recipe, a full pass on {full_pass['device']}",
         f"[dim]{full_pass['file_bytes']:,}",
         f"[dim]{full_pass['bits_per_projection_weight']:.2f}",
         f"[dim]{full_pass['perplexity']:.2f}",
