@@ -187,6 +187,8 @@ def test_closed_pipe_and_ctrl_c_end_quietly(home: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a job in the background ignores Ctrl-C and hands that down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     assert "plain continuation" in process.stderr.readline()
