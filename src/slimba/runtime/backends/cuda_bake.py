@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from slimba.runtime.backends.cuda_lean import Lean
+from slimba.runtime.backends.cuda_lean import Dot, Lean
 
 __all__ = ["Baked"]
 
@@ -30,6 +30,8 @@ RECURRENCE_VARYING = {2, 5}
 class Baked:
     """Collects kernels; `source` is their text."""
 
+    ORDER = "InOrder()"
+
     def __init__(self) -> None:
         self._names: dict[tuple[str, str], str] = {}
 
@@ -37,21 +39,21 @@ class Baked:
     def source(self) -> str:
         return "\n".join(text.replace("NAME", name) for (_, text), name in self._names.items())
 
-    def product(self, fields: np.ndarray, tokens: int, lean: Lean | None = None) -> str:
-        """The kernel for a struct Product and 1 or 8 tokens a block, or for one token that of lean.cuh."""
+    def product(self, fields: np.ndarray, tokens: int, lean: Dot | Lean | None = None) -> str:
+        """The kernel for a struct Product and 1 or 8 tokens a block, or for one token that of dot.cuh or lean.cuh."""
         sets = constants(fields, POINTERS, VARYING)
         if lean is not None:
-            call = f"lean<{lean.arguments}>(s, smem, InOrder());"
+            call = f"{lean.name}(s, smem, {self.ORDER});"
             return self._add("slimba_lean", kernel("Product", f"{lean.threads}, 2", sets, call))
         bounds = "THREADS, 2" if tokens == 1 else "THREADS"
         first = "0" if tokens == 1 else f"{tokens} * blockIdx.y"
-        call = f"product<{tokens}>(s, smem, {first}, blockIdx.x, gridDim.x, InOrder());"
+        call = f"product<{tokens}>(s, smem, {first}, blockIdx.x, gridDim.x, {self.ORDER});"
         return self._add(f"slimba_product_{tokens}", kernel("Product", bounds, sets, call))
 
     def recurrence(self, fields: np.ndarray, instance: str) -> str:
         """The kernel for a struct Recurrence; `instance` are the arguments of the template recur."""
         sets = constants(fields, RECURRENCE_POINTERS, RECURRENCE_VARYING)
-        call = f"recur<{instance}>(s, smem, blockIdx.x, gridDim.x, InOrder());"
+        call = f"recur<{instance}>(s, smem, blockIdx.x, gridDim.x, {self.ORDER});"
         return self._add("slimba_recur", kernel("Recurrence", "THREADS, 2", sets, call))
 
     def _add(self, name: str, text: str) -> str:
