@@ -63,7 +63,9 @@ def test_lean_product(name: str, normed: bool) -> None:
 
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("name", DOT_LAYOUTS)
-def test_dot_product(name: str, normed: bool) -> None:
+@pytest.mark.parametrize("warps", [8, 16])
+def test_dot_product(name: str, normed: bool, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimba.runtime.backends.cuda_lean.DOT_WARPS", warps)
     rng = np.random.default_rng(len(name))
     matrix = random_matrix(rng, DOT_LAYOUTS[name])
     x = rng.standard_normal(matrix.layout.cols).astype(np.float32) * np.exp(rng.uniform(-5, 2, matrix.layout.cols)).astype(np.float32)

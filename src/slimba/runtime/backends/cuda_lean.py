@@ -61,15 +61,16 @@ def lean_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool, fewest:
     return lean
 
 
-DOT_WARPS = 16  # of kernels/cuda/dot.cuh
+DOT_WARPS = 16  # of a block of kernels/cuda/dot.cuh
 DOT_TILES = 5  # of a block, likewise in registers
 
 
 @dataclass(frozen=True, slots=True)
 class Dot:
-    """Arguments of the template `dot`: words of 32 columns of a lane, tiles and int8 rows of a block, words of the
+    """Arguments of the template `dot`: warps, words of 32 columns of a lane, tiles and int8 rows of a block, words of the
     second plane of a warp, which of the tiles may have the plane, whether there is a low-rank correction."""
 
+    warps: int
     words: int
     tiles: int
     rows: int
@@ -79,16 +80,16 @@ class Dot:
 
     @property
     def threads(self) -> int:
-        return 32 * DOT_WARPS
+        return 32 * self.warps
 
     @property
     def name(self) -> str:
-        return f"dot<{self.words}, {self.tiles}, {self.rows}, {self.plane}, {self.with_plane}, {self.rank}>"
+        return f"dot<{self.warps}, {self.words}, {self.tiles}, {self.rows}, {self.plane}, {self.with_plane}, {self.rank}>"
 
     @property
     def shared_bytes(self) -> int:
         """DotShared."""
-        w, tile = DOT_WARPS, 8 * TILE
+        w, tile = self.warps, 8 * TILE
         main, plane = w * 16 * (32 * self.words + 2), (w if self.plane else 1) * 16 * (8 * self.plane + 2)
         parts = w * self.tiles * tile, w * self.tiles * tile if self.plane else 8, (w if self.rank else 1) * tile
         return main + plane + sum(parts) + max(1, self.rows) * w * 4 + w * TILE * 4 + w * 16 + 16
@@ -97,10 +98,10 @@ class Dot:
 def dot_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool) -> Dot | None:
     """The kernel of dot.cuh for a matrix, its input as in `lean_of`; None where it does not take it."""
     formats = {s.format for s in m.layout.segments}
-    if m.cols not in (128 * DOT_WARPS, 256 * DOT_WARPS) or not formats <= {"sign", "int8"} or norm_groups > 1 or gated:
+    if m.cols not in (2048, 4096) or not formats <= {"sign", "int8"} or norm_groups > 1 or gated:
         return None
     plane = m.plane_kpad // (32 * DOT_WARPS)
-    if m.rank not in (0, RANK) or not m.plane_by_groups or plane > 4:
+    if m.rank not in (0, RANK) or not m.plane_by_groups or plane > 8:
         return None
     starts, first = [], 0  # rows of the matrix with which its tiles of signs begin
     for s in m.layout.segments:
@@ -110,7 +111,8 @@ def dot_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool) -> Dot |
     p = m.layout.plane
     at = {i // blocks for i, row in enumerate(starts) if p and row + TILE > p.start and row < p.stop}
     tiles = math.ceil(len(starts) / blocks)
-    dot = Dot(m.cols // (32 * 4 * DOT_WARPS), tiles, math.ceil(rows / blocks), plane, sum(1 << i for i in at), int(m.rank > 0))
-    if not 1 <= dot.tiles <= DOT_TILES or 4 * (dot.tiles * TILE + dot.rows) > dot.threads:
+    words, planes = m.cols // (128 * DOT_WARPS), sum(1 << i for i in at)
+    dot = Dot(DOT_WARPS, words, tiles, math.ceil(rows / blocks), plane, planes, int(m.rank > 0))
+    if not 1 <= dot.tiles <= DOT_TILES or 2 * (dot.tiles * TILE + dot.rows) > dot.threads:
         return None
     return dot
