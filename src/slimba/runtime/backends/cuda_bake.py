@@ -14,7 +14,9 @@ import numpy as np
 
 from slimba.runtime.backends.cuda_lean import Dot, Lean
 
-__all__ = ["Baked"]
+__all__ = ["QUICK", "QUICK_THREADS", "Baked"]
+
+QUICK, QUICK_THREADS = "quick", 288  # the kernel of kernels/cuda/quick.cuh, threads of its block
 
 MATRIX = 79  # fields of struct Matrix in kernels/cuda/matrix.cuh, whose pointers follow the numbers
 SEGMENT0, SEGMENT, SEGMENTS = 16, 9, 6
@@ -51,8 +53,11 @@ class Baked:
         return self._add(f"slimba_product_{tokens}", kernel("Product", bounds, sets, call))
 
     def recurrence(self, fields: np.ndarray, instance: str) -> str:
-        """The kernel for a struct Recurrence; `instance` are the arguments of the template recur."""
+        """The kernel for a struct Recurrence; `instance` are the arguments of the template recur, or QUICK."""
         sets = constants(fields, RECURRENCE_POINTERS, RECURRENCE_VARYING)
+        if instance == QUICK:
+            call = f"quick_recur(s, smem, {self.ORDER});"
+            return self._add("slimba_quick", kernel("Recurrence", f"{QUICK_THREADS}, 2", sets, call))
         call = f"recur<{instance}>(s, smem, blockIdx.x, gridDim.x, {self.ORDER});"
         return self._add("slimba_recur", kernel("Recurrence", "THREADS, 2", sets, call))
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from slimba.models.spec import ModelSpec
-from slimba.runtime.backends.cuda_bake import Baked
+from slimba.runtime.backends.cuda_bake import QUICK, QUICK_THREADS, Baked
 from slimba.runtime.backends.cuda_bulk import Bulk
 from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_lean import Dot, Lean, dot_of, lean_of
@@ -35,6 +35,8 @@ MOST_KERNELS = 16  # of one model: a layout a layer would take minutes to compil
 LARGEST_BATCH = 8  # of the fused kernels: the tokens that one holds
 SETTINGS, SAMPLE_BYTES = 7, 8 * (4096 + 1024 + 32 + 1) + 4 * (2048 + 4)  # structs in kernels/cuda/sample.cu
 CHOICE_BLOCKS = 32  # that look at the logits of a sequence
+QUICK_STATE, QUICK_SPAN = 128, 32  # d_state and channels of a block of kernels/cuda/quick.cuh
+QUICK_BYTES = 4 * (QUICK_SPAN + 2 * QUICK_STATE + KEPT)
 LARGEST_STATE = 256  # entries of a row of the state that a warp holds
 
 
@@ -176,7 +178,7 @@ class FusedStep(Step):
     """One token for each of up to LARGEST_BATCH sequences by the fused kernels."""
 
     arithmetic = "23-bit fixed point"
-    DOTS = True
+    DOTS = QUICK = True
 
     def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str) -> None:
         super().__init__(model, gpu, batch)
@@ -193,6 +195,7 @@ class FusedStep(Step):
             self.recurrences.append(recurrence(spec, layer, self._state(i), batch, state_dtype, *tensors))
         self.products.append(self._head())
         self._lean: dict[int, Dot | Lean] = {}
+        self._quick = False
         self._kernels, self._own = self._bake() if gpu.bakes else self._generic()
         self.embed = fields_of(
             model.embedding.fields, self._state(0), batch, self.ids.data_ptr(), self.u.data_ptr()
@@ -240,6 +243,11 @@ class FusedStep(Step):
         """Launches the recurrence of layer i."""
         spec, name = self._model.spec, self._kernels[len(self.products) + i]
         units = self.batch * (spec.d_inner // span_of(spec.headdim))
+        if self._quick:
+            self._gpu.launch(
+                name, (units,), self.recurrences[i], QUICK_BYTES, threads=QUICK_THREADS, overlap=overlap, module=self._own
+            )
+            return
         shared = recur_bytes(spec)
         grid = (min(units, 8 * self._gpu.blocks),)
         self._gpu.launch(name, grid, self.recurrences[i], shared, overlap=overlap, module=self._own)
@@ -252,13 +260,15 @@ class FusedStep(Step):
 
     def _bake(self) -> tuple[list[str], Any]:
         """The same, made for this model's shape."""
-        baked, instance = Baked(), RECUR[entries_of(self._model.spec.d_state)]
+        spec = self._model.spec
+        self._quick = self.QUICK and spec.d_state == QUICK_STATE and span_of(spec.headdim) == QUICK_SPAN
+        baked, instance = Baked(), QUICK if self._quick else RECUR[entries_of(spec.d_state)]
         if self.batch == 1:
             self._lean = self._lean_products()
         names = [baked.product(fields, self._tokens, self._lean.get(i)) for i, fields in enumerate(self.products)]
         names += [baked.recurrence(fields, instance) for fields in self.recurrences]
         if len(set(names)) > MOST_KERNELS:
-            self._lean = {}
+            self._lean, self._quick = {}, False
             return self._generic()
         return names, self._gpu.module("decode", baked.source)
 
