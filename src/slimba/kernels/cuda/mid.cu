@@ -44,11 +44,6 @@ DEV Strip strip_of(const Matrix& m, int at) {
   return out;
 }
 
-// The left operand of one tensor-core product: rows g and g + 8, columns c and c + 16, c + 1 and c + 17, c = 2 jj.
-DEV u32 sign_pair(u32 w, int up) { return (w << up & 0x80008000u) ^ 0xbc00bc00u; }
-DEV u32 int8_pair(u32 w, int jj) {  // w: columns j + 8 b of a word of codes; bytes 0 and 2, or 1 and 3
-  return add_halves(byte_perm(w ^ 0x80808080u, 0x64646464u, jj < 4 ? 0x4240u : 0x4341u), 0xe480e480u);  // - 1152
-}
 DEV u32 int4_pair(u32 w, int down, u32 scale) {
   return mul_halves(add_halves((w >> down & 0x000f000fu) ^ 0x64086408u, 0xe408e408u), scale);  // - 1032
 }
