@@ -41,7 +41,8 @@ DEV void dots(const Product& p, u8* smem, Ready ready) {
   constexpr int XP = P > 4 ? P / 4 : 1, SPAN = P > 4 ? 4 : P ? P : 1, PAIRS = 4 * SPAN;  // of a lane's word of the plane
   Shared& v = *(Shared*)smem;
   const Matrix& m = p.m;
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, batch = (int)p.batch;
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+  const int first = blockIdx.y * DOTS_BATCH, batch = (int)least(DOTS_BATCH, p.batch - first);
   const int block = blockIdx.x, blocks = gridDim.x, plane_rows = (int)(m.plane_stop - m.plane_start);
   const float *weight = (const float*)p.in.weight, *col_scale = (const float*)m.col_scale;
   const bool weighted = weight || col_scale;
@@ -96,13 +97,13 @@ DEV void dots(const Product& p, u8* smem, Ready ready) {
   if (P && t == 0) v.x[P ? warp : 0][g][COLUMNS] = 0;
   i64 ring = 0;
   if (p.out.mode == IN_PROJ && (int)threadIdx.x % DOTS_BATCH < batch) {
-    const i64 slot = slot_of(p.state, threadIdx.x % DOTS_BATCH);
+    const i64 slot = slot_of(p.state, first + threadIdx.x % DOTS_BATCH);
     ring = (i64)ring_row(p.state, slot, position(p.state, slot));
   }
   sync_warp();
   ready();
 
-  const float* input = (const float*)p.in.x + (g < batch ? g : batch - 1) * (int)p.in.x_stride + warp * COLUMNS + t * X * 32;
+  const float* input = (const float*)p.in.x + (first + (g < batch ? g : batch - 1)) * (int)p.in.x_stride + warp * COLUMNS + t * X * 32;
   float4 e[X][8];
 #pragma unroll
   for (int i = 0; i < 8 * X; ++i) e[i / 8][i % 8] = load_fresh_quad(input + 4 * i);
@@ -238,6 +239,6 @@ DEV void dots(const Product& p, u8* smem, Ready ready) {
       for (int k = 0; k < 16; ++k) corrected = fmaf((float)(i8)(word(left, k / 4) >> (k % 4 * 8)), v.of_rank[LR ? k : 0][b], corrected);
       y = fmaf(half_bits_to_float(((const u16*)m.lr_a_scale)[lr_row]), corrected, y);
     }
-    put_output(p.out, ring, row, b, fmaf(y, norm, m.bias ? ((const float*)m.bias)[row] : 0.0f));
+    put_output(p.out, ring, row, first + b, fmaf(y, norm, m.bias ? ((const float*)m.bias)[row] : 0.0f));
   }
 }
