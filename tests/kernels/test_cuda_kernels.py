@@ -77,8 +77,10 @@ def test_dot_product(name: str, normed: bool, warps: int, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("batch", [2, 8])
 @pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("warps", [8, 16])
 @pytest.mark.parametrize("name", DOT_LAYOUTS)
-def test_dots_product(name: str, normed: bool, batch: int) -> None:
+def test_dots_product(name: str, warps: int, normed: bool, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimba.runtime.backends.cuda_lean.DOT_WARPS", warps)
     rng = np.random.default_rng(len(name))
     matrix = random_matrix(rng, DOT_LAYOUTS[name])
     x = rng.standard_normal((batch, matrix.layout.cols)).astype(np.float32) * np.float32(100)

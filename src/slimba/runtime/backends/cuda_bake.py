@@ -46,7 +46,7 @@ class Baked:
         sets = constants(fields, POINTERS, VARYING)
         if lean is not None:
             call = f"{lean.name}(s, smem, {self.ORDER});"
-            return self._add("slimba_lean", kernel("Product", f"{lean.threads}, 2", sets, call))
+            return self._add("slimba_lean", kernel("Product", f"{lean.threads}, {lean.resident}", sets, call))
         bounds = "THREADS, 2" if tokens == 1 else "THREADS"
         first = "0" if tokens == 1 else f"{tokens} * blockIdx.y"
         call = f"product<{tokens}>(s, smem, {first}, blockIdx.x, gridDim.x, {self.ORDER});"

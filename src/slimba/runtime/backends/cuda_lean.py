@@ -29,6 +29,8 @@ class Lean:
     def threads(self) -> int:
         return 32 * self.groups
 
+    resident = 2
+
     @property
     def name(self) -> str:
         return f"lean<{self.groups}, {self.tiles}, {self.rows}, {self.plane}, {self.rank}>"
@@ -62,6 +64,7 @@ def lean_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool, fewest:
 
 
 DOT_WARPS = 16  # of a block of kernels/cuda/dot.cuh
+MANY_RESIDENT = 1  # blocks of dots.cuh for which a multiprocessor has registers
 DOT_TILES = 5  # of a block, likewise in registers
 
 
@@ -96,6 +99,10 @@ class Dot:
         main, plane = w * 16 * (32 * self.words + 2), (w if self.plane else 1) * 16 * (8 * self.plane + 2)
         parts = w * self.tiles * tile, w * self.tiles * tile if self.plane else 8, (w if self.rank else 1) * tile
         return main + plane + sum(parts) + max(1, self.rows) * w * 4 + w * TILE * 4 + w * 16 + 16
+
+    @property
+    def resident(self) -> int:
+        return MANY_RESIDENT if self.many else 2
 
     @property
     def _many_bytes(self) -> int:

@@ -62,29 +62,41 @@ def gpu_record(
 
 
 def gpu_check(engine: CudaEngine, checkpoint: Checkpoint, batches: list[int]) -> dict[str, float]:
-    """Largest relative differences of steps and prompts to the reference. UserError above TOLERANCE."""
+    """Largest relative differences of steps and prompts to the reference, and what is allowed. UserError above it.
+
+    Which int8 code an entry of the state takes, a difference of one part in a thousand before may decide. So with float16
+    products as much is allowed as storing the states in int8 changes the reference's own logits, where that is more.
+    """
     device = str(engine.gpu.device)
     reference = ReferenceEngine(checkpoint, state_dtype=engine.state_dtype, activations="float32", device=device)
-    worst = {"steps": 0.0, "prompt": 0.0}
+    precise = ReferenceEngine(checkpoint, activations="float32", device=device) if engine.state_dtype == "int8" else None
+    worst = {"steps": 0.0, "prompt": 0.0, "prompt allowed": TOLERANCE["prompt"]}
     rng = np.random.default_rng(0)
     for batch in batches:
         ids = rng.integers(0, engine.spec.vocab_size, (batch, PROMPT)).astype(np.int32)
         theirs, ours = reference.new_state(batch), engine.new_state(batch)
         stepped = [(engine.step(ids[:, t], ours).cpu().numpy().copy()) for t in range(STEPS)]
         want = [reference.prefill(ids[:, t : t + 1], theirs) for t in range(STEPS)]
-        fused = type(engine.stepper(ours)).__name__ == "FusedStep"
-        _compare(worst, "steps" if fused else "prompt", np.stack(stepped), np.stack(want), batch)
-        last = engine.prefill(ids, engine.new_state(batch))
-        _compare(worst, "prompt", last, reference.prefill(ids, reference.new_state(batch)), batch)
+        after = reference.prefill(ids, reference.new_state(batch))
+        if precise is not None:
+            rounding = _difference(after, precise.prefill(ids, precise.new_state(batch)))
+            worst["prompt allowed"] = max(worst["prompt allowed"], rounding)
+        exact = engine.arithmetic(batch) != "float16"
+        _compare(worst, "steps" if exact else "prompt", np.stack(stepped), np.stack(want), batch)
+        _compare(worst, "prompt", engine.prefill(ids, engine.new_state(batch)), after, batch)
     return worst
 
 
+def _difference(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
 def _compare(worst: dict[str, float], what: str, got: np.ndarray, want: np.ndarray, batch: int) -> None:
-    difference = float(np.abs(got - want).max() / np.abs(want).max())
-    if not difference <= TOLERANCE[what]:
+    difference, allowed = _difference(got, want), worst["prompt allowed"] if what == "prompt" else TOLERANCE[what]
+    if not difference <= allowed:
         raise UserError(
             f"backend cuda differs from the reference by {difference:.2g} of the largest logit ({what}, batch {batch}; "
-            f"{TOLERANCE[what]} is allowed): no speed is printed for wrong results"
+            f"{allowed:.2g} is allowed): no speed is printed for wrong results"
         )
     worst[what] = max(worst[what], difference)
 
