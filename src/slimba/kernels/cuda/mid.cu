@@ -29,15 +29,15 @@ struct Strip {
 template <int R>
 DEV Strip strip_of(const Matrix& m, int at) {
   Strip out = {m.segment[0], 0, 0, false};
-#pragma unroll 1
-  for (int k = 0; k < (int)m.segments; ++k) {
+#pragma unroll
+  for (int k = 0; k < MAX_SEGMENTS; ++k) {
+    if (k >= (int)m.segments) continue;
     const int strips = ((int)m.segment[k].rows + TILE * R - 1) / (TILE * R);
-    if (at < strips) {
+    if (!out.there && at < strips) {
       out.s = m.segment[k];
       out.row0 = at * TILE * R;
       out.rows = (int)out.s.rows;
       out.there = true;
-      break;
     }
     at -= strips;
   }
@@ -315,13 +315,3 @@ DEV void mid(const Mid& p, u8* smem) {
   for (int r = 0; r < R; ++r)
     if (strip.row0 + r * TILE < strip.rows) mid_finish<NT>(p, out, s, strip.row0 + r * TILE, first, part == 0, rings, acc[r]);
 }
-
-#define MID(NT, R, S) \
-  KERNEL(slimba_mid_##NT##_##R##_##S, Mid, THREADS, 2) { \
-    SHARED(smem); \
-    mid<NT, R, S>(p, smem); \
-  }
-#define MIDS(NT) MID(NT, 1, 4) MID(NT, 1, 2) MID(NT, 1, 1) MID(NT, 2, 1)
-MIDS(1)
-MIDS(2)
-MIDS(4)

@@ -125,8 +125,3 @@ DEV void mid_norm(const MidNorm& p, u8* smem) {
     if (lane == 0) ((u16*)p.factors)[b * m.rank + r] = float_to_half_bits(sum);
   }
 }
-
-KERNEL(slimba_mid_norm, MidNorm, THREADS) {
-  SHARED(smem);
-  mid_norm(p, smem);
-}

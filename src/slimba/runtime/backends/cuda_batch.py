@@ -6,15 +6,27 @@ nothing expanded in memory (kernels/cuda/mid.cu and batch.cu).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from slimba.models.spec import ModelSpec
+from slimba.runtime.backends.cuda_bake import Baked
 from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_mid import Mid
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
 from slimba.runtime.backends.cuda_state import KEPT, STATE_CODES
-from slimba.runtime.backends.cuda_step import IN_PROJ, LARGEST_STATE, STORE, Step, norm_groups, recur_bytes, recurrence
+from slimba.runtime.backends.cuda_step import (
+    IN_PROJ,
+    LARGEST_STATE,
+    MOST_KERNELS,
+    STORE,
+    Step,
+    norm_groups,
+    recur_bytes,
+    recurrence,
+)
 from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits
 
 __all__ = ["BatchStep"]
@@ -23,12 +35,29 @@ STATE_HEADS = 4  # of kernels/cuda/batch.cu
 RESIDUAL = 1
 
 
+class Recorder:
+    """A Gpu that only notes what is launched."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self.launches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._gpu, name)
+
+    def launch(self, *arguments: Any, **settings: Any) -> None:
+        self.launches.append((arguments, settings))
+
+
 class BatchStep(Step):
+    BAKES = True
+
     def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str) -> None:
         super().__init__(model, gpu, batch)
         spec, zeros = model.spec, self._zeros
         matrices = [m for layer in model.layers for m in layer.matrices.values()]
-        self._mid = Mid(gpu, batch, [*matrices, model.head])
+        recorder: Any = Recorder(gpu)
+        self._mid = Mid(recorder, batch, [*matrices, model.head])
         self._u = zeros(batch, spec.d_model)
         self._z, self._y, self._dt = zeros(batch, spec.d_inner), zeros(batch, spec.d_inner), zeros(batch, spec.n_heads)
         self._parts = zeros(2, batch, spec.d_model)  # results of out_proj, each of some of its columns
@@ -47,6 +76,8 @@ class BatchStep(Step):
             zeros(batch, groups), zeros(batch, groups, KEPT),
         ]  # fmt: skip
 
+        self._launches = self._recorded(recorder)
+
     @classmethod
     def fits(cls, model: CudaModel) -> bool:
         spec = model.spec
@@ -56,7 +87,30 @@ class BatchStep(Step):
 
     def work(self, *, choose: bool) -> None:
         """Launches one step. choose: the most likely ids become the next ids."""
-        model, gpu = self._model, self._gpu
+        for arguments, settings in self._launches:
+            self._gpu.launch(*arguments, **settings)
+        self.after(choose)
+
+    def _recorded(self, recorder: Recorder) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """The launches of a step, by kernels made for this model where the GPU makes such."""
+        self._layers(recorder)
+        if not (self._gpu.bakes and self.BAKES):
+            return recorder.launches
+        baked, found = Baked(), []
+        for arguments, settings in recorder.launches:
+            name = baked.of_many(arguments[0], arguments[2])
+            found.append((arguments, settings, name))
+        if len({name for *_, name in found if name}) > MOST_KERNELS:
+            return recorder.launches
+        module = self._gpu.module("many", baked.source)
+        return [
+            ((name, *arguments[1:]), settings | {"module": module}) if name else (arguments, settings)
+            for arguments, settings, name in found
+        ]
+
+    def _layers(self, recorder: Recorder) -> None:
+        """Everything before the choice of the next ids."""
+        model, gpu = self._model, recorder
         spec = model.spec
         gpu.launch("slimba_embed", (4 * gpu.blocks,), self._embed)
         parts = 0
@@ -64,12 +118,11 @@ class BatchStep(Step):
             m = layer.matrices["in_proj"]
             self._norm_residual(m, layer.norm, parts)
             self._mid.product(m, self._in_proj(), self._state(i))
-            self._recur(i)
+            self._recur(i, gpu)
             parts = self._out_proj(layer, i)
         self._norm_residual(model.head, model.norm_f, parts)
         out = [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7]
         self._mid.product(model.head, out, self._state(0))
-        self.after(choose)
 
     def _norm_residual(self, m: DeviceMatrix, weight: torch.Tensor, parts: int) -> None:
         """Adds the results of the last out_proj to the residual stream and norms it for m."""
@@ -98,8 +151,8 @@ class BatchStep(Step):
         self._mid.product(m, out, self._state(i), parts, self.batch * spec.d_model)
         return parts
 
-    def _recur(self, i: int) -> None:
-        spec, gpu = self._model.spec, self._gpu
+    def _recur(self, i: int, gpu: Recorder) -> None:
+        spec = self._model.spec
         if self._states is None:
             units = self.batch * (spec.d_inner // span_of(spec.headdim))
             name = "slimba_recur_" + entries_of(spec.d_state)
