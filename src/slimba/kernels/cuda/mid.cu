@@ -267,12 +267,19 @@ DEV void mid(const Mid& p, u8* smem) {
 #pragma unroll
           for (int k = 0; k < WORDS; ++k) raw[r][h][k] = next[r][h][k];
       if (c + 1 < chunks) bits(c + 1, next);
-#pragma unroll
-      for (int k = 0; k < WORDS; ++k)
+#pragma unroll 1
+      for (int k = 0; k < WORDS; ++k) {  // a loop, because all words unrolled are more instructions than the caches hold
         mid_word<NT, R>(x, ks * WORDS + k, acc, [&](int r, int jj, u32 (&a)[4]) {
-          a[0] = sign_pair(raw[r][0][k], 15 - 2 * jj), a[1] = sign_pair(raw[r][1][k], 15 - 2 * jj);
-          a[2] = sign_pair(raw[r][0][k], 14 - 2 * jj), a[3] = sign_pair(raw[r][1][k], 14 - 2 * jj);
+          a[0] = sign_pair(raw[r][0][0], 15 - 2 * jj), a[1] = sign_pair(raw[r][1][0], 15 - 2 * jj);
+          a[2] = sign_pair(raw[r][0][0], 14 - 2 * jj), a[3] = sign_pair(raw[r][1][0], 14 - 2 * jj);
         });
+#pragma unroll
+        for (int r = 0; r < R; ++r)
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int i = 0; i + 1 < WORDS; ++i) raw[r][h][i] = raw[r][h][i + 1];
+      }
       if (c + 1 == planes) {  // what follows is multiplied by the rows' scales, this by those of the plane
 #pragma unroll
         for (int r = 0; r < R; ++r)
