@@ -216,10 +216,14 @@ def slice_stride(kpad: int) -> int:
 
 
 def split_of(items: int, blocks: int, steps: int) -> int:
-    """Warps that share an item, so that few items keep many warps busy."""
+    """Warps that share an item, so that few items keep many warps busy, and many end at about the same time."""
     split = 1
     while split < WARPS and split < steps and items * split * 2 <= blocks * WARPS:
         split *= 2
+    warps = 2 * blocks * WARPS  # two blocks fit a multiprocessor
+    if split == 1 < steps and items >= warps:
+        rounds = {s: -(-items * s // warps) / s for s in (1, 2)}
+        split = 2 if rounds[2] < 0.9 * rounds[1] else 1
     return split
 
 
