@@ -40,6 +40,7 @@ LAYOUTS: dict[str, MatrixLayout] = {
     "int8": MatrixLayout(1030, (Segment(19, "int8"),)),
     "int8-tiles": MatrixLayout(1030, (Segment(5000, "int8"),)),
     "int4": MatrixLayout(391, (Segment(19, "int4"),)),
+    "int4-shared": MatrixLayout(1030, (Segment(1113, "int4"),)),
     "float16": MatrixLayout(131, (Segment(19, "float16"),)),
     "all": MatrixLayout(
         201,
