@@ -88,7 +88,10 @@ LEAN_LAYOUTS: dict[str, MatrixLayout] = {
 DOT_LAYOUTS: dict[str, MatrixLayout] = {
     "dot-2048": MatrixLayout(2048, (Segment(100, "sign"), Segment(10, "int8")), LowRank(10, 0, 100)),
     "dot-2048-plane": MatrixLayout(
-        2048, (Segment(9, "int8"), Segment(27, "sign"), Segment(70, "sign")), LowRank(16, 12, 60), plane=Plane(683, 20, 61)
+        2048,
+        (Segment(9, "int8"), Segment(27, "sign"), Segment(70, "sign")),
+        LowRank(16, 12, 60),
+        plane=Plane(683, 20, 61),
     ),
     "dot-2048-few": MatrixLayout(2048, (Segment(33, "sign"),), plane=Plane(200, 1, 30), col_scale=True),
     "dot-4096": MatrixLayout(4096, (Segment(33, "sign"),), LowRank(16, 0, 33), plane=Plane(1365, 1, 30)),

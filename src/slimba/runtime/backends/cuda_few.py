@@ -1,5 +1,5 @@
-"""One token for each of a few sequences at the shapes that models have: three launches a layer, as for one sequence, with
-the products of kernels/cuda/dots.cuh, eight sequences a block.
+"""One token for each of a few sequences at the shapes that models have: three launches a layer, as for one sequence,
+with the products of kernels/cuda/dots.cuh, eight sequences a block.
 
     step = FewStep(model, gpu, batch=8, state_dtype="int8")     # where FewStep.fits(model, gpu)
 """

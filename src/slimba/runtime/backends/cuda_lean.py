@@ -70,8 +70,8 @@ DOT_TILES = 5  # of a block, likewise in registers
 
 @dataclass(frozen=True, slots=True)
 class Dot:
-    """Arguments of the template `dot`: warps, words of 32 columns of a lane, tiles and int8 rows of a block, words of the
-    second plane of a warp, which of the tiles may have the plane, whether there is a low-rank correction."""
+    """Arguments of the template `dot`: warps, words of 32 columns of a lane, tiles and int8 rows of a block, words of
+    the second plane of a warp, which of the tiles may have the plane, whether there is a low-rank correction."""
 
     warps: int
     words: int
@@ -88,7 +88,8 @@ class Dot:
 
     @property
     def name(self) -> str:
-        return f"dot{'s' * self.many}<{self.warps}, {self.words}, {self.tiles}, {self.rows}, {self.plane}, {self.with_plane}, {self.rank}>"
+        numbers = self.warps, self.words, self.tiles, self.rows, self.plane, self.with_plane, self.rank
+        return f"{'dots' if self.many else 'dot'}<{', '.join(map(str, numbers))}>"
 
     @property
     def shared_bytes(self) -> int:
@@ -114,15 +115,16 @@ class Dot:
 
 
 def dot_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool, *, many: bool = False) -> Dot | None:
-    """The kernel of dot.cuh for a matrix, its input as in `lean_of`, or with `many` that of dots.cuh; None where it does
-    not take it."""
+    """The kernel of dot.cuh for a matrix, its input as in `lean_of`, or with `many` that of dots.cuh; None where it
+    does not take it."""
     formats = {s.format for s in m.layout.segments}
     if m.cols not in (2048, 4096) or not formats <= {"sign", "int8"} or norm_groups > 1 or gated:
         return None
     plane = m.plane_kpad // (32 * DOT_WARPS)
     if m.rank not in (0, RANK) or not m.plane_by_groups or plane > 8:
         return None
-    starts, first = [], 0  # rows of the matrix with which its tiles of signs begin
+    starts: list[int] = []  # rows of the matrix with which its tiles of signs begin
+    first = 0
     for s in m.layout.segments:
         starts += range(first, first + s.rows, TILE) if s.format == "sign" else []
         first += s.rows

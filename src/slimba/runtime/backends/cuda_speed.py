@@ -64,12 +64,14 @@ def gpu_record(
 def gpu_check(engine: CudaEngine, checkpoint: Checkpoint, batches: list[int]) -> dict[str, float]:
     """Largest relative differences of steps and prompts to the reference, and what is allowed. UserError above it.
 
-    Which int8 code an entry of the state takes, a difference of one part in a thousand before may decide. So with float16
-    products as much is allowed as storing the states in int8 changes the reference's own logits, where that is more.
+    Which int8 code an entry of the state takes, a difference of one part in a thousand before may decide. So with
+    float16 products as much is allowed as storing states in int8 changes the reference's own logits, where that is more.
     """
     device = str(engine.gpu.device)
     reference = ReferenceEngine(checkpoint, state_dtype=engine.state_dtype, activations="float32", device=device)
-    precise = ReferenceEngine(checkpoint, activations="float32", device=device) if engine.state_dtype == "int8" else None
+    precise = (
+        ReferenceEngine(checkpoint, activations="float32", device=device) if engine.state_dtype == "int8" else None
+    )
     worst = {"steps": 0.0, "prompt": 0.0, "prompt allowed": TOLERANCE["prompt"]}
     rng = np.random.default_rng(0)
     for batch in batches:

@@ -234,8 +234,8 @@ class FusedStep(Step):
         """Launches the i-th product; `groups` of its input's norm."""
         if lean := self._lean.get(i):
             self._gpu.launch(
-                self._kernels[i], (self._gpu.blocks, -(-self.batch // 8)), self.products[i], lean.shared_bytes, threads=lean.threads,
-                overlap=overlap, module=self._own,
+                self._kernels[i], (self._gpu.blocks, -(-self.batch // LARGEST_BATCH)), self.products[i],
+                lean.shared_bytes, threads=lean.threads, overlap=overlap, module=self._own,
             )  # fmt: skip
             return
         blocks = self._gpu.blocks * (2 if m.items >= 2 * WARPS * self._gpu.blocks else 1)  # two fit a multiprocessor
@@ -249,7 +249,13 @@ class FusedStep(Step):
         units = self.batch * (spec.d_inner // span_of(spec.headdim))
         if self._quick:
             self._gpu.launch(
-                name, (units,), self.recurrences[i], QUICK_BYTES, threads=QUICK_THREADS, overlap=overlap, module=self._own
+                name,
+                (units,),
+                self.recurrences[i],
+                QUICK_BYTES,
+                threads=QUICK_THREADS,
+                overlap=overlap,
+                module=self._own,
             )
             return
         shared = recur_bytes(spec)
