@@ -1,5 +1,7 @@
 // The kernels of mid_norm.cu, mid.cu and batch.cu for any shape, described at run time; cuda_bake.py makes those of a model.
 
+KERNEL(slimba_scatter, Scatter, THREADS) { scatter(p); }
+
 KERNEL(slimba_mid_norm, MidNorm, THREADS) {
   SHARED(smem);
   mid_norm(p, smem);

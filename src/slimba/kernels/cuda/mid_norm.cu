@@ -13,6 +13,7 @@ struct MidNorm {
   Input in;
   i64 residual, parts, part_stride, n_parts;  // n_parts: 0 to 2; residual: 1 where in.x is added to and written
   i64 out, out2, factors, plane_inverse;      // float16 [B][kpad], [B][plane_kpad], [B][rank]
+  i64 natural;                                // 1: out in the order of the columns
 };
 
 DEV void mid_norm(const MidNorm& p, u8* smem) {
@@ -104,7 +105,7 @@ DEV void mid_norm(const MidNorm& p, u8* smem) {
       const int i = first + k * THREADS;
       if (i >= kpad) break;
       e[(i >> 5) * 32 + (i & 7) * 4 + ((i >> 3) & 3)] = v[k];
-      out[place_of(i)] = float_to_half_bits(v[k]);
+      out[p.natural ? i : place_of(i)] = float_to_half_bits(v[k]);
       if (where[k] >= 0) chosen[place_of(where[k])] = float_to_half_bits(v[k]);
     }
   }
@@ -124,4 +125,22 @@ DEV void mid_norm(const MidNorm& p, u8* smem) {
     sum = warp_sum(sum) * half_bits_to_float(((const u16*)m.lr_b_scale)[r]);
     if (lane == 0) ((u16*)p.factors)[b * m.rank + r] = float_to_half_bits(sum);
   }
+}
+
+// What a product of cuBLAS made of in_proj, float16 [B][stride], to where the step's other kernels look: the gate's input z and
+// the ring of the convolution. Grid: 256s of rows, sequences.
+struct Scatter {
+  StateRef state;
+  i64 batch, p, stride, inner, z;  // rows 0 .. inner - 1 to float32 z [B][inner], the rest to the ring
+};
+DEV void scatter(const Scatter& s) {
+  const int row = (int)blockIdx.x * THREADS + threadIdx.x, b = blockIdx.y;
+  const i64 slot = slot_of(s.state, b);
+  float* ring = ring_row(s.state, slot, position(s.state, slot));
+  await_previous();
+  release_next();
+  if (row >= (int)(s.inner + s.state.channels)) return;
+  const float v = half_bits_to_float(((const u16*)s.p)[b * s.stride + row]);
+  if (row < (int)s.inner) ((float*)s.z)[b * s.inner + row] = v;
+  else ring[row - s.inner] = v;
 }

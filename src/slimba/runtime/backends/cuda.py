@@ -237,7 +237,7 @@ class CudaEngine:
             if 1 < batch <= FEW and not self._exact and FewStep.fits(self.model, self.gpu):
                 self._steps[batch] = FewStep(self.model, self.gpu, batch, self.state_dtype)
             elif batch > 1 and BatchStep.fits(self.model) and not self._exact:
-                self._steps[batch] = BatchStep(self.model, self.gpu, batch, self.state_dtype)
+                self._steps[batch] = BatchStep(self.model, self.gpu, batch, self.state_dtype, self._bulk)
             elif FusedStep.fits(self.model, self.gpu, batch):
                 self._steps[batch] = FusedStep(self.model, self.gpu, batch, self.state_dtype)
             else:
