@@ -41,6 +41,13 @@ FEW = 32  # most sequences of a FewStep
 GRAPH_TOKENS, MOST_GRAPHS = 2048, 4  # of a recorded piece of a prompt; of pieces
 
 
+AHEAD, AHEAD_BATCH = 8, 8  # steps of a graph, and of how many sequences at most: between graphs the GPU waits a little
+
+
+def drop(_: object) -> None:
+    """For work that gives a value nobody wants."""
+
+
 class PromptGraph:
     """The bulk pass over a piece of a prompt of one shape, recorded as a CUDA graph."""
 
@@ -109,7 +116,7 @@ class CudaEngine:
         self._exact = exact
         self._bulk = Bulk(self.model, self.gpu, state_dtype, exact=exact)
         self._steps: dict[int, Step] = {}
-        self._graphs: dict[tuple[int, bool, bool], Callable[[], None]] = {}
+        self._graphs: dict[tuple[object, ...], Callable[[], None]] = {}
         self._prompts: dict[tuple[int, int], PromptGraph | None] = {}  # None: seen once
 
     def new_state(self, batch: int = 1) -> CudaState:
@@ -212,8 +219,7 @@ class CudaEngine:
             step.first_token(first)
         step.count.zero_()
         step.ids.copy_(torch.from_numpy(np.maximum(ids, 0).astype(np.int32)))
-        for _ in range(count):
-            self.run(step, choose=True)
+        self.run_ahead(step, count)
         chosen: np.ndarray = step.chosen[:, :count].cpu().numpy()
         if (chosen == NOT_FINITE).any():
             raise UserError("the logits hold NaN or infinity: the weights are damaged or the state has overflowed")
@@ -252,6 +258,20 @@ class CudaEngine:
             return self._graphs[key]()
         step.work(choose=choose)
         self._graphs[key] = self.gpu.record(lambda: step.work(choose=choose))
+
+    def run_ahead(self, step: Step, count: int) -> None:
+        """`count` steps, each choosing the ids of the next; of few sequences many steps in one CUDA graph."""
+        key = step.batch, True, step.samples
+        while count > 0:
+            if count < AHEAD or step.batch > AHEAD_BATCH or key not in self._graphs:
+                self.run(step, choose=True)
+                count -= 1
+                continue
+            many = (*key, AHEAD)
+            if many not in self._graphs:
+                self._graphs[many] = self.gpu.record(lambda: drop([step.work(choose=True) for _ in range(AHEAD)]))
+            self._graphs[many]()
+            count -= AHEAD
 
     def _prefill(self, x: torch.Tensor, state: CudaState) -> torch.Tensor:
         if not x.shape[1]:

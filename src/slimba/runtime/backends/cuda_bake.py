@@ -44,6 +44,7 @@ class Baked:
     """Collects kernels; `source` is their text."""
 
     ORDER = "InOrder()"
+    QUICK_RESIDENT = 2  # blocks for which a multiprocessor should have registers
 
     def __init__(self) -> None:
         self._names: dict[tuple[str, str], str] = {}
@@ -68,7 +69,7 @@ class Baked:
         sets = constants(fields, RECURRENCE_POINTERS, RECURRENCE_VARYING)
         if instance == QUICK:
             call = f"quick_recur(s, smem, {self.ORDER});"
-            return self._add("slimba_quick", kernel("Recurrence", f"{QUICK_THREADS}, 2", sets, call))
+            return self._add("slimba_quick", kernel("Recurrence", f"{QUICK_THREADS}, {self.QUICK_RESIDENT}", sets, call))
         call = f"recur<{instance}>(s, smem, blockIdx.x, gridDim.x, {self.ORDER});"
         return self._add("slimba_recur", kernel("Recurrence", "THREADS, 2", sets, call))
 

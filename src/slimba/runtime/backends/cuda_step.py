@@ -224,7 +224,7 @@ class FusedStep(Step):
     def layers(self, overlap: bool) -> None:
         """Launches everything before the head."""
         gpu, spec = self._gpu, self._model.spec
-        gpu.launch("slimba_embed", (gpu.blocks,), self.embed)
+        gpu.launch("slimba_embed", (gpu.blocks,), self.embed, overlap=overlap)
         for i, layer in enumerate(self._model.layers):
             self.product(layer.matrices["in_proj"], 2 * i, 1, overlap)
             self.recur(i, overlap)
