@@ -27,12 +27,12 @@ PRODUCTS = (*BASE, "tiles.cuh", "product.cuh", "step.cuh", "decode.cu")
 MODULES = {  # apart, because a process needs few; cuda_bake.py adds the kernels of a model to "decode" and "many"
     "main": (*BASE, "decode.cu"),
     "decode": (
-        *BASE, "tiles.cuh", "product.cuh", "lean.cuh", "dot.cuh", "dots.cuh", "step.cuh", "quick.cuh", "decode.cu",
+        *BASE, "tiles.cuh", "product.cuh", "rows.cuh", "lean.cuh", "dot.cuh", "step.cuh", "quick.cuh", "decode.cu",
     ),
     "generic": (*PRODUCTS, "generic.cu"),
     "bulk": (*BASE, "step.cuh", "bulk.cu", "expand.cu", "scan.cu", "scan1.cu", "ssd.cu"),
     "mid": (*BASE, "step.cuh", "mid_norm.cu", "mid.cu", "batch.cu", "many.cu"),
-    "many": (*BASE, "step.cuh", "mid_norm.cu", "mid.cu", "batch.cu"),
+    "many": (*BASE, "rows.cuh", "step.cuh", "mid_norm.cu", "mid.cu", "still.cu", "batch.cu"),
     "sample": (*BASE, "decode.cu", "sample.cu"),
 }  # fmt: skip
 OPTIONS = ("--std=c++17", "--device-as-default-execution-space")

@@ -94,7 +94,12 @@ class Bulk:
         self._ahead(first["out_proj"], OUT)
 
     def in_proj(
-        self, x: torch.Tensor, m: DeviceMatrix, following: dict[str, DeviceMatrix] | None, p: torch.Tensor, dt: torch.Tensor
+        self,
+        x: torch.Tensor,
+        m: DeviceMatrix,
+        following: dict[str, DeviceMatrix] | None,
+        p: torch.Tensor,
+        dt: torch.Tensor,
     ) -> None:
         """in_proj but dt to float16 p, dt in float32; `following`: the matrices of the next layer."""
         w = self._weights(m, IN)
