@@ -123,6 +123,7 @@ DEV float fast_reciprocal(float v) {  // within 1 unit in the last place; 0 for 
   return r;
 }
 DEV void touch(float v) { asm volatile("" ::"f"(v)); }  // v has been computed here
+DEV void refresh(u32& v) { asm volatile("" : "+r"(v)); }  // what is made of v is made again, not kept in registers
 DEV void sync_warp() { __syncwarp(); }
 // Weights are read once a step: not kept in L1. Activations come from other blocks: read from L2.
 DEV uint4 load_weights(const void* p) {

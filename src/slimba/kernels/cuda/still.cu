@@ -64,8 +64,13 @@ DEV void still(const Mid& p, u8* smem) {
       codes[i][k / 2][k % 2] = r.there && g == 0 ? load_weights(from) : uint4{0, 0, 0, 0};
     }
   }
-  await_previous();
+  i64* rings = (i64*)(smem + sizeof(StillShared<CW, TW, RW, NT>));  // where the convolution's new inputs go
+  for (int b = threadIdx.x; b < (p.out.mode == IN_PROJ ? batch : 0); b += CW * WARP) {
+    const i64 slot = slot_of(p.state, b);
+    rings[b] = (i64)ring_row(p.state, slot, position(p.state, slot));
+  }
   release_next();
+  await_previous();
 
 #pragma unroll 1
   for (int first = 0, turn = 0; first < batch; first += 8 * NT, turn ^= 1) {
@@ -85,6 +90,13 @@ DEV void still(const Mid& p, u8* smem) {
 #pragma unroll
     for (int i = 0; i < TW; ++i) {
       if (!there[i]) continue;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int x = 0; x < X; ++x) refresh(bits[i][h][x]);
+#pragma unroll
+        for (int x = 0; x < (PM >> i & 1 ? XP : 0); ++x) refresh(bits2[i][h][x]);
+      }
       float acc[NT][4] = {};
 #pragma unroll
       for (int x = 0; x < X; ++x)
@@ -123,6 +135,12 @@ DEV void still(const Mid& p, u8* smem) {
     }
 #pragma unroll
     for (int i = 0; i < RW; ++i) {
+      if (!lean_rows<INT8>(m, block + i * blocks).there) continue;
+#pragma unroll
+      for (int k = 0; k < 2 * X; ++k) {
+        uint4& four = codes[i][k / 2][k % 2];
+        refresh(four.x), refresh(four.y), refresh(four.z), refresh(four.w);
+      }
       float acc[NT][4] = {};
 #pragma unroll
       for (int x = 0; x < X; ++x)
@@ -149,12 +167,7 @@ DEV void still(const Mid& p, u8* smem) {
         y = fmaf(half_bits_to_float(((const u16*)m.lr_a_scale)[lr_row]), corrected, y);
       }
       if (m.bias) y += ((const float*)m.bias)[row];
-      i64 ring = 0;
-      if (p.out.mode == IN_PROJ) {
-        const i64 slot = slot_of(p.state, b);
-        ring = (i64)ring_row(p.state, slot, position(p.state, slot));
-      }
-      put_output(p.out, ring, row, b, y);
+      put_output(p.out, p.out.mode == IN_PROJ ? rings[b] : 0, row, b, y);
     };
 #pragma unroll 1
     for (int task = warp; task < TW * 4 * NT; task += CW) {  // sixteen rows of two vectors

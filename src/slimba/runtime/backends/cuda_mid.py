@@ -83,7 +83,7 @@ class Mid:
         if still := self._still(m):
             eights = 1 if self._batch <= 8 else 2
             name = "slimba_still_" + "_".join(map(str, (*still.numbers, eights)))
-            shared = still.still_bytes(eights)
+            shared = still.still_bytes(eights) + 8 * self._batch
             self._gpu.launch(name, (self._gpu.blocks,), fields, shared, threads=still.threads, overlap=True)
             return
         r, s, rows = self._shape(m, parts)
@@ -104,7 +104,7 @@ class Mid:
     def _still(self, m: DeviceMatrix) -> Dot | None:
         """The kernel of still.cu for a matrix."""
         still = dot_of(m, self._gpu.blocks, 1, False) if self._bakes else None
-        return still if still and still.still_bytes(2) <= self._gpu.shared else None
+        return still if still and still.still_bytes(2) + 8 * self._batch <= self._gpu.shared else None
 
     def _shape(self, m: DeviceMatrix, parts: int) -> tuple[int, int, int]:
         """(R, S, blocks of rows): the largest blocks of which there are enough."""
