@@ -65,7 +65,7 @@ def gpu_check(engine: CudaEngine, checkpoint: Checkpoint, batches: list[int]) ->
     """Largest relative differences of steps and prompts to the reference, and what is allowed. UserError above it.
 
     Which int8 code an entry of the state takes, a difference of one part in a thousand before may decide. So with
-    float16 products as much is allowed as storing states in int8 changes the reference's own logits, where that is more.
+    float16 products as much is allowed as int8 states change the reference's own logits, where that is more.
     """
     device = str(engine.gpu.device)
     reference = ReferenceEngine(checkpoint, state_dtype=engine.state_dtype, activations="float32", device=device)
