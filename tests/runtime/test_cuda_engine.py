@@ -235,9 +235,10 @@ def test_batches_of_other_shapes_are_the_recurrence(name: str) -> None:
 
 
 @pytest.mark.parametrize(("spec", "batch"), [("odd", 1), ("odd", 3), ("headdim-64", 9)])
-def test_kernels_made_for_a_model_are_those_for_any(spec: str, batch: int) -> None:
+def test_kernels_made_for_a_model_are_those_for_any(spec: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from slimba.runtime.backends.cuda import CudaEngine
 
+    monkeypatch.setattr("slimba.runtime.backends.cuda_batch.BatchStep.BAKES", True)
     checkpoint = random_checkpoint(SPECS[spec], 1, "mixed")
     ids = np.random.default_rng(0).integers(0, 41, (batch, 5)).astype(np.int32)
     got = []
