@@ -2,10 +2,10 @@
 
     python benchmarks/cuda_variants.py --json variants.json [--seconds 120]
 
-Batch 1: products by dot.cuh with 8 or 16 warps or by older kernels, recurrence by quick.cuh or step.cuh, the
-kernel after released before or after the wait. Batches with an int8 state: kernels for any shape or made for the model, weights
-that stay in registers (still.cu), matrices expanded for cuBLAS. The first configuration of a batch is what the others'
-logits are compared with.
+Batch 1: products by dot.cuh with 8 or 16 warps or by older kernels, recurrence by quick.cuh or step.cuh, the kernel
+after released before or after the wait. Batches with an int8 state: kernels for any shape or made for the model,
+weights that stay in registers (still.cu), matrices expanded for cuBLAS. The first configuration of a batch is what the
+others' logits are compared with.
 """
 
 from __future__ import annotations
