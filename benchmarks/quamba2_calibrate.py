@@ -26,14 +26,14 @@ try:
 except ImportError:  # `measure` imports it and nothing here calls it
     sys.modules["slimba._core"] = types.ModuleType("slimba._core")
 
-import torch  # noqa: E402
+import torch
 
-from slimba.data.tokens import ArrayTokens  # noqa: E402
-from slimba.methods.quamba2 import run as quamba2  # noqa: E402
-from slimba.methods.quamba2.recipe import QuambaRecipe  # noqa: E402
-from slimba.models.configs import named_spec  # noqa: E402
-from slimba.runtime.measure import random_model  # noqa: E402
-from slimba.training.recipes import load_recipe, parse_overrides  # noqa: E402
+from slimba.data.tokens import ArrayTokens
+from slimba.methods.quamba2 import run as quamba2
+from slimba.methods.quamba2.recipe import QuambaRecipe
+from slimba.models.configs import named_spec
+from slimba.runtime.measure import random_model
+from slimba.training.recipes import load_recipe, parse_overrides
 
 
 def calibrated(shape: str, settings: list[str], device: torch.device) -> dict[str, Any]:
