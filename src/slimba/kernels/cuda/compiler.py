@@ -22,13 +22,13 @@ from slimba.errors import UserError
 
 __all__ = ["MODULES", "CudaUnavailable", "compiled", "load_nvrtc", "source"]
 
-BASE = ("common.cuh", "matrix.cuh")
+BASE = ("common.cuh", "turn.cuh", "matrix.cuh")
 PRODUCTS = (*BASE, "tiles.cuh", "product.cuh", "step.cuh", "decode.cu")
 MODULES = {  # apart, because a process needs few of them; cuda_bake.py adds the kernels of a model to "decode"
     "main": (*BASE, "decode.cu"),
     "decode": (*BASE, "tiles.cuh", "product.cuh", "lean.cuh", "step.cuh", "decode.cu"),
     "generic": (*PRODUCTS, "generic.cu"),
-    "bulk": (*BASE, "step.cuh", "bulk.cu", "expand.cu", "scan.cu", "scan1.cu", "ssd.cu"),
+    "bulk": (*BASE, "step.cuh", "bulk.cu", "turn.cu", "expand.cu", "scan.cu", "scan1.cu", "ssd.cu"),
     "mid": (*BASE, "step.cuh", "mid_norm.cu", "mid.cu", "batch.cu"),
     "sample": (*BASE, "decode.cu", "sample.cu"),
 }

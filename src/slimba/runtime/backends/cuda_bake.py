@@ -16,10 +16,10 @@ from slimba.runtime.backends.cuda_lean import Lean
 
 __all__ = ["Baked"]
 
-MATRIX = 79  # fields of struct Matrix in kernels/cuda/matrix.cuh, whose pointers follow the numbers
-SEGMENT0, SEGMENT, SEGMENTS = 16, 9, 6
+MATRIX = 82  # fields of struct Matrix in kernels/cuda/matrix.cuh, whose pointers follow the numbers
+SEGMENT0, SEGMENT, SEGMENTS = 18, 9, 6
 POINTERS = {
-    *(SEGMENT0 + SEGMENT * k + i for k in range(SEGMENTS) for i in (5, 8)), *range(MATRIX - 9, MATRIX),
+    *(SEGMENT0 + SEGMENT * k + i for k in range(SEGMENTS) for i in (5, 8)), *range(MATRIX - 10, MATRIX),
     *(MATRIX + i for i in (0, 2, 4)), *(MATRIX + 7 + i for i in (1, 5)), MATRIX + 17, MATRIX + 18, MATRIX + 23,
 }  # fmt: skip
 VARYING = {MATRIX + 19, MATRIX + 22}  # layer, batch

@@ -47,7 +47,7 @@ def lean_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool, fewest:
     """The kernel for a matrix, its input normed in `norm_groups` parts and perhaps gated after that; None where it must
     be the kernel for any shape. fewest: groups of columns from which it is taken."""
     formats = {s.format for s in m.layout.segments}
-    if m.cols % COLUMNS or m.cols != m.kpad or not formats <= {"sign", "int8"} or norm_groups > 1 or gated:
+    if m.turns or m.cols % COLUMNS or m.cols != m.kpad or not formats <= {"sign", "int8"} or norm_groups > 1 or gated:
         return None
     groups = m.cols // COLUMNS
     if m.rank not in (0, RANK) or not fewest <= groups <= 32:

@@ -46,7 +46,7 @@ class Mid:
             m.fields, list(source), list(parts), self._x.data_ptr(), self._x2.data_ptr(), self._factors.data_ptr(),
             m.plane_inverse,
         )  # fmt: skip
-        shared = 4 * (m.kpad + WARPS + max(1, groups)) + 2 * m.plane_kpad
+        shared = 4 * (m.kpad + WARPS + max(1, groups)) + 2 * m.plane_kpad + (4 * m.kpad if m.turns else 0)
         self._gpu.launch("slimba_mid_norm", (self._batch,), fields, shared, overlap=True)
 
     def product(

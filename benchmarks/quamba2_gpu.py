@@ -1,0 +1,140 @@
+"""Decode and prefill of quamba2's modes on a GPU at published shapes with random weights, mamba-ssm beside them.
+
+    python benchmarks/quamba2_gpu.py --json quamba2-h200.json
+    python benchmarks/quamba2_gpu.py --shape mamba2-1.3b --format w4a16 float16 --batch 1 --peers none
+
+First the kernels that transform and round inputs are compared with their NumPy twins at odd sizes; then, for every
+shape and format, the engine with the torch reference on the very model that is measured, and only where they agree is
+it timed. A format that fails is printed with its error, and the run goes on. What is measured is what `slimba bench
+--backend cuda` measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+import types
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+try:
+    import slimba._core  # noqa: F401
+except ImportError:  # the GPU engine does not need the C++ core; only what names the CPU asks it
+    core = types.ModuleType("slimba._core")
+    core.isa = lambda name: "none"  # type: ignore[attr-defined]
+    sys.modules["slimba._core"] = core
+
+import torch  # noqa: E402
+
+from kernels.cuda_cases import TURNED_LAYOUTS, mid_product, product, turned, what_enters  # noqa: E402
+from runtime.numpy_reference import random_matrix  # noqa: E402
+from slimba.errors import UserError  # noqa: E402
+from slimba.formats.presets import preset_numerics  # noqa: E402
+from slimba.models.configs import named_spec  # noqa: E402
+from slimba.runtime.backends.cuda_device import open_gpu  # noqa: E402
+from slimba.runtime.backends.cuda_peers import gpu_peer_speeds  # noqa: E402
+from slimba.runtime.backends.cuda_speed import gpu_record  # noqa: E402
+from slimba.runtime.measure import random_model  # noqa: E402
+
+FORMATS = ("w4a16", "w4a8", "w8a8", "float16")
+
+
+def kernels() -> dict[str, float]:
+    """Largest difference of each kind of kernel to its twin; AssertionError where it is too large."""
+    gpu, worst = open_gpu(), {"product": 0.0, "mid": 0.0, "turn": 0.0}
+    for name, layout in TURNED_LAYOUTS.items():
+        for activations in ("float32", "int8"):
+            rng = np.random.default_rng(len(name))
+            matrix = random_matrix(rng, layout)
+            x = rng.standard_normal((8, layout.cols)).astype(np.float16).astype(np.float32)
+            entering = what_enters(matrix, x, activations)
+            want = matrix.matmul(entering)
+            singly = [product(gpu, matrix, x[at], activations) for at in (slice(0, 1), slice(1, 8))]
+            got = {
+                "product": np.concatenate(singly),
+                "mid": mid_product(gpu, matrix, x, activations=activations),
+            }
+            exact = turned(gpu, matrix, x, activations, True)
+            bare = dataclasses.replace(matrix, layout=dataclasses.replace(layout, hadamard=0))
+            got["turn"] = bare.matmul(exact)
+            for kind, value in got.items():
+                off = np.abs(value - want).max(axis=1)  # a flipped code is rare: most of the eight vectors have none
+                limit = 2e-2 if kind == "mid" else 1e-4
+                assert np.median(off) < limit and off.max() < 0.3, f"{kind} {name} {activations}: off by {off}"
+                worst[kind] = max(worst[kind], float(np.median(off)))
+    return worst
+
+
+def measured(shape: str, format: str, args: argparse.Namespace) -> dict[str, Any]:
+    begun = time.perf_counter()
+    checkpoint = random_model(named_spec(shape), format)
+    numerics = preset_numerics(format) | {"state": args.state}
+    row: dict[str, Any] = {"shape": shape, "format": format}
+    try:
+        record = gpu_record(checkpoint, args.batch, args.prompt_len, args.new_tokens, numerics)
+        row |= record | {k: [dataclasses.asdict(r) for r in record[k]] for k in ("decode", "prefill")}
+        for d, p in zip(record["decode"], record["prefill"], strict=True):
+            print(
+                f"{shape} {format} batch {d.batch}: {d.tokens_per_second:,.0f} tok/s, {1e6 * d.time:.1f} us, share of"
+                f" the limit {d.share:.2f}; prompts {p.tokens_per_second:,.0f} tok/s",
+                flush=True,
+            )
+        print(f"     differences to the reference: {record['difference_to_reference']}", flush=True)
+    except (UserError, RuntimeError) as e:
+        row["error"] = f"{type(e).__name__}: {str(e)[:500]}"
+        print(f"FAIL {shape} {format}: {row['error']}", flush=True)
+    row["seconds"] = round(time.perf_counter() - begun, 1)
+    torch.cuda.empty_cache()
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", nargs="+", default=["mamba2-1.3b", "mamba2-2.7b"])
+    parser.add_argument("--format", nargs="+", default=list(FORMATS))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--prompt-len", type=int, default=1024)
+    parser.add_argument("--new-tokens", type=int, default=320)
+    parser.add_argument("--state", default="float32", help="float32, bfloat16 or int8")
+    parser.add_argument("--peers", nargs="*", default=["mamba-ssm"], help="mamba-ssm, transformers, or none")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no further measurement after this")
+    parser.add_argument("--json", type=Path, help="also write the records there, as they come")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    record: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "kernels": kernels(),
+        "runs": [],
+        "peers": {},
+    }
+    print(f"kernels agree with their twins: {record['kernels']}", flush=True)
+    peers = [p for p in args.peers if p != "none"]
+    for shape in args.shape:
+        for format in args.format:
+            if time.perf_counter() - started > args.seconds:
+                print(f"skip {shape} {format}: the time is over")
+                continue
+            record["runs"].append(measured(shape, format, args))
+            if args.json:
+                args.json.write_text(json.dumps(record, indent=1) + "\n")
+        if peers and time.perf_counter() - started <= args.seconds:
+            record["peers"][shape] = gpu_peer_speeds(named_spec(shape), args.batch, args.prompt_len, peers)
+            print(f"{shape}: {record['peers'][shape]}", flush=True)
+            torch.cuda.empty_cache()
+            if args.json:
+                args.json.write_text(json.dumps(record, indent=1) + "\n")
+    sys.exit(any("error" in row for row in record["runs"]))
+
+
+if __name__ == "__main__":
+    main()
