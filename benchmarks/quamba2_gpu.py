@@ -99,7 +99,7 @@ def measured(shape: str, format: str, args: argparse.Namespace) -> dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", nargs="+", default=["mamba2-1.3b", "mamba2-2.7b"])
-    parser.add_argument("--format", nargs="+", default=list(FORMATS))
+    parser.add_argument("--format", nargs="*", default=list(FORMATS))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--prompt-len", type=int, default=1024)
     parser.add_argument("--new-tokens", type=int, default=320)
