@@ -112,6 +112,44 @@ def turned(gpu: Any, matrix: Matrix, x: np.ndarray, activations: str, exact: boo
     return np.asarray(given.float().cpu().numpy())
 
 
+CODES_LAYOUTS: dict[str, MatrixLayout] = {
+    "codes-512": MatrixLayout(512, (Segment(50, "int4"),)),
+    "codes-1024": MatrixLayout(1024, (Segment(37, "int4"),), hadamard=256),
+    "codes-1536": MatrixLayout(1536, (Segment(21, "int8"),), hadamard=512),
+    "codes-2048": MatrixLayout(2048, (Segment(100, "int4"),), hadamard=2048, input_scale=True),
+    "codes-2560": MatrixLayout(2560, (Segment(31, "int8"),), hadamard=512, input_scale=True),
+    "codes-4096": MatrixLayout(4096, (Segment(70, "int8"),), hadamard=4096),
+    "codes-5120": MatrixLayout(5120, (Segment(33, "int4"),), hadamard=1024),
+    "codes-loop": MatrixLayout(2048, (Segment(1500, "int8"),)),
+    "codes-loop4": MatrixLayout(1024, (Segment(1003, "int4"),), hadamard=1024),
+}
+
+
+def codes_product(
+    gpu: Any, matrix: Matrix, x: np.ndarray, norm: np.ndarray | None = None, activations: str = "float32"
+) -> np.ndarray:
+    """The kernel of codes.cuh on float32 x [cols], with the weights of an RMS norm (eps 0) or without: [rows]."""
+    import torch
+
+    from slimba.runtime.backends.cuda_bake import Baked
+    from slimba.runtime.backends.cuda_codes import codes_of
+    from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of
+
+    m = DeviceMatrix(matrix, gpu.device, gpu.blocks, activations=activations)
+    codes = codes_of(m, gpu.blocks, 1, False)
+    assert codes is not None
+    given, out = torch.from_numpy(x).to(gpu.device), torch.ones(m.rows, device=gpu.device)
+    weight = torch.from_numpy(norm).to(gpu.device) if norm is not None else None
+    source = [given.data_ptr(), m.cols, 0, 0, weight.data_ptr() if weight is not None else 0, int(norm is not None), 0]
+    fields = fields_of(m.fields, source, [ADD, out.data_ptr(), m.rows, *[0] * 7], [0] * 5, 1, 0)
+    baked = Baked()
+    name = baked.product(fields, 1, codes)
+    module = gpu.module("decode", baked.source)
+    gpu.launch(name, (gpu.blocks,), fields, codes.shared_bytes, threads=codes.threads, module=module)
+    gpu.synchronize()
+    return np.asarray(out.cpu().numpy()) - 1
+
+
 LEAN_LAYOUTS: dict[str, MatrixLayout] = {
     "lean-512": MatrixLayout(512, (Segment(16, "sign"),), col_scale=True),
     "lean-1024": MatrixLayout(

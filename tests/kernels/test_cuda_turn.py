@@ -8,7 +8,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kernels.cuda_cases import TURNED_LAYOUTS, mid_product, product, turned, what_enters
+from kernels.cuda_cases import (
+    CODES_LAYOUTS,
+    TURNED_LAYOUTS,
+    codes_product,
+    mid_product,
+    product,
+    turned,
+    what_enters,
+)
 from kernels.cuda_host import host_gpu
 from runtime.numpy_reference import random_matrix
 from slimba.formats import Matrix
@@ -68,6 +76,35 @@ def test_turn(name: str, activations: str, exact: bool) -> None:
 def fields(matrix: Matrix) -> dict[str, object]:
     layout = matrix.layout
     return {name: getattr(layout, name) for name in type(layout).__dataclass_fields__}
+
+
+@pytest.mark.parametrize("activations", ["float32", "int8"])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("name", CODES_LAYOUTS)
+def test_codes_product(name: str, normed: bool, activations: str) -> None:
+    rng = np.random.default_rng(len(name))
+    matrix = random_matrix(rng, CODES_LAYOUTS[name])
+    cols = matrix.layout.cols
+    x = rng.standard_normal(cols).astype(np.float32) * 3
+    x[7] = 20
+    norm = rng.uniform(0.5, 1.5, cols).astype(np.float32) if normed else None
+    entering = (x / np.sqrt((x * x).mean()) * norm if norm is not None else x)[None].astype(np.float32)
+    want = matrix.matmul(what_enters(matrix, entering, activations))[0]
+    for blocks in (5, 11) if matrix.layout.rows < 1000 else (3,):
+        got = codes_product(host_gpu(blocks), matrix, x, norm, activations)
+        limit = flips(matrix) if activations == "int8" else 1e-4
+        np.testing.assert_allclose(got, want, rtol=0, atol=limit)
+        assert np.median(np.abs(got - want)) < (2e-2 if activations == "int8" else 2e-5)
+
+
+def test_codes_see_zeros_and_damage() -> None:
+    matrix = random_matrix(np.random.default_rng(1), CODES_LAYOUTS["codes-1024"])
+    x = np.zeros(1024, np.float32)
+    for activations in ("float32", "int8"):
+        assert (codes_product(host_gpu(), matrix, x, None, activations) == 0).all()
+        for bad in (np.inf, np.nan):
+            damaged = np.where(np.arange(1024) == 3, np.float32(bad), np.float32(1))
+            assert not np.isfinite(codes_product(host_gpu(), matrix, damaged, None, activations)).any()
 
 
 @pytest.mark.parametrize("rounds", [False, True])

@@ -242,6 +242,27 @@ def test_kernels_made_for_a_model_are_those_for_any(batch: int) -> None:
     np.testing.assert_array_equal(*got)
 
 
+@pytest.mark.parametrize("format", ["w8a8", "w4a16", "w4a8"])
+def test_kernels_for_codes_are_those_for_any_matrix(format: str) -> None:
+    """A width that codes.cuh takes: in_proj and out_proj in one go, the head in several."""
+    from slimba.runtime.backends.cuda import CudaEngine
+    from slimba.runtime.backends.cuda_codes import Codes
+    from slimba.runtime.measure import random_model
+
+    spec = mamba2_spec(d_model=512, d_inner=1024, headdim=64, d_state=64, n_layer=2, vocab_size=530)
+    checkpoint = random_model(spec, format)
+    ids = np.random.default_rng(0).integers(0, 530, (1, 4)).astype(np.int32)
+    got = []
+    for gpu in (host_gpu(), host_gpu(blocks=12, bakes=True)):
+        cuda = CudaEngine(checkpoint, gpu=gpu)
+        state = cuda.new_state()
+        got.append(np.stack([cuda.step(ids[:, t], state).numpy().copy() for t in range(4)]))
+    step = cuda.stepper(state)
+    assert sum(isinstance(v, Codes) for v in step._lean.values()) >= 4  # type: ignore[attr-defined]
+    difference = np.abs(got[0] - got[1]).max() / np.abs(got[0]).max()
+    assert difference < (1e-5 if format == "w4a16" else 0.05)
+
+
 @pytest.mark.parametrize("state_dtype", ["float32", "int8", "bfloat16"])
 def test_sequences_join_leave_and_are_saved(state_dtype: str) -> None:
     """Three sequences in slots of one pool, coming and going between steps, see what they would see alone."""

@@ -26,7 +26,7 @@ BASE = ("common.cuh", "turn.cuh", "matrix.cuh")
 PRODUCTS = (*BASE, "tiles.cuh", "product.cuh", "step.cuh", "decode.cu")
 MODULES = {  # apart, because a process needs few of them; cuda_bake.py adds the kernels of a model to "decode"
     "main": (*BASE, "decode.cu"),
-    "decode": (*BASE, "tiles.cuh", "product.cuh", "lean.cuh", "step.cuh", "decode.cu"),
+    "decode": (*BASE, "tiles.cuh", "product.cuh", "lean.cuh", "codes.cuh", "step.cuh", "decode.cu"),
     "generic": (*PRODUCTS, "generic.cu"),
     "bulk": (*BASE, "step.cuh", "bulk.cu", "turn.cu", "expand.cu", "scan.cu", "scan1.cu", "ssd.cu"),
     "mid": (*BASE, "step.cuh", "mid_norm.cu", "mid.cu", "batch.cu"),

@@ -18,6 +18,13 @@ struct InOrder {
   }
 };
 
+struct Early {  // lets the kernel after begin sooner
+  DEV_MEMBER void operator()() const {
+    release_next();
+    await_previous();
+  }
+};
+
 DEV float embedding_entry(const Matrix& m, i64 row, i64 c) {
   const Segment& s = m.segment[0];
   const u8* at = (const u8*)s.data + row * s.stride;

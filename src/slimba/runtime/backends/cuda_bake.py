@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from slimba.runtime.backends.cuda_codes import Codes
 from slimba.runtime.backends.cuda_lean import Lean
 
 __all__ = ["Baked"]
@@ -37,12 +38,13 @@ class Baked:
     def source(self) -> str:
         return "\n".join(text.replace("NAME", name) for (_, text), name in self._names.items())
 
-    def product(self, fields: np.ndarray, tokens: int, lean: Lean | None = None) -> str:
-        """The kernel for a struct Product and 1 or 8 tokens a block, or for one token that of lean.cuh."""
+    def product(self, fields: np.ndarray, tokens: int, lean: Lean | Codes | None = None) -> str:
+        """The kernel for a struct Product and 1 or 8 tokens a block, or for one token that of lean.cuh or codes.cuh."""
         sets = constants(fields, POINTERS, VARYING)
         if lean is not None:
-            call = f"lean<{lean.arguments}>(s, smem, InOrder());"
-            return self._add("slimba_lean", kernel("Product", f"{lean.threads}, 2", sets, call))
+            call = f"{lean.template}<{lean.arguments}>(s, smem, {lean.order}());"
+            bounds = f"{lean.threads}, {lean.blocks_at_once}"
+            return self._add(f"slimba_{lean.template}", kernel("Product", bounds, sets, call))
         bounds = "THREADS, 2" if tokens == 1 else "THREADS"
         first = "0" if tokens == 1 else f"{tokens} * blockIdx.y"
         call = f"product<{tokens}>(s, smem, {first}, blockIdx.x, gridDim.x, InOrder());"

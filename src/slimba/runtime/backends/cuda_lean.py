@@ -25,6 +25,9 @@ class Lean:
     plane: int
     rank: int
 
+    template, order = "lean", "InOrder"
+    blocks_at_once = 2
+
     @property
     def threads(self) -> int:
         return 32 * self.groups

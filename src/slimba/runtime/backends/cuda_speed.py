@@ -69,22 +69,20 @@ def gpu_check(engine: CudaEngine, checkpoint: Checkpoint, batches: list[int]) ->
     is compared twice: with float32 activations as ever, and as it is, where it may differ from the reference by as much
     as rounding moves the reference (steps: by half of it, because their sums are nearly the same).
     """
-    if engine.activations == "int8":
-        plain = CudaEngine(checkpoint, state_dtype=engine.state_dtype, activations="float32", gpu=engine.gpu)
-        worst = {f"{k}, float32 activations": v for k, v in gpu_check(plain, checkpoint, batches).items()}
-        del plain
-        return worst | _differences(engine, checkpoint, batches, ("int8", "float32"))
-    return _differences(engine, checkpoint, batches, ("float32",))
-
-
-def _differences(
-    engine: CudaEngine, checkpoint: Checkpoint, batches: list[int], activations: tuple[str, ...]
-) -> dict[str, float]:
-    """`gpu_check` against the reference with the first of `activations`; a second one shows what rounding moves."""
     device = str(engine.gpu.device)
+    kinds = ("float32", "int8") if engine.activations == "int8" else ("float32",)
     references = [
-        ReferenceEngine(checkpoint, state_dtype=engine.state_dtype, activations=a, device=device) for a in activations
+        ReferenceEngine(checkpoint, state_dtype=engine.state_dtype, activations=a, device=device) for a in kinds
     ]
+    if len(kinds) == 1:
+        return _differences(engine, references, batches)
+    plain = CudaEngine(checkpoint, state_dtype=engine.state_dtype, activations="float32", gpu=engine.gpu)
+    exact = _differences(plain, references[:1], batches)
+    return {f"{k}, float32 activations": v for k, v in exact.items()} | _differences(engine, references[::-1], batches)
+
+
+def _differences(engine: CudaEngine, references: list[ReferenceEngine], batches: list[int]) -> dict[str, float]:
+    """To the first of `references`; a second one, without the rounding of activations, shows what that moves."""
     worst = {"steps": 0.0, "prompt": 0.0}
     rng = np.random.default_rng(0)
     for batch in batches:

@@ -20,6 +20,7 @@ import torch
 from slimba.models.spec import ModelSpec
 from slimba.runtime.backends.cuda_bake import Baked
 from slimba.runtime.backends.cuda_bulk import Bulk
+from slimba.runtime.backends.cuda_codes import Codes, codes_of
 from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_lean import Lean, lean_of
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
@@ -191,7 +192,7 @@ class FusedStep(Step):
             tensors = self._dt, self._z, self._y
             self.recurrences.append(recurrence(spec, layer, self._state(i), batch, state_dtype, *tensors))
         self.products.append(self._head())
-        self._lean: dict[int, Lean] = {}
+        self._lean: dict[int, Lean | Codes] = {}
         self._kernels, self._own = self._bake() if gpu.bakes else self._generic()
         self.embed = fields_of(
             model.embedding.fields, self._state(0), batch, self.ids.data_ptr(), self.u.data_ptr()
@@ -261,14 +262,17 @@ class FusedStep(Step):
             return self._generic()
         return names, self._gpu.module("decode", baked.source)
 
-    def _lean_products(self) -> dict[int, Lean]:
-        """The products that lean.cuh takes, by their number."""
+    def _lean_products(self) -> dict[int, Lean | Codes]:
+        """The products that lean.cuh or codes.cuh takes, by their number."""
         spec, blocks = self._model.spec, self._gpu.blocks
         late = bool(spec.gated_norm and spec.norm_before_gate)
-        found = {}
+        head = codes_of(self._model.head, blocks, 1, False)
+        found: dict[int, Lean | Codes | None] = {len(self.products) - 1: head}
         for i, layer in enumerate(self._model.layers):
-            found[2 * i] = lean_of(layer.matrices["in_proj"], blocks, 1, False)
-            found[2 * i + 1] = lean_of(layer.matrices["out_proj"], blocks, norm_groups(spec), late)
+            for k, (m, groups, gated) in enumerate(
+                ((layer.matrices["in_proj"], 1, False), (layer.matrices["out_proj"], norm_groups(spec), late))
+            ):
+                found[2 * i + k] = lean_of(m, blocks, groups, gated) or codes_of(m, blocks, groups, gated)
         return {i: lean for i, lean in found.items() if lean is not None and lean.shared_bytes <= self._gpu.shared}
 
     def _in_proj(self, layer: LayerWeights, i: int) -> np.ndarray:
