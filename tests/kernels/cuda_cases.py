@@ -161,16 +161,32 @@ LEAN_LAYOUTS: dict[str, MatrixLayout] = {
 }
 
 
-def lean_product(gpu: Any, matrix: Matrix, x: np.ndarray, norm: np.ndarray | None = None) -> np.ndarray:
-    """The kernel of lean.cuh on float32 x [cols], with the weights of an RMS norm (eps 0) or without: [rows]."""
+DOT_LAYOUTS: dict[str, MatrixLayout] = {
+    "dot-2048": MatrixLayout(2048, (Segment(100, "sign"), Segment(10, "int8")), LowRank(10, 0, 100)),
+    "dot-2048-plane": MatrixLayout(
+        2048,
+        (Segment(9, "int8"), Segment(27, "sign"), Segment(70, "sign")),
+        LowRank(16, 12, 60),
+        plane=Plane(683, 20, 61),
+    ),
+    "dot-2048-few": MatrixLayout(2048, (Segment(33, "sign"),), plane=Plane(200, 1, 30), col_scale=True),
+    "dot-4096": MatrixLayout(4096, (Segment(33, "sign"),), LowRank(16, 0, 33), plane=Plane(1365, 1, 30)),
+    "dot-4096-plain": MatrixLayout(4096, (Segment(48, "sign"), Segment(3, "int8"))),
+}
+
+
+def lean_product(
+    gpu: Any, matrix: Matrix, x: np.ndarray, norm: np.ndarray | None = None, dot: bool = False
+) -> np.ndarray:
+    """The kernel of lean.cuh or dot.cuh on float32 x [cols], with the weights of an RMS norm (eps 0) or without: [rows]."""
     import torch
 
     from slimba.runtime.backends.cuda_bake import Baked
-    from slimba.runtime.backends.cuda_lean import lean_of
+    from slimba.runtime.backends.cuda_lean import dot_of, lean_of
     from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of
 
     m = DeviceMatrix(matrix, gpu.device, gpu.blocks)
-    lean = lean_of(m, gpu.blocks, 1, False, fewest=1)
+    lean = dot_of(m, gpu.blocks, 1, False) if dot else lean_of(m, gpu.blocks, 1, False, fewest=1)
     assert lean is not None
     given, out = torch.from_numpy(x).to(gpu.device), torch.ones(m.rows, device=gpu.device)
     weight = torch.from_numpy(norm).to(gpu.device) if norm is not None else None

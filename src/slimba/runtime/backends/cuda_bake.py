@@ -13,9 +13,11 @@ from __future__ import annotations
 import numpy as np
 
 from slimba.runtime.backends.cuda_codes import Codes
-from slimba.runtime.backends.cuda_lean import Lean
+from slimba.runtime.backends.cuda_lean import Dot, Lean
 
-__all__ = ["Baked"]
+__all__ = ["QUICK", "QUICK_THREADS", "Baked"]
+
+QUICK, QUICK_THREADS = "quick", 288  # the kernel of kernels/cuda/quick.cuh, threads of its block
 
 MATRIX = 82  # fields of struct Matrix in kernels/cuda/matrix.cuh, whose pointers follow the numbers
 SEGMENT0, SEGMENT, SEGMENTS = 18, 9, 6
@@ -31,6 +33,8 @@ RECURRENCE_VARYING = {2, 5}
 class Baked:
     """Collects kernels; `source` is their text."""
 
+    ORDER = "InOrder()"
+
     def __init__(self) -> None:
         self._names: dict[tuple[str, str], str] = {}
 
@@ -38,22 +42,28 @@ class Baked:
     def source(self) -> str:
         return "\n".join(text.replace("NAME", name) for (_, text), name in self._names.items())
 
-    def product(self, fields: np.ndarray, tokens: int, lean: Lean | Codes | None = None) -> str:
-        """The kernel for a struct Product and 1 or 8 tokens a block, or for one token that of lean.cuh or codes.cuh."""
+    def product(self, fields: np.ndarray, tokens: int, lean: Codes | Dot | Lean | None = None) -> str:
+        """The kernel for a struct Product and 1 or 8 tokens a block, or for one token that of dot.cuh, lean.cuh or
+        codes.cuh."""
         sets = constants(fields, POINTERS, VARYING)
+        if isinstance(lean, Codes):
+            call = f"{lean.name}(s, smem, Early());"
+            return self._add("slimba_codes", kernel("Product", f"{lean.threads}, 1", sets, call))
         if lean is not None:
-            call = f"{lean.template}<{lean.arguments}>(s, smem, {lean.order}());"
-            bounds = f"{lean.threads}, {lean.blocks_at_once}"
-            return self._add(f"slimba_{lean.template}", kernel("Product", bounds, sets, call))
+            call = f"{lean.name}(s, smem, {self.ORDER});"
+            return self._add("slimba_lean", kernel("Product", f"{lean.threads}, 2", sets, call))
         bounds = "THREADS, 2" if tokens == 1 else "THREADS"
         first = "0" if tokens == 1 else f"{tokens} * blockIdx.y"
-        call = f"product<{tokens}>(s, smem, {first}, blockIdx.x, gridDim.x, InOrder());"
+        call = f"product<{tokens}>(s, smem, {first}, blockIdx.x, gridDim.x, {self.ORDER});"
         return self._add(f"slimba_product_{tokens}", kernel("Product", bounds, sets, call))
 
     def recurrence(self, fields: np.ndarray, instance: str) -> str:
-        """The kernel for a struct Recurrence; `instance` are the arguments of the template recur."""
+        """The kernel for a struct Recurrence; `instance` are the arguments of the template recur, or QUICK."""
         sets = constants(fields, RECURRENCE_POINTERS, RECURRENCE_VARYING)
-        call = f"recur<{instance}>(s, smem, blockIdx.x, gridDim.x, InOrder());"
+        if instance == QUICK:
+            call = f"quick_recur(s, smem, {self.ORDER});"
+            return self._add("slimba_quick", kernel("Recurrence", f"{QUICK_THREADS}, 2", sets, call))
+        call = f"recur<{instance}>(s, smem, blockIdx.x, gridDim.x, {self.ORDER});"
         return self._add("slimba_recur", kernel("Recurrence", "THREADS, 2", sets, call))
 
     def _add(self, name: str, text: str) -> str:

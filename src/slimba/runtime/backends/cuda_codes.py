@@ -28,17 +28,14 @@ class Codes:
     rounding: int
     loop: bool
 
-    template, order = "codes", "Early"
-    blocks_at_once = 1
-
     @property
     def threads(self) -> int:
         return 32 * self.groups
 
     @property
-    def arguments(self) -> str:
+    def name(self) -> str:
         format = FORMAT_CODES[self.format]
-        return f"{format}, {self.groups}, {self.tiles}, {self.turned}, {self.rounding}, {int(self.loop)}"
+        return f"codes<{format}, {self.groups}, {self.tiles}, {self.turned}, {self.rounding}, {int(self.loop)}>"
 
     @property
     def shared_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Which products of one vector take kernels/cuda/lean.cuh, and with what shape of blocks."""
+"""Which products of one vector take kernels/cuda/dot.cuh or lean.cuh, and with what shape of blocks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from slimba.runtime.backends.cuda_weights import DeviceMatrix
 
-__all__ = ["Lean", "lean_of"]
+__all__ = ["Dot", "Lean", "dot_of", "lean_of"]
 
 COLUMNS, TILE, RANK = 256, 16, 16  # columns of a warp, rows of a tile, ranks of a correction in kernels/cuda/lean.cuh
 MOST_TILES, MOST_ROWS = 4, 4  # of a warp: their weights are in registers before the input is there
@@ -25,16 +25,13 @@ class Lean:
     plane: int
     rank: int
 
-    template, order = "lean", "InOrder"
-    blocks_at_once = 2
-
     @property
     def threads(self) -> int:
         return 32 * self.groups
 
     @property
-    def arguments(self) -> str:
-        return f"{self.groups}, {self.tiles}, {self.rows}, {self.plane}, {self.rank}"
+    def name(self) -> str:
+        return f"lean<{self.groups}, {self.tiles}, {self.rows}, {self.plane}, {self.rank}>"
 
     @property
     def shared_bytes(self) -> int:
@@ -62,3 +59,60 @@ def lean_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool, fewest:
     if not 1 <= lean.tiles <= MOST_TILES or lean.rows > MOST_ROWS or finished > lean.threads:
         return None
     return lean
+
+
+DOT_WARPS = 16  # of a block of kernels/cuda/dot.cuh
+DOT_TILES = 5  # of a block, likewise in registers
+
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """Arguments of the template `dot`: warps, words of 32 columns of a lane, tiles and int8 rows of a block, words of the
+    second plane of a warp, which of the tiles may have the plane, whether there is a low-rank correction."""
+
+    warps: int
+    words: int
+    tiles: int
+    rows: int
+    plane: int
+    with_plane: int
+    rank: int
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
+    def name(self) -> str:
+        return f"dot<{self.warps}, {self.words}, {self.tiles}, {self.rows}, {self.plane}, {self.with_plane}, {self.rank}>"
+
+    @property
+    def shared_bytes(self) -> int:
+        """DotShared."""
+        w, tile = self.warps, 8 * TILE
+        main, plane = w * 16 * (32 * self.words + 2), (w if self.plane else 1) * 16 * (8 * self.plane + 2)
+        parts = w * self.tiles * tile, w * self.tiles * tile if self.plane else 8, (w if self.rank else 1) * tile
+        return main + plane + sum(parts) + max(1, self.rows) * w * 4 + w * TILE * 4 + w * 16 + 16
+
+
+def dot_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool) -> Dot | None:
+    """The kernel of dot.cuh for a matrix, its input as in `lean_of`; None where it does not take it."""
+    formats = {s.format for s in m.layout.segments}
+    if m.turns or m.cols not in (2048, 4096) or not formats <= {"sign", "int8"} or norm_groups > 1 or gated:
+        return None
+    plane = m.plane_kpad // (32 * DOT_WARPS)
+    if m.rank not in (0, RANK) or not m.plane_by_groups or plane > 8:
+        return None
+    starts, first = [], 0  # rows of the matrix with which its tiles of signs begin
+    for s in m.layout.segments:
+        starts += range(first, first + s.rows, TILE) if s.format == "sign" else []
+        first += s.rows
+    rows = sum(s.rows for s in m.layout.segments if s.format == "int8")
+    p = m.layout.plane
+    at = {i // blocks for i, row in enumerate(starts) if p and row + TILE > p.start and row < p.stop}
+    tiles = math.ceil(len(starts) / blocks)
+    words, planes = m.cols // (128 * DOT_WARPS), sum(1 << i for i in at)
+    dot = Dot(DOT_WARPS, words, tiles, math.ceil(rows / blocks), plane, planes, int(m.rank > 0))
+    if not 1 <= dot.tiles <= DOT_TILES or 2 * (dot.tiles * TILE + dot.rows) > dot.threads:
+        return None
+    return dot

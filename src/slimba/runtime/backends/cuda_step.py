@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from slimba.models.spec import ModelSpec
-from slimba.runtime.backends.cuda_bake import Baked
+from slimba.runtime.backends.cuda_bake import QUICK, QUICK_THREADS, Baked
 from slimba.runtime.backends.cuda_bulk import Bulk
 from slimba.runtime.backends.cuda_codes import Codes, codes_of
 from slimba.runtime.backends.cuda_device import Gpu
-from slimba.runtime.backends.cuda_lean import Lean, lean_of
+from slimba.runtime.backends.cuda_lean import Dot, Lean, dot_of, lean_of
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
 from slimba.runtime.backends.cuda_state import KEPT, POINTERS, STATE_CODES, CudaState, StatePointers
 from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of, float_bits
@@ -36,6 +36,8 @@ MOST_KERNELS = 16  # of one model: a layout a layer would take minutes to compil
 LARGEST_BATCH = 8  # of the fused kernels: the tokens that one holds
 SETTINGS, SAMPLE_BYTES = 7, 8 * (4096 + 1024 + 32 + 1) + 4 * (2048 + 4)  # structs in kernels/cuda/sample.cu
 CHOICE_BLOCKS = 32  # that look at the logits of a sequence
+QUICK_STATE, QUICK_SPAN = 128, 32  # d_state and channels of a block of kernels/cuda/quick.cuh
+QUICK_BYTES = 4 * (QUICK_SPAN + 2 * QUICK_STATE + KEPT)
 LARGEST_STATE = 256  # entries of a row of the state that a warp holds
 
 
@@ -177,6 +179,7 @@ class FusedStep(Step):
     """One token for each of up to LARGEST_BATCH sequences by the fused kernels."""
 
     arithmetic = "23-bit fixed point"
+    DOTS = QUICK = True
 
     def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str) -> None:
         super().__init__(model, gpu, batch)
@@ -192,7 +195,8 @@ class FusedStep(Step):
             tensors = self._dt, self._z, self._y
             self.recurrences.append(recurrence(spec, layer, self._state(i), batch, state_dtype, *tensors))
         self.products.append(self._head())
-        self._lean: dict[int, Lean | Codes] = {}
+        self._lean: dict[int, Codes | Dot | Lean] = {}
+        self._quick = False
         self._kernels, self._own = self._bake() if gpu.bakes else self._generic()
         self.embed = fields_of(
             model.embedding.fields, self._state(0), batch, self.ids.data_ptr(), self.u.data_ptr()
@@ -240,6 +244,17 @@ class FusedStep(Step):
         """Launches the recurrence of layer i."""
         spec, name = self._model.spec, self._kernels[len(self.products) + i]
         units = self.batch * (spec.d_inner // span_of(spec.headdim))
+        if self._quick:
+            self._gpu.launch(
+                name,
+                (units,),
+                self.recurrences[i],
+                QUICK_BYTES,
+                threads=QUICK_THREADS,
+                overlap=overlap,
+                module=self._own,
+            )
+            return
         shared = recur_bytes(spec)
         grid = (min(units, 8 * self._gpu.blocks),)
         self._gpu.launch(name, grid, self.recurrences[i], shared, overlap=overlap, module=self._own)
@@ -252,27 +267,29 @@ class FusedStep(Step):
 
     def _bake(self) -> tuple[list[str], Any]:
         """The same, made for this model's shape."""
-        baked, instance = Baked(), RECUR[entries_of(self._model.spec.d_state)]
+        spec = self._model.spec
+        self._quick = self.QUICK and spec.d_state == QUICK_STATE and span_of(spec.headdim) == QUICK_SPAN
+        baked, instance = Baked(), QUICK if self._quick else RECUR[entries_of(spec.d_state)]
         if self.batch == 1:
             self._lean = self._lean_products()
         names = [baked.product(fields, self._tokens, self._lean.get(i)) for i, fields in enumerate(self.products)]
         names += [baked.recurrence(fields, instance) for fields in self.recurrences]
         if len(set(names)) > MOST_KERNELS:
-            self._lean = {}
+            self._lean, self._quick = {}, False
             return self._generic()
         return names, self._gpu.module("decode", baked.source)
 
-    def _lean_products(self) -> dict[int, Lean | Codes]:
-        """The products that lean.cuh or codes.cuh takes, by their number."""
+    def _lean_products(self) -> dict[int, Codes | Dot | Lean]:
+        """The products that dot.cuh, lean.cuh or codes.cuh takes, by their number."""
         spec, blocks = self._model.spec, self._gpu.blocks
         late = bool(spec.gated_norm and spec.norm_before_gate)
         head = codes_of(self._model.head, blocks, 1, False)
-        found: dict[int, Lean | Codes | None] = {len(self.products) - 1: head}
+        found: dict[int, Codes | Dot | Lean | None] = {len(self.products) - 1: head}
         for i, layer in enumerate(self._model.layers):
-            for k, (m, groups, gated) in enumerate(
-                ((layer.matrices["in_proj"], 1, False), (layer.matrices["out_proj"], norm_groups(spec), late))
-            ):
-                found[2 * i + k] = lean_of(m, blocks, groups, gated) or codes_of(m, blocks, groups, gated)
+            for k, name, groups, gated in (0, "in_proj", 1, False), (1, "out_proj", norm_groups(spec), late):
+                m = layer.matrices[name]
+                dot = dot_of(m, blocks, groups, gated) if self.DOTS else None
+                found[2 * i + k] = dot or lean_of(m, blocks, groups, gated) or codes_of(m, blocks, groups, gated)
         return {i: lean for i, lean in found.items() if lean is not None and lean.shared_bytes <= self._gpu.shared}
 
     def _in_proj(self, layer: LayerWeights, i: int) -> np.ndarray:

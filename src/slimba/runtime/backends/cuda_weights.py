@@ -87,7 +87,8 @@ class DeviceMatrix:
         self._device = device
         self._blocks = blocks
         self.segment_rows = [s.rows for s in layout.segments]
-        self.plane_kpad = up_to(layout.plane.cols, 512) if layout.plane else 0
+        self._slots, self.plane_kpad = plane_slots(matrix)
+        self.plane_by_groups = self.plane_kpad == 0 or len(self._slots) == self.plane_kpad
         self.has_float = any(s.format in ("float32", "float16", "bfloat16") for s in layout.segments)
         segments, items = self._segments(matrix)
         rank, lowrank = self._lowrank(matrix)
@@ -196,14 +197,38 @@ class DeviceMatrix:
         self.plane_inverse = 0
         if not p:
             return [0] * 8
-        index = matrix.plane_columns().astype(np.int32)
+        slots, kpad = self._slots, self.plane_kpad  # the column that lies in each place, or -1
+        there = slots >= 0
         inverse = np.full(self.cols, -1, np.int32)
-        inverse[index] = np.arange(p.cols)
+        inverse[slots[there]] = np.flatnonzero(there)
         self.plane_inverse = self._upload(inverse)
-        kpad = self.plane_kpad
-        bits = padded(tensor(matrix.arrays["plane_packed"], self._device), kpad // 8)
+        packed = matrix.arrays["plane_packed"]
+        if self.plane_by_groups:  # ascending, as in the file, but with gaps
+            bits = np.zeros((len(packed), kpad), np.uint8)
+            bits[:, there] = np.unpackbits(packed, axis=1, count=p.cols, bitorder="little")
+            packed = np.packbits(bits, axis=1, bitorder="little")
+        data = padded(tensor(packed, self._device), kpad // 8)
         scale = self._upload(matrix.arrays["plane_scale"])
-        return [p.cols, kpad, p.start, p.stop, kpad // 8, self._hold(bits), scale, self._upload(index)]
+        return [len(slots), kpad, p.start, p.stop, kpad // 8, self._hold(data), scale, self._upload(slots)]
+
+
+def plane_slots(matrix: Matrix) -> tuple[np.ndarray, int]:
+    """Which column lies in each place of the second plane as the kernels have it, int32, -1 in gaps; and the places of a
+    row, in whole 512s. Where dot.cuh may take the matrix, every 16th of its columns has as many places as the others."""
+    if not matrix.layout.plane:
+        return np.zeros(0, np.int32), 0
+    chosen, cols = np.asarray(matrix.plane_columns()).astype(np.int32), matrix.layout.cols
+    if cols in (2048, 4096) and bool((np.diff(chosen) > 0).all()):
+        group = chosen // (cols // 16)
+        most = int(np.bincount(group, minlength=16).max())
+        each = next((n for n in (32, 64, 128) if n >= most), 0)
+        if each:
+            slots = np.full((16, each), -1, np.int32)
+            for k in range(16):
+                mine = chosen[group == k]
+                slots[k, : len(mine)] = mine
+            return slots.ravel(), 16 * each
+    return chosen, up_to(len(chosen), 512)
 
 
 def slice_stride(kpad: int) -> int:

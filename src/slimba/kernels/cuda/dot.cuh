@@ -1,0 +1,306 @@
+// A product of signs and int8 rows with one vector, for the shapes that models have (cuda_lean.py says which): y = W x with
+// as little as possible between the kernel before and the result. What the input does not decide is loaded before `ready`.
+//
+// A warp owns 128 X columns (X words for each of 4 lanes) of all rows of the block and waits for nobody until its sums are there:
+// it puts its columns into fixed point with a scale of its own, which the sums are multiplied by. The norm's sum of
+// squares is one of the sums, because its inverse multiplies results as well as inputs. One barrier, then two or four threads add a row up.
+//
+// Fixed point: column 32 W + 8 b + j of the block's input is X = x S 2^(7 - j), S a power of two, |X| < 2^30, in four signed bytes
+// ("slices"), which are four columns of the tensor core's right operand. Signs masked with 0x01010101 << j are bytes
+// of value 2^j or 0, the left operand, with no shift: 2^j X = 128 S x for every j. y = 2 sum of the chosen x - sum of all x.
+template <int CW, int X, int TW, int RW, int P, int LR>
+struct DotShared {
+  u32 q[CW][4][32 * X + 2], q2[P ? CW : 1][4][8 * P + 2];  // slices; words of the plane's
+  float2 part[CW][TW * TILE], part2[P ? CW : 1][P ? TW * TILE : 1], rank[LR ? CW : 1][TILE];
+  float row8[RW ? RW : 1][CW], of_rank[CW][TILE];
+  float4 sums[CW];  // of squares, of x, of the plane's x
+};
+
+// Four columns that share j: their slices to q[s], `stride` words apart.
+DEV void dot_slices(const float (&e)[4], float to_fixed, u32* q, int stride) {
+  u32 z[4];
+#pragma unroll
+  for (int b = 0; b < 4; ++b) z[b] = ((u32)__float2int_rn(e[b] * to_fixed) + 0x00808080u) ^ 0x00808080u;
+  const u32 lo01 = byte_perm(z[0], z[1], 0x5140u), lo23 = byte_perm(z[2], z[3], 0x5140u);
+  const u32 hi01 = byte_perm(z[0], z[1], 0x7362u), hi23 = byte_perm(z[2], z[3], 0x7362u);
+  q[0] = byte_perm(lo01, lo23, 0x5410u), q[stride] = byte_perm(lo01, lo23, 0x7632u);
+  q[2 * stride] = byte_perm(hi01, hi23, 0x5410u), q[3 * stride] = byte_perm(hi01, hi23, 0x7632u);
+}
+
+template <int N>
+DEV void load_words(bool there, const u32* from, u32 (&to)[N]) {
+  if constexpr (N == 4) {
+    const uint4 four = there ? *(const uint4*)from : uint4{0, 0, 0, 0};
+    to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+  } else if constexpr (N == 2) {
+    const uint2 two = there ? *(const uint2*)from : uint2{0, 0};
+    to[0] = two.x, to[1] = two.y;
+  } else {
+    to[0] = there ? *from : 0;
+  }
+}
+
+// Adds rows g and g + 8 of a tile, lanes t < 2 with two slices each: low and high are the values of a unit of them.
+DEV void dot_put(const int (&acc)[4], float low, float high, float2* out) {
+  const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float v = fmaf((float)acc[2 * h], low, (float)acc[2 * h + 1] * high);
+    if (t < 2) ((float*)(out + g + 8 * h))[t] = v;
+  }
+}
+
+// CW warps, X words of 32 columns a lane, TW tiles and RW int8 rows a block, P words of a second plane a warp (those of its columns
+// that the plane has, filled up), PM: which of the tiles may have the plane, LR: 16 ranks of a correction, or 0.
+template <int CW, int X, int TW, int RW, int P, int PM, int LR, typename Ready>
+DEV void dot(const Product& p, u8* smem, Ready ready) {
+  constexpr u32 ONES = 0x01010101u;
+  constexpr int COLUMNS = 128 * X, K = 4 * (TW * TILE + RW) <= CW * WARP ? 4 : 2;  // K threads finish a row
+  constexpr int XP = P > 4 ? P / 4 : 1, SPAN = P > 4 ? 4 : P ? P : 1, BITS = 2 * SPAN;  // a lane's words of the plane, bits of one
+  DotShared<CW, X, TW, RW, P, LR>& v = *(DotShared<CW, X, TW, RW, P, LR>*)smem;
+  const Matrix& m = p.m;
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+  const int block = blockIdx.x, blocks = gridDim.x, plane_rows = (int)(m.plane_stop - m.plane_start);
+  const float *weight = (const float*)p.in.weight, *col_scale = (const float*)m.col_scale;
+  auto weight_of = [&](int c) { return (weight ? weight[c] : 1.0f) * (col_scale ? col_scale[c] : 1.0f); };
+
+  u32 bits[TW][2][X], bits2[TW][2][XP];
+  bool planes[TW], last_there = true;
+#pragma unroll
+  for (int i = 0; i < TW; ++i) {
+    const LeanRows r = lean_rows<SIGN>(m, block + i * blocks);
+    last_there = r.there;
+    const int in_plane = r.first + r.local - (int)m.plane_start;
+    planes[i] = (PM >> i & 1) && r.there && in_plane + TILE > 0 && in_plane < plane_rows;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = r.local + g + 8 * h, at = in_plane + g + 8 * h;
+      const bool there = r.there && row < r.rows;
+      const u32* from = (const u32*)(r.data + (i64)row * r.stride + warp * (COLUMNS / 8)) + t * X;
+      load_words<X>(there, from, bits[i][h]);
+      if (!(PM >> i & 1)) continue;
+      const u32* plane = (const u32*)((const u8*)m.plane_data + (i64)at * m.plane_stride) + warp * P + t % SPAN * XP;
+      load_words<XP>(planes[i] && there && at >= 0 && at < plane_rows, plane, bits2[i][h]);
+      if (SPAN < 4) bits2[i][h][0] >>= t / SPAN * BITS;
+    }
+  }
+  u32 codes[RW ? RW : 1][X];
+#pragma unroll
+  for (int i = 0; i < RW; ++i) {
+    const LeanRows r = lean_rows<INT8>(m, block + i * blocks);
+#pragma unroll
+    for (int x = 0; x < X; ++x)
+      codes[i][x] = r.there ? ((const u32*)(r.data + (i64)r.local * r.stride + warp * COLUMNS))[lane + 32 * x] : 0;
+  }
+  uint4 right[2][X][2];  // right low-rank factor: ranks g and g + 8 of the lane's words
+#pragma unroll
+  for (int i = 0; i < (LR ? 4 * X : 0); ++i)
+    right[i & 1][i >> 1 & (X - 1)][i / (2 * X)] = load_weights(
+        (const u8*)m.lr_b + (i64)(g + 8 * (i & 1)) * m.kpad + warp * COLUMNS + 32 * (t * X + (i >> 1 & (X - 1))) + 16 * (i / (2 * X)));
+  const int own = warp * COLUMNS + lane / 8 * 32 + lane % 8;  // the lane's columns: own + 128 x + 8 b
+  float w[X][4];
+#pragma unroll
+  for (int x = 0; x < X; ++x)
+#pragma unroll
+    for (int b = 0; b < 4; ++b) w[x][b] = weight_of(own + 128 * x + 8 * b);
+  int chosen[XP][4];
+  float w2[XP][4];
+#pragma unroll
+  for (int x = 0; x < XP; ++x)
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      const int place = (warp * P + lane / 8 + 4 * x) * 32 + lane % 8 + 8 * b;
+      chosen[x][b] = lane + 32 * x < 8 * P ? ((const i32*)m.plane_index)[place] : -1;
+      w2[x][b] = chosen[x][b] >= 0 ? weight_of(chosen[x][b]) : 0.0f;
+    }
+  // what finishing a row takes: threads K r + k have a K-th of the sums of row r of the tiles, then of the int8 rows
+  const int unit = threadIdx.x / K, k = lane % K;
+  const bool of_tile = unit < TW * TILE;
+  LeanRows r = of_tile ? lean_rows<SIGN>(m, block + unit / TILE * blocks)
+                       : lean_rows<INT8>(m, unit - TW * TILE < RW ? block + (unit - TW * TILE) * blocks : -1);
+  if (of_tile) r.local += unit % TILE;
+  r.there = r.there && r.local < r.rows;
+  const int row = r.first + r.local, lr_row = row - (int)m.lr_start, plane_row = row - (int)m.plane_start;
+  const bool low_rank = LR && r.there && lr_row >= 0 && row < (int)m.lr_stop;
+  const bool second = P && r.there && of_tile && plane_row >= 0 && plane_row < plane_rows;
+  const float scale = r.there ? half_bits_to_float(r.scale[r.local]) : 0.0f;
+  const float bias = r.there && m.bias ? ((const float*)m.bias)[row] : 0.0f;
+  const float scale2 = second ? half_bits_to_float(((const u16*)m.plane_scale)[plane_row]) : 0.0f;
+  const float lr_scale = low_rank ? half_bits_to_float(((const u16*)m.lr_a_scale)[lr_row]) : 0.0f;
+  u32 left[4 / K];
+#pragma unroll
+  for (int i = 0; i < 4 / K; ++i) left[i] = low_rank ? ((const u32*)((const u8*)m.lr_a + (i64)lr_row * 16))[4 / K * k + i] : 0;
+  const float rank_scale = LR ? half_bits_to_float(((const u16*)m.lr_b_scale)[lane / 2]) : 0.0f;
+  i64 ring = 0;
+  if (p.out.mode == IN_PROJ) {
+    const i64 slot = slot_of(p.state, 0);
+    ring = (i64)ring_row(p.state, slot, position(p.state, slot));
+  }
+  ready();
+
+  const float* input = (const float*)p.in.x;
+  float e[X][4], e2[XP][4];
+#pragma unroll
+  for (int x = 0; x < X; ++x)
+#pragma unroll
+    for (int b = 0; b < 4; ++b) e[x][b] = load_fresh(input + own + 128 * x + 8 * b);
+#pragma unroll
+  for (int x = 0; x < XP; ++x)
+#pragma unroll
+    for (int b = 0; b < 4; ++b) e2[x][b] = chosen[x][b] >= 0 ? load_fresh(input + chosen[x][b]) : 0.0f;
+  const float residual = r.there && k == 0 && p.out.mode == ADD ? load_fresh((const float*)p.out.y + row) : 0.0f;
+  float squares = 0, total = 0, total2 = 0;
+  u32 top = 0;
+#pragma unroll
+  for (int x = 0; x < X; ++x)
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      squares = fmaf(e[x][b], e[x][b], squares);
+      e[x][b] *= w[x][b];
+      total += e[x][b];
+      const u32 size = float_to_bits(e[x][b]) & 0x7fffffffu;
+      top = size > top ? size : top;
+    }
+  top = warp_max_bits(top) >> 23;  // exponent
+  const bool damaged = top == 255;
+  const u32 exponent = top > 30 ? top : 30;
+  const float fixed = bits_to_float((damaged ? 1 : 276 - exponent) << 23);  // S
+  const float one = damaged ? bits_to_float(0x7fc00000u) : bits_to_float((exponent - 29) << 23);  // 1 / (128 S)
+  const float by = fixed * bits_to_float((134 - lane % 8) << 23);
+#pragma unroll
+  for (int x = 0; x < X; ++x) dot_slices(e[x], by, &v.q[warp][0][lane + 32 * x], 32 * X + 2);
+  const float by_plane = fixed * bits_to_float((134 - lane % BITS) << 23);
+#pragma unroll
+  for (int x = 0; x < XP; ++x) {
+#pragma unroll
+    for (int b = 0; b < 4; ++b) e2[x][b] *= w2[x][b], total2 += e2[x][b];
+    if (lane + 32 * x < 8 * P) dot_slices(e2[x], by_plane, &v.q2[warp][0][lane + 32 * x], 8 * P + 2);
+  }
+  sync_warp();
+  u32 xs[X][8], xs2[XP][BITS];
+#pragma unroll
+  for (int x = 0; x < X; ++x)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint2 two = *(const uint2*)&v.q[warp][g % 4][(t * X + x) * 8 + 2 * i];
+      xs[x][2 * i] = two.x, xs[x][2 * i + 1] = two.y;
+    }
+#pragma unroll
+  for (int x = 0; x < (P ? XP : 0); ++x)
+#pragma unroll
+    for (int i = 0; i < BITS; i += 2) {
+      const uint2 two = *(const uint2*)&v.q2[warp][g % 4][(t % SPAN * XP + x) * 8 + (SPAN < 4 ? t / SPAN * BITS : 0) + i];
+      xs2[x][i] = two.x, xs2[x][i + 1] = two.y;
+    }
+  float row8[RW ? RW : 1];
+#pragma unroll
+  for (int i = 0; i < RW; ++i) {
+    row8[i] = 0;
+#pragma unroll
+    for (int x = 0; x < X; ++x)
+#pragma unroll
+      for (int b = 0; b < 4; ++b) row8[i] = fmaf((float)(i8)(codes[i][x] >> 8 * b), e[x][b], row8[i]);
+  }
+#pragma unroll
+  for (int by2 = 16; by2; by2 /= 2) {
+    squares += shuffle_xor(squares, by2), total += shuffle_xor(total, by2);
+    if (P) total2 += shuffle_xor(total2, by2);
+#pragma unroll
+    for (int i = 0; i < RW; ++i) row8[i] += shuffle_xor(row8[i], by2);
+  }
+  if (lane == 0) {
+    v.sums[warp] = float4{squares, total, total2, 0};
+#pragma unroll
+    for (int i = 0; i < RW; ++i) v.row8[i][warp] = row8[i];
+  }
+  const float low = t & 1 ? one * 65536.0f : one, high = low * 256.0f;
+#pragma unroll
+  for (int i = 0; i < TW; ++i) {
+    if (i == TW - 1 && !last_there) break;
+    int acc[4] = {};
+#pragma unroll
+    for (int x = 0; x < X; ++x)
+#pragma unroll
+      for (int j = 0; j < 8; j += 2)
+        mma_u8s8(acc, bits[i][0][x] & ONES << j, bits[i][1][x] & ONES << j, bits[i][0][x] & ONES << (j + 1),
+                 bits[i][1][x] & ONES << (j + 1), xs[x][j], xs[x][j + 1]);
+    dot_put(acc, low, high, v.part[warp] + i * TILE);
+  }
+#pragma unroll
+  for (int i = 0; i < TW; ++i) {
+    if (!(PM >> i & 1) || !planes[i]) continue;
+    int acc[4] = {};
+#pragma unroll
+    for (int x = 0; x < XP; ++x)
+#pragma unroll
+      for (int j = 0; j < BITS; j += 2) {
+        const u32(&one_row)[XP] = bits2[i][0], (&other)[XP] = bits2[i][1];
+        mma_u8s8(acc, one_row[x] & ONES << j, other[x] & ONES << j, one_row[x] & ONES << (j + 1), other[x] & ONES << (j + 1),
+                 xs2[x][j], xs2[x][j + 1]);
+      }
+    dot_put(acc, low, high, v.part2[P ? warp : 0] + (P ? i * TILE : 0));
+  }
+  if (LR) {  // the columns of a j have the unit of 2^j
+    int acc[4] = {};
+#pragma unroll
+    for (int j = 7; j >= 0; --j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[i] *= 2;
+      auto code = [&](int h, int x) { return word(right[h][x][j / 4], j % 4); };
+#pragma unroll
+      for (int x = 0; x < X; x += 2) {
+        const int y = x + 1 < X ? x + 1 : x;  // X = 1: half of the product is empty
+        mma_s8s8(acc, code(0, x), code(1, x), X > 1 ? code(0, y) : 0, X > 1 ? code(1, y) : 0, xs[x][j], X > 1 ? xs[y][j] : 0);
+      }
+    }
+    dot_put(acc, low, high, v.rank[LR ? warp : 0]);
+  }
+  __syncthreads();
+
+  if (warp * (WARP / K) >= TW * TILE + RW) return;
+  float y = 0;
+  squares = total = total2 = 0;
+#pragma unroll
+  for (int i = 0; i < CW; i += K) {
+    const float4 s = v.sums[i + k];
+    squares += s.x, total += s.y, total2 += s.z;
+  }
+  if (of_tile) {
+    float sum = 0, sum2 = 0;
+#pragma unroll
+    for (int i = 0; i < CW; i += K) {
+      const float2 two = v.part[i + k][unit];
+      sum += two.x + two.y;
+      if (P && second) {
+        const float2 other = v.part2[P ? i + k : 0][P ? unit : 0];
+        sum2 += other.x + other.y;
+      }
+    }
+    y = scale * (2 * sum - total);
+    if (P) y = fmaf(scale2, 2 * sum2 - total2, y);
+  } else if (RW && unit < TW * TILE + RW) {
+    for (int i = 0; i < CW; i += K) y = fmaf(scale, v.row8[unit - TW * TILE][i + k], y);
+  }
+  if (LR) {  // B x, two lanes a rank
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < CW; i += 2) {
+      const float2 two = v.rank[LR ? i + lane % 2 : 0][lane / 2];
+      sum += two.x + two.y;
+    }
+    sum += shuffle_xor(sum, 1);
+    if (lane % 2 == 0) v.of_rank[warp][lane / 2] = rank_scale * sum;
+    sync_warp();
+    float corrected = 0;
+#pragma unroll
+    for (int i = 0; i < 16 / K; ++i) corrected = fmaf((float)(i8)(left[i / 4] >> i % 4 * 8), v.of_rank[warp][16 / K * k + i], corrected);
+    y = fmaf(lr_scale, corrected, y);
+  }
+#pragma unroll
+  for (int by2 = 1; by2 < K; by2 *= 2) y += shuffle_xor(y, by2), squares += shuffle_xor(squares, by2);
+  if (!r.there || k) return;
+  const float norm = p.in.groups ? fast_rsqrt(squares / (float)m.cols + param_float(p.in.eps)) : 1.0f;
+  y = fmaf(y, norm, bias);
+  if (p.out.mode == ADD) ((float*)p.out.y)[row] = residual + y;
+  else put_output(p.out, ring, row, 0, y);
+}
