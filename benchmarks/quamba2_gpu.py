@@ -4,9 +4,9 @@
     python benchmarks/quamba2_gpu.py --shape mamba2-1.3b --format w4a16 float16 --batch 1 --peers none
 
 First the kernels that transform and round inputs are compared with their NumPy twins at odd sizes; then, for every
-shape and format, the engine with the torch reference on the very model that is measured, and only where they agree is
-it timed. A format that fails is printed with its error, and the run goes on. What is measured is what `slimba bench
---backend cuda` measures.
+shape and format, the engine with the torch reference on a model of the same widths with a few layers (the reference
+would need minutes for all), and only where they agree the whole one is timed. A format that fails is printed with its
+error, and the run goes on. What is measured is what `slimba bench --backend cuda` measures.
 """
 
 from __future__ import annotations
@@ -33,18 +33,21 @@ except ImportError:  # the GPU engine does not need the C++ core; only what name
     sys.modules["slimba._core"] = core
 
 import torch  # noqa: E402
+from cuda_measure import decode_parts  # noqa: E402
 
 from kernels.cuda_cases import TURNED_LAYOUTS, mid_product, product, turned, what_enters  # noqa: E402
 from runtime.numpy_reference import random_matrix  # noqa: E402
 from slimba.errors import UserError  # noqa: E402
 from slimba.formats.presets import preset_numerics  # noqa: E402
 from slimba.models.configs import named_spec  # noqa: E402
+from slimba.runtime.backends.cuda import CudaEngine  # noqa: E402
 from slimba.runtime.backends.cuda_device import open_gpu  # noqa: E402
 from slimba.runtime.backends.cuda_peers import gpu_peer_speeds  # noqa: E402
-from slimba.runtime.backends.cuda_speed import gpu_record  # noqa: E402
+from slimba.runtime.backends.cuda_speed import gpu_check, gpu_record  # noqa: E402
 from slimba.runtime.measure import random_model  # noqa: E402
 
 FORMATS = ("w4a16", "w4a8", "w8a8", "float16")
+CHECKED = 4  # layers of the model that is compared
 
 
 def kernels() -> dict[str, float]:
@@ -75,11 +78,18 @@ def kernels() -> dict[str, float]:
 
 def measured(shape: str, format: str, args: argparse.Namespace) -> dict[str, Any]:
     begun = time.perf_counter()
-    checkpoint = random_model(named_spec(shape), format)
+    spec = named_spec(shape)
     numerics = preset_numerics(format) | {"state": args.state}
     row: dict[str, Any] = {"shape": shape, "format": format}
     try:
-        record = gpu_record(checkpoint, args.batch, args.prompt_len, args.new_tokens, numerics)
+        few = random_model(dataclasses.replace(spec, n_layer=CHECKED), format)
+        engine = CudaEngine(few, state_dtype=numerics["state"], activations=numerics["activations"])
+        difference = gpu_check(engine, few, args.batch)
+        print(f"     {shape} {format}: differences to the reference: {difference}", flush=True)
+        del engine, few
+        torch.cuda.empty_cache()
+        checkpoint = random_model(spec, format)
+        record = gpu_record(checkpoint, args.batch, args.prompt_len, args.new_tokens, numerics, difference)
         row |= record | {k: [dataclasses.asdict(r) for r in record[k]] for k in ("decode", "prefill")}
         for d, p in zip(record["decode"], record["prefill"], strict=True):
             print(
@@ -87,7 +97,10 @@ def measured(shape: str, format: str, args: argparse.Namespace) -> dict[str, Any
                 f" the limit {d.share:.2f}; prompts {p.tokens_per_second:,.0f} tok/s",
                 flush=True,
             )
-        print(f"     differences to the reference: {record['difference_to_reference']}", flush=True)
+        if args.parts:
+            engine = CudaEngine(checkpoint, state_dtype=numerics["state"], activations=numerics["activations"])
+            row["parts"] = decode_parts(engine, numerics["state"])
+            print(f"     {row['parts']}", flush=True)
     except (UserError, RuntimeError) as e:
         row["error"] = f"{type(e).__name__}: {str(e)[:500]}"
         print(f"FAIL {shape} {format}: {row['error']}", flush=True)
@@ -104,6 +117,7 @@ def main() -> None:
     parser.add_argument("--prompt-len", type=int, default=1024)
     parser.add_argument("--new-tokens", type=int, default=320)
     parser.add_argument("--state", default="float32", help="float32, bfloat16 or int8")
+    parser.add_argument("--parts", action="store_true", help="also the time of each kernel of a step at batch 1")
     parser.add_argument("--peers", nargs="*", default=["mamba-ssm"], help="mamba-ssm, transformers, or none")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further measurement after this")
     parser.add_argument("--json", type=Path, help="also write the records there, as they come")
