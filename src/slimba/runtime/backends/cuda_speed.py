@@ -26,7 +26,7 @@ __all__ = ["gpu_check", "gpu_record"]
 STEPS, PROMPT = 4, 24  # tokens of the comparison
 # Largest difference of the logits, relative to the largest logit: steps take 23-bit activations, prompts float16
 TOLERANCE = {"steps": 2e-3, "prompt": 2e-2}
-ROUNDING = {"steps": 0.5, "prompt": 1.0}  # the same in units of what rounding activations to int8 moves
+ROUNDING = {"steps": 0.5, "prompt": 2.0}  # the same in units of what rounding activations to int8 moves
 
 
 def gpu_record(
@@ -76,7 +76,8 @@ def gpu_check(engine: CudaEngine, checkpoint: Checkpoint, batches: list[int]) ->
 
     With int8 activations a code flips where two sums differ in the last bit, and moves what follows. There the engine
     is compared twice: with float32 activations as ever, and as it is, where it may differ from the reference by as much
-    as rounding moves the reference (steps: by half of it, because their sums are nearly the same).
+    as rounding moves the reference: steps by half of it, because their sums are nearly the same, prompts by twice, as
+    their float16 makes the codes of later layers those of another rounding.
     """
     device = str(engine.gpu.device)
     kinds = ("float32", "int8") if engine.activations == "int8" else ("float32",)
