@@ -10,6 +10,7 @@ peak of the device, `device_peak_bytes`, stays far below where one layer at a ti
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import resource
 import sys
@@ -36,10 +37,11 @@ from slimba.runtime.measure import random_model
 from slimba.training.recipes import load_recipe, parse_overrides
 
 
-def calibrated(shape: str, settings: list[str], device: torch.device) -> dict[str, Any]:
-    """The record of one calibration."""
+def calibrated(shape: str, layers: int, settings: list[str], device: torch.device) -> dict[str, Any]:
+    """The record of one calibration; of the first `layers` layers alone where that is not 0."""
     recipe = load_recipe(QuambaRecipe, "quamba2.yaml", None, parse_overrides(settings))
     spec = named_spec(shape)
+    spec = dataclasses.replace(spec, n_layer=layers or spec.n_layer)
     teacher = random_model(spec, "float16")
     count = (recipe.windows + recipe.check_windows + recipe.search_windows) * recipe.window + 1
     ids = np.random.default_rng(1).integers(0, spec.vocab_size, count).astype(np.int32)
@@ -51,6 +53,7 @@ def calibrated(shape: str, settings: list[str], device: torch.device) -> dict[st
     seconds = time.monotonic() - begin
     out: dict[str, Any] = {
         "shape": shape,
+        "layers": spec.n_layer,
         "mode": recipe.mode,
         "tokens": figures["tokens"],
         "seconds": round(seconds, 1),
@@ -69,6 +72,7 @@ def calibrated(shape: str, settings: list[str], device: torch.device) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="mamba2-1.3b", help="mamba2-1.3b, mamba2-2.7b, mamba-1.4b, ...")
+    parser.add_argument("--layers", type=int, default=0, help="calibrate so many layers alone (0: all)")
     parser.add_argument("--mode", nargs="+", default=["w4a8"], help="w8a8, w4a8, w4a16, mixed; each is one calibration")
     parser.add_argument("--set", dest="settings", nargs="*", default=[], help="settings of the recipe, key=value")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -77,7 +81,7 @@ def main() -> None:
     record: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "torch": torch.__version__}
     record["runs"] = []
     for mode in args.mode:
-        row = calibrated(args.shape, [f"mode={mode}", *args.settings], torch.device(args.device))
+        row = calibrated(args.shape, args.layers, [f"mode={mode}", *args.settings], torch.device(args.device))
         record["runs"].append(row)
         print(json.dumps(row), flush=True)
         if args.json:
