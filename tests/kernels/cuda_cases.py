@@ -40,6 +40,7 @@ LAYOUTS: dict[str, MatrixLayout] = {
     "int8": MatrixLayout(1030, (Segment(19, "int8"),)),
     "int8-tiles": MatrixLayout(1030, (Segment(5000, "int8"),)),
     "int4": MatrixLayout(391, (Segment(19, "int4"),)),
+    "int4-shared": MatrixLayout(1030, (Segment(1113, "int4"),)),
     "float16": MatrixLayout(131, (Segment(19, "float16"),)),
     "all": MatrixLayout(
         201,
@@ -196,6 +197,29 @@ def lean_product(
     name = baked.product(fields, 1, lean)
     module = gpu.module("decode", baked.source)
     gpu.launch(name, (gpu.blocks,), fields, lean.shared_bytes, threads=lean.threads, module=module)
+    gpu.synchronize()
+    return np.asarray(out.cpu().numpy()) - 1
+
+
+def dots_product(gpu: Any, matrix: Matrix, x: np.ndarray, norm: np.ndarray | None = None) -> np.ndarray:
+    """The kernel of dots.cuh on float32 x [B, cols], B <= 8, as in `lean_product`: [B, rows]."""
+    import torch
+
+    from slimba.runtime.backends.cuda_bake import Baked
+    from slimba.runtime.backends.cuda_lean import dot_of
+    from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of
+
+    m, batch = DeviceMatrix(matrix, gpu.device, gpu.blocks), len(x)
+    dots = dot_of(m, gpu.blocks, 1, False, many=True)
+    assert dots is not None
+    given, out = torch.from_numpy(x).to(gpu.device), torch.ones(batch, m.rows, device=gpu.device)
+    weight = torch.from_numpy(norm).to(gpu.device) if norm is not None else None
+    source = [given.data_ptr(), m.cols, 0, 0, weight.data_ptr() if weight is not None else 0, int(norm is not None), 0]
+    fields = fields_of(m.fields, source, [ADD, out.data_ptr(), m.rows, *[0] * 7], [0] * 5, batch, m.plane_inverse)
+    baked = Baked()
+    name = baked.product(fields, 8, dots)
+    module = gpu.module("decode", baked.source)
+    gpu.launch(name, (gpu.blocks,), fields, dots.shared_bytes, threads=dots.threads, module=module)
     gpu.synchronize()
     return np.asarray(out.cpu().numpy()) - 1
 

@@ -350,6 +350,7 @@ DEV u32 add_shared(u32* p, u32 v) {
   return before;
 }
 DEV float2 load_fresh_pair(const float* p) { return float2{p[0], p[1]}; }
+DEV float4 load_fresh_quad(const float* p) { return float4{p[0], p[1], p[2], p[3]}; }
 DEV uint4 load_state(const void* p) { return load_weights(p); }
 DEV float load_fresh(const float* p) { return *p; }
 DEV void prefetch(const void* p) { volatile char touched = *static_cast<const char*>(p); (void)touched; }

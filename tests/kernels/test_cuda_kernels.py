@@ -8,7 +8,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kernels.cuda_cases import DOT_LAYOUTS, LAYOUTS, LEAN_LAYOUTS, expanded, lean_product, mid_product, product
+from kernels.cuda_cases import (
+    DOT_LAYOUTS,
+    LAYOUTS,
+    LEAN_LAYOUTS,
+    dots_product,
+    expanded,
+    lean_product,
+    mid_product,
+    product,
+)
 from kernels.cuda_host import host_gpu
 from runtime.numpy_reference import random_matrix
 
@@ -68,8 +77,27 @@ def test_dot_product(name: str, normed: bool, warps: int, monkeypatch: pytest.Mo
     monkeypatch.setattr("slimba.runtime.backends.cuda_lean.DOT_WARPS", warps)
     rng = np.random.default_rng(len(name))
     matrix = random_matrix(rng, DOT_LAYOUTS[name])
-    x = rng.standard_normal(matrix.layout.cols).astype(np.float32) * np.exp(rng.uniform(-5, 2, matrix.layout.cols)).astype(np.float32)
+    x = rng.standard_normal(matrix.layout.cols).astype(np.float32) * np.exp(
+        rng.uniform(-5, 2, matrix.layout.cols)
+    ).astype(np.float32)
     norm = rng.uniform(0.5, 1.5, matrix.layout.cols).astype(np.float32) if normed else None
     got = lean_product(host_gpu(), matrix, x, norm, dot=True)
     want = matrix.matmul((x / np.sqrt((x * x).mean()) * norm if norm is not None else x)[None].astype(np.float32))[0]
     np.testing.assert_allclose(got, want, rtol=0, atol=3e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("warps", [8, 16])
+@pytest.mark.parametrize("name", DOT_LAYOUTS)
+def test_dots_product(name: str, warps: int, normed: bool, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimba.runtime.backends.cuda_lean.DOT_WARPS", warps)
+    rng = np.random.default_rng(len(name))
+    matrix = random_matrix(rng, DOT_LAYOUTS[name])
+    x = rng.standard_normal((batch, matrix.layout.cols)).astype(np.float32) * np.float32(100)
+    norm = rng.uniform(0.5, 1.5, matrix.layout.cols).astype(np.float32) if normed else None
+    got = dots_product(host_gpu(), matrix, x, norm)
+    want = matrix.matmul(
+        (x / np.sqrt((x * x).mean(1, keepdims=True)) * norm if norm is not None else x).astype(np.float32)
+    )
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * np.abs(want).max())

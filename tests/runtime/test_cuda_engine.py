@@ -197,8 +197,14 @@ def test_larger_batches_are_the_recurrence(batch: int) -> None:
 
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(("d_state", "groups"), [(64, 2), (128, 1)])
-def test_batches_are_the_recurrence(d_state: int, groups: int, state_dtype: str) -> None:
-    """The kernels for tens of sequences, each of them elsewhere in its buffer, past the token that stores the state."""
+@pytest.mark.parametrize("wide", [False, True])
+def test_batches_are_the_recurrence(
+    wide: bool, d_state: int, groups: int, state_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels for tens of sequences, each of them elsewhere in its buffer, past the token that stores the state.
+    wide: with products of expanded matrices."""
+    if wide:
+        monkeypatch.setattr("slimba.runtime.backends.cuda_batch.BatchStep.WIDE_FROM", 2)
     spec = mamba2_spec(
         headdim=64, d_inner=512, d_state=d_state, n_groups=groups, n_layer=1, norm_group_size=512 // groups
     )
@@ -228,11 +234,11 @@ def test_batches_of_other_shapes_are_the_recurrence(name: str) -> None:
         np.testing.assert_allclose(got[b], NumpyModel(checkpoint).logits(ids[b]), rtol=0, atol=2e-2)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_kernels_made_for_a_model_are_those_for_any(batch: int) -> None:
+@pytest.mark.parametrize(("spec", "batch"), [("odd", 1), ("odd", 3), ("headdim-64", 9)])
+def test_kernels_made_for_a_model_are_those_for_any(spec: str, batch: int) -> None:
     from slimba.runtime.backends.cuda import CudaEngine
 
-    checkpoint = random_checkpoint(SPECS["odd"], 1, "mixed")
+    checkpoint = random_checkpoint(SPECS[spec], 1, "mixed")
     ids = np.random.default_rng(0).integers(0, 41, (batch, 5)).astype(np.int32)
     got = []
     for gpu in (host_gpu(), host_gpu(bakes=True)):

@@ -290,14 +290,3 @@ DEV void states(const BatchRecurrence& all, StatesShared<N>& m) {
     for (int q = 0; q < Q; ++q) at[q * 4 + t] = stored_bits<TYPE>(v[q], code.to_code);
   }
 }
-
-KERNEL(slimba_prepare, BatchRecurrence, THREADS) {
-  SHARED(smem);
-  prepare(p, smem);
-}
-#define STATES(TYPE, N, FIT) \
-  KERNEL(slimba_states_##TYPE##_##N, BatchRecurrence, THREADS, FIT) { \
-    SHARED(smem); \
-    states<TYPE, N>(p, *(StatesShared<N>*)smem); \
-  }
-STATES(0, 64, 2) STATES(0, 128, 2) STATES(1, 64, 2) STATES(1, 128, 2) STATES(2, 64, 3) STATES(2, 128, 3)

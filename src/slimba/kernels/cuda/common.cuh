@@ -148,6 +148,7 @@ DEV u32 take_ticket(u32* p) {
 }
 DEV u32 add_shared(u32* p, u32 v) { return atomicAdd(p, v); }
 DEV float2 load_fresh_pair(const float* p) { return __ldcg((const float2*)p); }
+DEV float4 load_fresh_quad(const float* p) { return __ldcg((const float4*)p); }
 // Of a state: neither written in this kernel before it is read nor needed in L1.
 DEV uint4 load_state(const void* p) {
   uint4 v;

@@ -18,6 +18,12 @@
 #define LIMIT 8355000.0f  // largest fixed-point number, a little below 127 * 65536 + 127 * 256 + 127
 #define RAW 8             // 16-byte loads that a lane has in flight
 
+// In float16, the left operand of one tensor-core product: rows g and g + 8, columns c and c + 16, c + 1 and c + 17, c = 2 jj.
+DEV u32 sign_pair(u32 w, int up) { return (w << up & 0x80008000u) ^ 0xbc00bc00u; }
+DEV u32 int8_pair(u32 w, int jj) {  // w: columns j + 8 b of a word of codes; bytes 0 and 2, or 1 and 3
+  return add_halves(byte_perm(w ^ 0x80808080u, 0x64646464u, jj < 4 ? 0x4240u : 0x4341u), 0xe480e480u);  // - 1152
+}
+
 struct Segment {  // all fields of all structs are 64 bits wide: Python fills them as one array of int64
   i64 format, first, rows, item0, each, scale, stride, groups, data;  // each: rows of an item, TILE or 1
 };

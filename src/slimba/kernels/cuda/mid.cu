@@ -29,26 +29,21 @@ struct Strip {
 template <int R>
 DEV Strip strip_of(const Matrix& m, int at) {
   Strip out = {m.segment[0], 0, 0, false};
-#pragma unroll 1
-  for (int k = 0; k < (int)m.segments; ++k) {
+#pragma unroll
+  for (int k = 0; k < MAX_SEGMENTS; ++k) {
+    if (k >= (int)m.segments) continue;
     const int strips = ((int)m.segment[k].rows + TILE * R - 1) / (TILE * R);
-    if (at < strips) {
+    if (!out.there && at < strips) {
       out.s = m.segment[k];
       out.row0 = at * TILE * R;
       out.rows = (int)out.s.rows;
       out.there = true;
-      break;
     }
     at -= strips;
   }
   return out;
 }
 
-// The left operand of one tensor-core product: rows g and g + 8, columns c and c + 16, c + 1 and c + 17, c = 2 jj.
-DEV u32 sign_pair(u32 w, int up) { return (w << up & 0x80008000u) ^ 0xbc00bc00u; }
-DEV u32 int8_pair(u32 w, int jj) {  // w: columns j + 8 b of a word of codes; bytes 0 and 2, or 1 and 3
-  return add_halves(byte_perm(w ^ 0x80808080u, 0x64646464u, jj < 4 ? 0x4240u : 0x4341u), 0xe480e480u);  // - 1152
-}
 DEV u32 int4_pair(u32 w, int down, u32 scale) {
   return mul_halves(add_halves((w >> down & 0x000f000fu) ^ 0x64086408u, 0xe408e408u), scale);  // - 1032
 }
@@ -272,12 +267,19 @@ DEV void mid(const Mid& p, u8* smem) {
 #pragma unroll
           for (int k = 0; k < WORDS; ++k) raw[r][h][k] = next[r][h][k];
       if (c + 1 < chunks) bits(c + 1, next);
-#pragma unroll
-      for (int k = 0; k < WORDS; ++k)
+#pragma unroll 1
+      for (int k = 0; k < WORDS; ++k) {  // a loop, because all words unrolled are more instructions than the caches hold
         mid_word<NT, R>(x, ks * WORDS + k, acc, [&](int r, int jj, u32 (&a)[4]) {
-          a[0] = sign_pair(raw[r][0][k], 15 - 2 * jj), a[1] = sign_pair(raw[r][1][k], 15 - 2 * jj);
-          a[2] = sign_pair(raw[r][0][k], 14 - 2 * jj), a[3] = sign_pair(raw[r][1][k], 14 - 2 * jj);
+          a[0] = sign_pair(raw[r][0][0], 15 - 2 * jj), a[1] = sign_pair(raw[r][1][0], 15 - 2 * jj);
+          a[2] = sign_pair(raw[r][0][0], 14 - 2 * jj), a[3] = sign_pair(raw[r][1][0], 14 - 2 * jj);
         });
+#pragma unroll
+        for (int r = 0; r < R; ++r)
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int i = 0; i + 1 < WORDS; ++i) raw[r][h][i] = raw[r][h][i + 1];
+      }
       if (c + 1 == planes) {  // what follows is multiplied by the rows' scales, this by those of the plane
 #pragma unroll
         for (int r = 0; r < R; ++r)
@@ -320,13 +322,3 @@ DEV void mid(const Mid& p, u8* smem) {
   for (int r = 0; r < R; ++r)
     if (strip.row0 + r * TILE < strip.rows) mid_finish<NT>(p, out, s, strip.row0 + r * TILE, first, part == 0, rings, acc[r]);
 }
-
-#define MID(NT, R, S) \
-  KERNEL(slimba_mid_##NT##_##R##_##S, Mid, THREADS, 2) { \
-    SHARED(smem); \
-    mid<NT, R, S>(p, smem); \
-  }
-#define MIDS(NT) MID(NT, 1, 4) MID(NT, 1, 2) MID(NT, 1, 1) MID(NT, 2, 1)
-MIDS(1)
-MIDS(2)
-MIDS(4)

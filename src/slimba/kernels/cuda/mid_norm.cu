@@ -13,6 +13,7 @@ struct MidNorm {
   Input in;
   i64 residual, parts, part_stride, n_parts;  // n_parts: 0 to 2; residual: 1 where in.x is added to and written
   i64 out, out2, factors, plane_inverse;      // float16 [B][kpad], [B][plane_kpad], [B][rank]
+  i64 natural;                                // 1: out in the order of the columns
 };
 
 DEV void mid_norm(const MidNorm& p, u8* smem) {
@@ -107,7 +108,7 @@ DEV void mid_norm(const MidNorm& p, u8* smem) {
       if (i >= kpad) break;
       if (keeps) turned[i] = v[k];
       e[(i >> 5) * 32 + (i & 7) * 4 + ((i >> 3) & 3)] = v[k];
-      out[place_of(i)] = float_to_half_bits(v[k]);
+      out[p.natural ? i : place_of(i)] = float_to_half_bits(v[k]);
       if (where[k] >= 0) chosen[place_of(where[k])] = float_to_half_bits(v[k]);
     }
   }
@@ -128,7 +129,7 @@ DEV void mid_norm(const MidNorm& p, u8* smem) {
     for (int i = threadIdx.x; i < cols; i += THREADS) {
       const float v = m.rounding ? code_of(turned[i], code.to_code) * code.step : turned[i];
       e[(i >> 5) * 32 + (i & 7) * 4 + ((i >> 3) & 3)] = v;
-      out[place_of(i)] = float_to_half_bits(v);
+      out[p.natural ? i : place_of(i)] = float_to_half_bits(v);
       if (m.plane_cols && place[i] >= 0) chosen[place_of(place[i])] = float_to_half_bits(v);
     }
     __syncthreads();
@@ -150,7 +151,20 @@ DEV void mid_norm(const MidNorm& p, u8* smem) {
   }
 }
 
-KERNEL(slimba_mid_norm, MidNorm, THREADS) {
-  SHARED(smem);
-  mid_norm(p, smem);
+// What a product of cuBLAS made of in_proj, float16 [B][stride], to where the step's other kernels look: the gate's input z and
+// the ring of the convolution. Grid: 256s of rows, sequences.
+struct Scatter {
+  StateRef state;
+  i64 batch, p, stride, inner, z;  // rows 0 .. inner - 1 to float32 z [B][inner], the rest to the ring
+};
+DEV void scatter(const Scatter& s) {
+  const int row = (int)blockIdx.x * THREADS + threadIdx.x, b = blockIdx.y;
+  const i64 slot = slot_of(s.state, b);
+  float* ring = ring_row(s.state, slot, position(s.state, slot));
+  await_previous();
+  release_next();
+  if (row >= (int)(s.inner + s.state.channels)) return;
+  const float v = half_bits_to_float(((const u16*)s.p)[b * s.stride + row]);
+  if (row < (int)s.inner) ((float*)s.z)[b * s.inner + row] = v;
+  else ring[row - s.inner] = v;
 }

@@ -24,6 +24,7 @@ try:
     from slimba.runtime.backends.cuda_batch import BatchStep
     from slimba.runtime.backends.cuda_bulk import CHUNK, Bulk
     from slimba.runtime.backends.cuda_device import Gpu, open_gpu
+    from slimba.runtime.backends.cuda_few import FewStep
     from slimba.runtime.backends.cuda_model import CudaModel
     from slimba.runtime.backends.cuda_state import STATE_CODES, CudaState, StatePointers
     from slimba.runtime.backends.cuda_step import BulkStep, FusedStep, Step
@@ -36,6 +37,7 @@ __all__ = ["CudaEngine", "CudaState", "CudaUnavailable"]
 
 LOGIT_FLOATS = 1 << 27  # most logits made at once by `nll`
 NOT_FINITE, ASK_HOST = -2, -3  # instead of an id: of kernels/cuda/decode.cu and sample.cu
+FEW = 32  # most sequences of a FewStep
 GRAPH_TOKENS, MOST_GRAPHS = 2048, 4  # of a recorded piece of a prompt; of pieces
 
 
@@ -228,8 +230,10 @@ class CudaEngine:
         """The step for this batch size, pointed to `state`."""
         batch = state.batch
         if batch not in self._steps:
-            if batch > 1 and BatchStep.fits(self.model) and not self._exact:
-                self._steps[batch] = BatchStep(self.model, self.gpu, batch, self.state_dtype)
+            if 1 < batch <= FEW and not self._exact and FewStep.fits(self.model, self.gpu):
+                self._steps[batch] = FewStep(self.model, self.gpu, batch, self.state_dtype)
+            elif batch > 1 and BatchStep.fits(self.model) and not self._exact:
+                self._steps[batch] = BatchStep(self.model, self.gpu, batch, self.state_dtype, self._bulk)
             elif FusedStep.fits(self.model, self.gpu, batch):
                 self._steps[batch] = FusedStep(self.model, self.gpu, batch, self.state_dtype)
             else:

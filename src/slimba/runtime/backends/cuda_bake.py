@@ -10,6 +10,8 @@ Without this the arithmetic of indices takes longer than the products.
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from slimba.runtime.backends.cuda_codes import Codes
@@ -28,6 +30,15 @@ POINTERS = {
 VARYING = {MATRIX + 19, MATRIX + 22}  # layer, batch
 RECURRENCE_POINTERS = {0, 1, 15, 16, 17, 18, 19, 20, 22, 24}
 RECURRENCE_VARYING = {2, 5}
+
+# Kernels for many sequences: struct, bounds, arguments, fields that differ between launches. Fields of 2^32 and more are
+# pointers.
+MANY = {
+    "mid_norm": ("MidNorm", "THREADS", "s", {MATRIX + 9}),
+    "mid": ("Mid", "THREADS, 2", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 20}),
+    "prepare": ("BatchRecurrence", "THREADS", "s", RECURRENCE_VARYING),
+    "states": ("BatchRecurrence", "THREADS, ", "s", RECURRENCE_VARYING),
+}
 
 
 class Baked:
@@ -51,7 +62,7 @@ class Baked:
             return self._add("slimba_codes", kernel("Product", f"{lean.threads}, 1", sets, call))
         if lean is not None:
             call = f"{lean.name}(s, smem, {self.ORDER});"
-            return self._add("slimba_lean", kernel("Product", f"{lean.threads}, 2", sets, call))
+            return self._add("slimba_lean", kernel("Product", f"{lean.threads}, {lean.resident}", sets, call))
         bounds = "THREADS, 2" if tokens == 1 else "THREADS"
         first = "0" if tokens == 1 else f"{tokens} * blockIdx.y"
         call = f"product<{tokens}>(s, smem, {first}, blockIdx.x, gridDim.x, {self.ORDER});"
@@ -65,6 +76,24 @@ class Baked:
             return self._add("slimba_quick", kernel("Recurrence", f"{QUICK_THREADS}, 2", sets, call))
         call = f"recur<{instance}>(s, smem, blockIdx.x, gridDim.x, {self.ORDER});"
         return self._add("slimba_recur", kernel("Recurrence", "THREADS, 2", sets, call))
+
+    def of_many(self, name: str, fields: np.ndarray) -> str | None:
+        """The kernel for a launch of `name`, one of kernels/cuda/many.cu; None where it is none of those."""
+        kind, numbers = re.match(r"slimba_([a-z_]*[a-z])_?((?:\d_?)*)", name).groups()  # type: ignore[union-attr]
+        if kind not in MANY:
+            return None
+        struct, bounds, call, varying = MANY[kind]
+        arguments = numbers.split("_") if numbers else []
+        if kind == "states":
+            bounds += "3" if arguments[0] == "2" else "2"
+            call += f", *(StatesShared<{arguments[1]}>*)smem"
+        else:
+            call += ", smem"
+        template = f"<{', '.join(arguments)}>" if arguments else ""
+        fixed = [(i, v) for i, v in enumerate(fields.tolist()) if 0 <= v < 1 << 32 and i not in varying]
+        sets = " ".join(f"f[{i}] = {v};" for i, v in fixed)
+        text = kernel(struct, bounds, sets, f"{kind}{template}({call});")
+        return self._add(f"slimba_{kind}", text)
 
     def _add(self, name: str, text: str) -> str:
         return self._names.setdefault((name, text), f"{name}_{len(self._names)}")

@@ -6,15 +6,29 @@ nothing expanded in memory (kernels/cuda/mid.cu and batch.cu).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 
 from slimba.models.spec import ModelSpec
+from slimba.runtime.backends.cuda_bake import Baked
+from slimba.runtime.backends.cuda_bulk import Bulk
 from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_mid import Mid
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
 from slimba.runtime.backends.cuda_state import KEPT, STATE_CODES
-from slimba.runtime.backends.cuda_step import IN_PROJ, LARGEST_STATE, STORE, Step, norm_groups, recur_bytes, recurrence
+from slimba.runtime.backends.cuda_step import (
+    IN_PROJ,
+    LARGEST_STATE,
+    MOST_KERNELS,
+    STORE,
+    Step,
+    norm_groups,
+    recur_bytes,
+    recurrence,
+)
 from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits
 
 __all__ = ["BatchStep"]
@@ -23,12 +37,38 @@ STATE_HEADS = 4  # of kernels/cuda/batch.cu
 RESIDUAL = 1
 
 
+# Arguments of a launch by position and by name, or something to be called
+Launch = tuple[tuple[Any, ...] | Callable[[], Any], dict[str, Any]]
+
+
+class Recorder:
+    """A Gpu that only notes what is launched, and what else is to be done between."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self.launches: list[Launch] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._gpu, name)
+
+    def launch(self, *arguments: Any, **settings: Any) -> None:
+        self.launches.append((arguments, settings))
+
+    def call(self, work: Callable[[], Any]) -> None:
+        self.launches.append((work, {}))
+
+
 class BatchStep(Step):
-    def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str) -> None:
+    BAKES = True
+    WIDE_FROM = 256  # sequences from which a matrix is expanded for cuBLAS
+
+    def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str, bulk: Bulk) -> None:
         super().__init__(model, gpu, batch)
+        self._bulk = bulk
         spec, zeros = model.spec, self._zeros
         matrices = [m for layer in model.layers for m in layer.matrices.values()]
-        self._mid = Mid(gpu, batch, [*matrices, model.head])
+        recorder: Any = Recorder(gpu)
+        self._mid = Mid(recorder, batch, [*matrices, model.head])
         self._u = zeros(batch, spec.d_model)
         self._z, self._y, self._dt = zeros(batch, spec.d_inner), zeros(batch, spec.d_inner), zeros(batch, spec.n_heads)
         self._parts = zeros(2, batch, spec.d_model)  # results of out_proj, each of some of its columns
@@ -41,11 +81,18 @@ class BatchStep(Step):
             for i, layer in enumerate(model.layers)
         ]
         self._states = f"slimba_states_{STATE_CODES[state_dtype]}_{spec.d_state}" if states_fit(spec) else None
+        self._p = zeros(batch, spec.d_inner + spec.d_conv_channels, dtype=torch.float16)
         groups, n = spec.n_groups, spec.d_state
         self._between = [
             zeros(batch, spec.d_inner), zeros(batch, groups, n), zeros(batch, groups, 3, n, dtype=torch.int8),
             zeros(batch, groups), zeros(batch, groups, KEPT),
         ]  # fmt: skip
+
+        every = [*matrices, model.head]
+        # the expanded matrix holds its column scale, which a rounded input would have to have before
+        scaled = any(m.turns and m.col_scale for m in every)
+        self._wide = batch >= self.WIDE_FROM and not scaled and not any(m.bias is not None or m.cols % 8 for m in every)
+        self._launches = self._recorded(recorder)
 
     @classmethod
     def fits(cls, model: CudaModel) -> bool:
@@ -56,34 +103,82 @@ class BatchStep(Step):
 
     def work(self, *, choose: bool) -> None:
         """Launches one step. choose: the most likely ids become the next ids."""
-        model, gpu = self._model, self._gpu
+        for arguments, settings in self._launches:
+            if callable(arguments):
+                arguments()
+            else:
+                self._gpu.launch(*arguments, **settings)
+        self.after(choose)
+
+    def _recorded(self, recorder: Recorder) -> list[Launch]:
+        """The launches of a step, by kernels made for this model where the GPU makes such."""
+        self._layers(recorder)
+        if not (self._gpu.bakes and self.BAKES):
+            return recorder.launches
+        baked, found = Baked(), []
+        for arguments, settings in recorder.launches:
+            name = None if callable(arguments) else baked.of_many(arguments[0], arguments[2])
+            found.append((arguments, settings, name))
+        if len({name for *_, name in found if name}) > MOST_KERNELS:
+            return recorder.launches
+        module = self._gpu.module("many", baked.source)
+        return [
+            ((name, *arguments[1:]), settings | {"module": module})
+            if name and not callable(arguments)
+            else (arguments, settings)
+            for arguments, settings, name in found
+        ]
+
+    def _layers(self, recorder: Recorder) -> None:
+        """Everything before the choice of the next ids."""
+        model, gpu = self._model, recorder
         spec = model.spec
         gpu.launch("slimba_embed", (4 * gpu.blocks,), self._embed)
         parts = 0
+        if self._wide:
+            gpu.call(lambda: self._bulk.begin(model.layers[0].matrices))
         for i, layer in enumerate(model.layers):
             m = layer.matrices["in_proj"]
             self._norm_residual(m, layer.norm, parts)
-            self._mid.product(m, self._in_proj(), self._state(i))
-            self._recur(i)
-            parts = self._out_proj(layer, i)
+            if self._wide:
+                self._wide_in_proj(i, gpu)
+            else:
+                self._mid.product(m, self._in_proj(), self._state(i))
+            self._recur(i, gpu)
+            parts = self._out_proj(layer, i, gpu)
         self._norm_residual(model.head, model.norm_f, parts)
+        if self._wide:
+            gpu.call(lambda: self._bulk.head(self._mid.vectors(model.head), self.logits))
+            return
         out = [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7]
         self._mid.product(model.head, out, self._state(0))
-        self.after(choose)
 
     def _norm_residual(self, m: DeviceMatrix, weight: torch.Tensor, parts: int) -> None:
         """Adds the results of the last out_proj to the residual stream and norms it for m."""
         spec = self._model.spec
         source = [self._u.data_ptr(), spec.d_model, 0, 0, weight.data_ptr(), 1, float_bits(spec.norm_eps)]
         added = [RESIDUAL, self._parts.data_ptr(), self.batch * spec.d_model, parts]
-        self._mid.norm(m, source, 1, added)
+        self._mid.norm(m, source, 1, added, natural=self._wide)
 
     def _in_proj(self) -> list[int]:
         spec = self._model.spec
         inner, ring = spec.d_inner, spec.d_inner + spec.d_conv_channels
         return [IN_PROJ, self._dt.data_ptr(), spec.n_heads, 0, inner, self._z.data_ptr(), inner, inner, ring, ring]
 
-    def _out_proj(self, layer: LayerWeights, i: int) -> int:
+    def _wide_in_proj(self, i: int, gpu: Recorder) -> None:
+        """in_proj of layer i by cuBLAS over the expanded matrix."""
+        spec, layers = self._model.spec, self._model.layers
+        m, following = layers[i].matrices["in_proj"], layers[i + 1].matrices if i + 1 < len(layers) else None
+
+        def product() -> None:
+            self._bulk.in_proj(self._mid.vectors(m), m, following, self._p, self._dt)
+
+        gpu.call(product)
+        wide = spec.d_inner + spec.d_conv_channels
+        fields = fields_of(self._state(i), self.batch, self._p.data_ptr(), wide, spec.d_inner, self._z.data_ptr())
+        gpu.launch("slimba_scatter", (-(-wide // 256), self.batch), fields, overlap=True)
+
+    def _out_proj(self, layer: LayerWeights, i: int, gpu: Recorder) -> int:
         """Gated norm and out_proj; in how many parts the results are."""
         spec, m = self._model.spec, layer.matrices["out_proj"]
         late = spec.gated_norm and spec.norm_before_gate
@@ -92,14 +187,19 @@ class BatchStep(Step):
             self._y.data_ptr(), spec.d_inner, self._z.data_ptr() if late else 0, spec.d_inner, weight,
             norm_groups(spec), float_bits(spec.norm_eps),
         ]  # fmt: skip
-        self._mid.norm(m, source, norm_groups(spec))
+        self._mid.norm(m, source, norm_groups(spec), natural=self._wide)
+        if self._wide:
+            layers = self._model.layers
+            following = layers[i + 1].matrices if i + 1 < len(layers) else None
+            gpu.call(lambda: self._bulk.out_proj(self._mid.vectors(m), m, following, self._parts[0]))
+            return 1
         parts = self._mid.parts_of(m)
         out = [STORE, self._parts.data_ptr(), spec.d_model, *[0] * 7]
         self._mid.product(m, out, self._state(i), parts, self.batch * spec.d_model)
         return parts
 
-    def _recur(self, i: int) -> None:
-        spec, gpu = self._model.spec, self._gpu
+    def _recur(self, i: int, gpu: Recorder) -> None:
+        spec = self._model.spec
         if self._states is None:
             units = self.batch * (spec.d_inner // span_of(spec.headdim))
             name = "slimba_recur_" + entries_of(spec.d_state)

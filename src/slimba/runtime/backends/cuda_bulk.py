@@ -85,6 +85,44 @@ class Bulk:
             self._gpu.launch("slimba_advance", (-(-batch // 256),), fields)
         return u
 
+    # For a step of many sequences (cuda_batch.py), whose vectors are normed already: x float16 [B, cols].
+
+    def begin(self, first: dict[str, DeviceMatrix]) -> None:
+        """Begins to expand the matrices of the first layer."""
+        self._pending.clear()
+        self._ahead(first["in_proj"], IN)
+        self._ahead(first["out_proj"], OUT)
+
+    def in_proj(
+        self,
+        x: torch.Tensor,
+        m: DeviceMatrix,
+        following: dict[str, DeviceMatrix] | None,
+        p: torch.Tensor,
+        dt: torch.Tensor,
+    ) -> None:
+        """in_proj but dt to float16 p, dt in float32; `following`: the matrices of the next layer."""
+        w = self._weights(m, IN)
+        torch.mm(x, w[: p.shape[1]].T, out=p)
+        dt.copy_(self._product32(x, w[p.shape[1] :]))
+        if following is not None:
+            self._ahead(following["in_proj"], IN)
+
+    def out_proj(
+        self, x: torch.Tensor, m: DeviceMatrix, following: dict[str, DeviceMatrix] | None, out: torch.Tensor
+    ) -> None:
+        """out_proj in float32, to `out`."""
+        out.copy_(self._product32(x, self._weights(m, OUT)))
+        if following is not None:
+            self._ahead(following["out_proj"], OUT)
+
+    def head(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Logits of normed vectors, float32 [B, V]."""
+        head = self._model.head
+        for first in range(0, head.rows, HEAD_ROWS):
+            rows = min(HEAD_ROWS, head.rows - first)
+            out[:, first : first + rows] = self._product32(x, self._expand(head, first, rows))
+
     def logits(self, u: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of the residual stream [n, D] -> float32 [n, V], in `out` where it is given."""
         model = self._model
@@ -94,9 +132,7 @@ class Bulk:
         self._add_norm(u.contiguous(), None, x, model.norm_f)
         x = self._turned(model.head, x)
         out = self._empty(len(u), model.head.rows, dtype=torch.float32) if out is None else out
-        for first in range(0, model.head.rows, HEAD_ROWS):
-            rows = min(HEAD_ROWS, model.head.rows - first)
-            out[:, first : first + rows] = self._product32(x, self._expand(model.head, first, rows))
+        self.head(x, out)
         return out
 
     def _logits_of_few(self, u: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:

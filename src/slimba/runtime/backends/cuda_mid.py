@@ -18,6 +18,8 @@ from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of
 
 __all__ = ["Mid"]
 
+NOT_EXPANDED = (6, 9, 10, 79)  # fields of struct Matrix: rank, columns of the plane (two), column scales
+
 STAGES, VECTOR_BYTES, TILE, WARPS = 3, 4 * 272, 16, 8  # of kernels/cuda/mid.cu
 SHAPES = ((2, 1), (1, 1), (1, 2), (1, 4))  # (R, S) of the kernels: tiles of a warp, warps of a strip
 CHUNK_COLS = 512
@@ -39,15 +41,31 @@ class Mid:
         """Whether the kernels take this matrix: signs, int8 and int4, with any correction."""
         return not m.has_float
 
-    def norm(self, m: DeviceMatrix, source: Sequence[int], groups: int, parts: Sequence[int] = (0, 0, 0, 0)) -> None:
+    def norm(
+        self,
+        m: DeviceMatrix,
+        source: Sequence[int],
+        groups: int,
+        parts: Sequence[int] = (0, 0, 0, 0),
+        *,
+        natural: bool = False,
+    ) -> None:
         """source: fields of the struct Input; groups: of its norm; parts: residual, pointer, stride and number of what
-        is added to the source before."""
+        is added to the source before. natural: for a product with the expanded matrix, see `vectors`."""
+        matrix = list(m.fields)
+        if natural:
+            for i in NOT_EXPANDED:
+                matrix[i] = 0
         fields = fields_of(
-            m.fields, list(source), list(parts), self._x.data_ptr(), self._x2.data_ptr(), self._factors.data_ptr(),
-            m.plane_inverse,
+            matrix, list(source), list(parts), self._x.data_ptr(), self._x2.data_ptr(), self._factors.data_ptr(),
+            m.plane_inverse, int(natural),
         )  # fmt: skip
         shared = 4 * (m.kpad + WARPS + max(1, groups)) + 2 * m.plane_kpad + (4 * m.kpad if m.turns else 0)
         self._gpu.launch("slimba_mid_norm", (self._batch,), fields, shared, overlap=True)
+
+    def vectors(self, m: DeviceMatrix) -> torch.Tensor:
+        """What `norm` left in the natural order: float16 [B, cols]."""
+        return self._x.view(-1)[: self._batch * m.kpad].view(self._batch, m.kpad)[:, : m.cols]
 
     def product(
         self, m: DeviceMatrix, output: Sequence[int], state: Sequence[int], parts: int = 1, part_stride: int = 0

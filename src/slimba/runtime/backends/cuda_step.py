@@ -218,21 +218,25 @@ class FusedStep(Step):
 
     def work(self, *, choose: bool, overlap: bool = True) -> None:
         """Launches one step. choose: the most likely ids become the next ids. overlap: by dependent launch."""
+        self.layers(overlap)
+        self.product(self._model.head, len(self.products) - 1, 1, overlap)
+        self.after(choose, overlap)
+
+    def layers(self, overlap: bool) -> None:
+        """Launches everything before the head."""
         gpu, spec = self._gpu, self._model.spec
         gpu.launch("slimba_embed", (gpu.blocks,), self.embed)
         for i, layer in enumerate(self._model.layers):
             self.product(layer.matrices["in_proj"], 2 * i, 1, overlap)
             self.recur(i, overlap)
             self.product(layer.matrices["out_proj"], 2 * i + 1, norm_groups(spec), overlap)
-        self.product(self._model.head, len(self.products) - 1, 1, overlap)
-        self.after(choose, overlap)
 
     def product(self, m: DeviceMatrix, i: int, groups: int, overlap: bool) -> None:
         """Launches the i-th product; `groups` of its input's norm."""
         if lean := self._lean.get(i):
             self._gpu.launch(
-                self._kernels[i], (self._gpu.blocks,), self.products[i], lean.shared_bytes, threads=lean.threads,
-                overlap=overlap, module=self._own,
+                self._kernels[i], (self._gpu.blocks, -(-self.batch // LARGEST_BATCH)), self.products[i],
+                lean.shared_bytes, threads=lean.threads, overlap=overlap, module=self._own,
             )  # fmt: skip
             return
         blocks = self._gpu.blocks * (2 if m.items >= 2 * WARPS * self._gpu.blocks else 1)  # two fit a multiprocessor
@@ -270,9 +274,13 @@ class FusedStep(Step):
         spec = self._model.spec
         self._quick = self.QUICK and spec.d_state == QUICK_STATE and span_of(spec.headdim) == QUICK_SPAN
         baked, instance = Baked(), QUICK if self._quick else RECUR[entries_of(spec.d_state)]
-        if self.batch == 1:
-            self._lean = self._lean_products()
-        names = [baked.product(fields, self._tokens, self._lean.get(i)) for i, fields in enumerate(self.products)]
+        self._lean = self._lean_products()
+        last = len(self.products) - 1  # the head, which has no kernel here where the layers are for few sequences
+        names = [
+            "" if i == last and any(isinstance(k, Dot) and k.many for k in self._lean.values())
+            else baked.product(fields, self._tokens, self._lean.get(i))
+            for i, fields in enumerate(self.products)
+        ]  # fmt: skip
         names += [baked.recurrence(fields, instance) for fields in self.recurrences]
         if len(set(names)) > MOST_KERNELS:
             self._lean, self._quick = {}, False
@@ -281,6 +289,8 @@ class FusedStep(Step):
 
     def _lean_products(self) -> dict[int, Codes | Dot | Lean]:
         """The products that dot.cuh, lean.cuh or codes.cuh takes, by their number."""
+        if self.batch > 1:
+            return {}
         spec, blocks = self._model.spec, self._gpu.blocks
         late = bool(spec.gated_norm and spec.norm_before_gate)
         head = codes_of(self._model.head, blocks, 1, False)

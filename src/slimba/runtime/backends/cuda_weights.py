@@ -213,8 +213,8 @@ class DeviceMatrix:
 
 
 def plane_slots(matrix: Matrix) -> tuple[np.ndarray, int]:
-    """Which column lies in each place of the second plane as the kernels have it, int32, -1 in gaps; and the places of a
-    row, in whole 512s. Where dot.cuh may take the matrix, every 16th of its columns has as many places as the others."""
+    """Which column lies in each place of the second plane as the kernels have it, int32, -1 in gaps; and the places of
+    a row, in whole 512s. Where dot.cuh may take the matrix, every 16th of its columns has as many places as the others."""
     if not matrix.layout.plane:
         return np.zeros(0, np.int32), 0
     chosen, cols = np.asarray(matrix.plane_columns()).astype(np.int32), matrix.layout.cols
@@ -237,10 +237,14 @@ def slice_stride(kpad: int) -> int:
 
 
 def split_of(items: int, blocks: int, steps: int) -> int:
-    """Warps that share an item, so that few items keep many warps busy."""
+    """Warps that share an item, so that few items keep many warps busy, and many end at about the same time."""
     split = 1
     while split < WARPS and split < steps and items * split * 2 <= blocks * WARPS:
         split *= 2
+    warps = 2 * blocks * WARPS  # two blocks fit a multiprocessor
+    if split == 1 < steps and items >= warps:
+        rounds = {s: -(-items * s // warps) / s for s in (1, 2)}
+        split = 2 if rounds[2] < 0.9 * rounds[1] else 1
     return split
 
 
