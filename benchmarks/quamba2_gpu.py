@@ -3,16 +3,17 @@
     python benchmarks/quamba2_gpu.py --json quamba2-h200.json
     python benchmarks/quamba2_gpu.py --shape mamba2-1.3b --format w4a16 float16 --batch 1 --peers none
 
-First the kernels that transform and round inputs are compared with their NumPy twins at odd sizes; then, for every
-shape and format, the engine with the torch reference on a model of the same widths with a few layers (the reference
-would need minutes for all), and only where they agree the whole one is timed. A format that fails is printed with its
-error, and the run goes on. What is measured is what `slimba bench --backend cuda` measures.
+For every shape and format the engine is compared with the torch reference on a model of the same widths with a few
+layers (the reference would need minutes for all), and only where they agree the whole one is timed. --kernels also
+compares the kernels that transform and round inputs with their NumPy twins at odd sizes. A format that fails is printed
+with its error, and the run goes on. What is measured is what `slimba bench --backend cuda` measures.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
 import itertools
 import json
 import sys
@@ -59,6 +60,25 @@ from slimba.runtime.measure import random_model  # noqa: E402
 
 FORMATS = ("w4a16", "w4a8", "w8a8", "float16")
 CHECKED = 2  # layers of the model that is compared
+
+
+class Turn:
+    """Several processes on one GPU compare side by side, which is mostly compiling, and time one by one."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = path.open("a") if path else None
+        self.to_compare()
+
+    def to_compare(self) -> None:
+        self._take(fcntl.LOCK_SH)
+
+    def to_time(self) -> None:
+        self._take(fcntl.LOCK_UN)
+        self._take(fcntl.LOCK_EX)
+
+    def _take(self, kind: int) -> None:
+        if self._file:
+            fcntl.flock(self._file, kind)
 
 
 def kernels() -> dict[str, Any]:
@@ -108,7 +128,7 @@ TURNED = {
 }
 
 
-def measured(shape: str, format: str, args: argparse.Namespace) -> dict[str, Any]:
+def measured(shape: str, format: str, args: argparse.Namespace, turn: Turn) -> dict[str, Any]:
     begun = time.perf_counter()
     spec = named_spec(shape)
     numerics = preset_numerics(format) | {"state": args.state}
@@ -121,6 +141,7 @@ def measured(shape: str, format: str, args: argparse.Namespace) -> dict[str, Any
         del engine, few
         torch.cuda.empty_cache()
         checkpoint = random_model(spec, format)
+        turn.to_time()
         record = gpu_record(checkpoint, args.batch, args.prompt_len, args.new_tokens, numerics, difference)
         row |= record | {k: [dataclasses.asdict(r) for r in record[k]] for k in ("decode", "prefill")}
         for d, p in zip(record["decode"], record["prefill"], strict=True):
@@ -133,9 +154,11 @@ def measured(shape: str, format: str, args: argparse.Namespace) -> dict[str, Any
             engine = CudaEngine(checkpoint, state_dtype=numerics["state"], activations=numerics["activations"])
             row["parts"] = decode_parts(engine, numerics["state"])
             print(f"     {row['parts']}", flush=True)
-    except (UserError, RuntimeError) as e:
+    except Exception as e:  # the other formats shall be measured all the same
         row["error"] = f"{type(e).__name__}: {str(e)[:500]}"
         print(f"FAIL {shape} {format}: {row['error']}", flush=True)
+    finally:
+        turn.to_compare()
     row["seconds"] = round(time.perf_counter() - begun, 1)
     torch.cuda.empty_cache()
     return row
@@ -151,6 +174,8 @@ def main() -> None:
     parser.add_argument("--state", default="float32", help="float32, bfloat16 or int8")
     parser.add_argument("--parts", action="store_true", help="also the time of each kernel of a step at batch 1")
     parser.add_argument("--peers", nargs="*", default=["mamba-ssm"], help="mamba-ssm, transformers, or none")
+    parser.add_argument("--kernels", action="store_true", help="also compare single kernels at odd sizes")
+    parser.add_argument("--lock", type=Path, help="a file that all processes share which run at once")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further measurement after this")
     parser.add_argument("--json", type=Path, help="also write the records there, as they come")
     args = parser.parse_args()
@@ -159,18 +184,17 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "kernels": kernels(),
         "runs": [],
         "peers": {},
     }
-    print(f"kernels and their twins: {record['kernels']}", flush=True)
+    turn = Turn(args.lock)
     peers = [p for p in args.peers if p != "none"]
     for shape in args.shape:
         for format in args.format:
             if time.perf_counter() - started > args.seconds:
                 print(f"skip {shape} {format}: the time is over")
                 continue
-            record["runs"].append(measured(shape, format, args))
+            record["runs"].append(measured(shape, format, args, turn))
             if args.json:
                 args.json.write_text(json.dumps(record, indent=1) + "\n")
         if peers and time.perf_counter() - started <= args.seconds:
@@ -179,7 +203,12 @@ def main() -> None:
             torch.cuda.empty_cache()
             if args.json:
                 args.json.write_text(json.dumps(record, indent=1) + "\n")
-    sys.exit(bool(record["kernels"]["wrong"]) or any("error" in row for row in record["runs"]))
+    if args.kernels:
+        record["kernels"] = kernels()
+        print(f"kernels and their twins: {record['kernels']}", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
+    sys.exit(bool(record.get("kernels", {}).get("wrong")) or any("error" in row for row in record["runs"]))
 
 
 if __name__ == "__main__":
