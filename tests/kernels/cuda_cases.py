@@ -201,27 +201,29 @@ def lean_product(
     return np.asarray(out.cpu().numpy()) - 1
 
 
-def dots_product(gpu: Any, matrix: Matrix, x: np.ndarray, norm: np.ndarray | None = None) -> np.ndarray:
-    """The kernel of dots.cuh on float32 x [B, cols], B <= 8, as in `lean_product`: [B, rows]."""
+def still_product(gpu: Any, matrix: Matrix, x: np.ndarray) -> np.ndarray:
+    """The kernel of still.cu on float32 x [B, cols]: [B, rows]."""
     import torch
 
     from slimba.runtime.backends.cuda_bake import Baked
-    from slimba.runtime.backends.cuda_lean import dot_of
-    from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of
+    from slimba.runtime.backends.cuda_batch import Recorder
+    from slimba.runtime.backends.cuda_mid import Mid
+    from slimba.runtime.backends.cuda_weights import DeviceMatrix
 
-    m, batch = DeviceMatrix(matrix, gpu.device, gpu.blocks), len(x)
-    dots = dot_of(m, gpu.blocks, 1, False, many=True)
-    assert dots is not None
-    given, out = torch.from_numpy(x).to(gpu.device), torch.ones(batch, m.rows, device=gpu.device)
-    weight = torch.from_numpy(norm).to(gpu.device) if norm is not None else None
-    source = [given.data_ptr(), m.cols, 0, 0, weight.data_ptr() if weight is not None else 0, int(norm is not None), 0]
-    fields = fields_of(m.fields, source, [ADD, out.data_ptr(), m.rows, *[0] * 7], [0] * 5, batch, m.plane_inverse)
+    m, recorder = DeviceMatrix(matrix, gpu.device, gpu.blocks), Recorder(gpu)
+    given = torch.from_numpy(x).to(gpu.device)
+    out = torch.full((len(x), m.rows), float("nan"), device=gpu.device)
+    mid: Any = Mid(recorder, len(x), [m], bakes=True)  # type: ignore[arg-type]
+    mid.norm(m, [given.data_ptr(), m.cols, 0, 0, 0, 0, 0], 0)
+    mid.product(m, [STORE, out.data_ptr(), m.rows, *[0] * 7], [0] * 5)
     baked = Baked()
-    name = baked.product(fields, 8, dots)
-    module = gpu.module("decode", baked.source)
-    gpu.launch(name, (gpu.blocks,), fields, dots.shared_bytes, threads=dots.threads, module=module)
+    names = [baked.of_many(a[0], a[2]) for a, _ in recorder.launches]
+    assert names[1] and names[1].startswith("slimba_still")
+    module = gpu.module("many", baked.source)
+    for name, (arguments, settings) in zip(names, recorder.launches, strict=True):
+        gpu.launch(name, *arguments[1:], **settings, module=module)
     gpu.synchronize()
-    return np.asarray(out.cpu().numpy()) - 1
+    return np.asarray(out.cpu().numpy())
 
 
 def mid_product(gpu: Any, matrix: Matrix, x: np.ndarray, parts: int = 1, activations: str = "float32") -> np.ndarray:

@@ -301,6 +301,7 @@ DEV float shuffle_up(float v, int by) {
 DEV float fast_exp(float v) { return std::exp(v); }
 DEV float fast_rsqrt(float v) { return 1.0f / std::sqrt(v); }
 DEV void touch(float) {}
+DEV void refresh(u32&) {}
 DEV float fast_reciprocal(float v) { return 1.0f / v; }
 // Element (r, k) of A: lane r % 8 * 4 + k % 8 / 2, register r / 8 + k / 8 * 2, half k % 2; (k, n) of B alike.
 DEV void mma_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -350,6 +351,7 @@ DEV u32 add_shared(u32* p, u32 v) {
   return before;
 }
 DEV float2 load_fresh_pair(const float* p) { return float2{p[0], p[1]}; }
+DEV uint4 load_fresh_four(const void* p) { return load_weights(p); }
 DEV float4 load_fresh_quad(const float* p) { return float4{p[0], p[1], p[2], p[3]}; }
 DEV uint4 load_state(const void* p) { return load_weights(p); }
 DEV float load_fresh(const float* p) { return *p; }

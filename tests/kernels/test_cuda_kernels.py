@@ -12,7 +12,7 @@ from kernels.cuda_cases import (
     DOT_LAYOUTS,
     LAYOUTS,
     LEAN_LAYOUTS,
-    dots_product,
+    still_product,
     expanded,
     lean_product,
     mid_product,
@@ -86,18 +86,13 @@ def test_dot_product(name: str, normed: bool, warps: int, monkeypatch: pytest.Mo
     np.testing.assert_allclose(got, want, rtol=0, atol=3e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("batch", [2, 8])
-@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("warps", [8, 16])
+@pytest.mark.parametrize("batch", [3, 21])
 @pytest.mark.parametrize("name", DOT_LAYOUTS)
-def test_dots_product(name: str, warps: int, normed: bool, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_still_product(name: str, batch: int, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slimba.runtime.backends.cuda_lean.DOT_WARPS", warps)
     rng = np.random.default_rng(len(name))
     matrix = random_matrix(rng, DOT_LAYOUTS[name])
-    x = rng.standard_normal((batch, matrix.layout.cols)).astype(np.float32) * np.float32(100)
-    norm = rng.uniform(0.5, 1.5, matrix.layout.cols).astype(np.float32) if normed else None
-    got = dots_product(host_gpu(), matrix, x, norm)
-    want = matrix.matmul(
-        (x / np.sqrt((x * x).mean(1, keepdims=True)) * norm if norm is not None else x).astype(np.float32)
-    )
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * np.abs(want).max())
+    x = rng.standard_normal((batch, matrix.layout.cols)).astype(np.float16).astype(np.float32)
+    got = still_product(host_gpu(), matrix, x)
+    np.testing.assert_allclose(got, matrix.matmul(x), rtol=0, atol=1.5e-2)

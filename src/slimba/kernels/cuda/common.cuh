@@ -123,6 +123,7 @@ DEV float fast_reciprocal(float v) {  // within 1 unit in the last place; 0 for 
   return r;
 }
 DEV void touch(float v) { asm volatile("" ::"f"(v)); }  // v has been computed here
+DEV void refresh(u32& v) { asm volatile("" : "+r"(v)); }  // what is made of v is made again, not kept in registers
 DEV void sync_warp() { __syncwarp(); }
 // Weights are read once a step: not kept in L1. Activations come from other blocks: read from L2.
 DEV uint4 load_weights(const void* p) {
@@ -148,6 +149,7 @@ DEV u32 take_ticket(u32* p) {
 }
 DEV u32 add_shared(u32* p, u32 v) { return atomicAdd(p, v); }
 DEV float2 load_fresh_pair(const float* p) { return __ldcg((const float2*)p); }
+DEV uint4 load_fresh_four(const void* p) { return __ldcg((const uint4*)p); }
 DEV float4 load_fresh_quad(const float* p) { return __ldcg((const float4*)p); }
 // Of a state: neither written in this kernel before it is read nor needed in L1.
 DEV uint4 load_state(const void* p) {

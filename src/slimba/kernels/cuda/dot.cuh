@@ -27,19 +27,6 @@ DEV void dot_slices(const float (&e)[4], float to_fixed, u32* q, int stride) {
   q[2 * stride] = byte_perm(hi01, hi23, 0x5410u), q[3 * stride] = byte_perm(hi01, hi23, 0x7632u);
 }
 
-template <int N>
-DEV void load_words(bool there, const u32* from, u32 (&to)[N]) {
-  if constexpr (N == 4) {
-    const uint4 four = there ? *(const uint4*)from : uint4{0, 0, 0, 0};
-    to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
-  } else if constexpr (N == 2) {
-    const uint2 two = there ? *(const uint2*)from : uint2{0, 0};
-    to[0] = two.x, to[1] = two.y;
-  } else {
-    to[0] = there ? *from : 0;
-  }
-}
-
 // Adds rows g and g + 8 of a tile, lanes t < 2 with two slices each: low and high are the values of a unit of them.
 DEV void dot_put(const int (&acc)[4], float low, float high, float2* out) {
   const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;

@@ -15,27 +15,6 @@ struct LeanShared {
   float of_rank[CG][TILE], squares[CG], top[CG];
 };
 
-// Sign tile `at` of a matrix, or int8 row `at`: where its first row lies.
-struct LeanRows {
-  const u8* data;
-  const u16* scale;
-  int stride, local, rows, first;  // local: in the segment
-  bool there;
-};
-template <int FORMAT>
-DEV LeanRows lean_rows(const Matrix& m, int at) {
-  LeanRows out = {nullptr, nullptr, 0, 0, 0, 0, false};
-#pragma unroll
-  for (int k = 0; k < MAX_SEGMENTS; ++k) {
-    if (k >= (int)m.segments || m.segment[k].format != FORMAT) continue;
-    const Segment& s = m.segment[k];
-    const int each = FORMAT == SIGN ? TILE : 1, count = ((int)s.rows + each - 1) / each;
-    if (at >= 0 && at < count) out = {(const u8*)s.data, (const u16*)s.scale, (int)s.stride, at * each, (int)s.rows, (int)s.first, true};
-    at -= count;
-  }
-  return out;
-}
-
 // Words of bits of 8 bytes a row at lane t, rows g and g + 8.
 struct LeanBits {
   uint2 row[2];

@@ -24,7 +24,6 @@ try:
     from slimba.runtime.backends.cuda_batch import BatchStep
     from slimba.runtime.backends.cuda_bulk import CHUNK, Bulk
     from slimba.runtime.backends.cuda_device import Gpu, open_gpu
-    from slimba.runtime.backends.cuda_few import FewStep
     from slimba.runtime.backends.cuda_model import CudaModel
     from slimba.runtime.backends.cuda_state import STATE_CODES, CudaState, StatePointers
     from slimba.runtime.backends.cuda_step import BulkStep, FusedStep, Step
@@ -37,8 +36,14 @@ __all__ = ["CudaEngine", "CudaState", "CudaUnavailable"]
 
 LOGIT_FLOATS = 1 << 27  # most logits made at once by `nll`
 NOT_FINITE, ASK_HOST = -2, -3  # instead of an id: of kernels/cuda/decode.cu and sample.cu
-FEW = 32  # most sequences of a FewStep
 GRAPH_TOKENS, MOST_GRAPHS = 2048, 4  # of a recorded piece of a prompt; of pieces
+
+
+AHEAD, AHEAD_BATCH = 8, 8  # steps of a graph, and of how many sequences at most: between graphs the GPU waits a little
+
+
+def drop(_: object) -> None:
+    """For work that gives a value nobody wants."""
 
 
 class PromptGraph:
@@ -105,7 +110,7 @@ class CudaEngine:
         self._exact = exact
         self._bulk = Bulk(self.model, self.gpu, state_dtype, exact=exact)
         self._steps: dict[int, Step] = {}
-        self._graphs: dict[tuple[int, bool, bool], Callable[[], None]] = {}
+        self._graphs: dict[tuple[object, ...], Callable[[], None]] = {}
         self._prompts: dict[tuple[int, int], PromptGraph | None] = {}  # None: seen once
 
     def new_state(self, batch: int = 1) -> CudaState:
@@ -208,8 +213,7 @@ class CudaEngine:
             step.first_token(first)
         step.count.zero_()
         step.ids.copy_(torch.from_numpy(np.maximum(ids, 0).astype(np.int32)))
-        for _ in range(count):
-            self.run(step, choose=True)
+        self.run_ahead(step, count)
         chosen: np.ndarray = step.chosen[:, :count].cpu().numpy()
         if (chosen == NOT_FINITE).any():
             raise UserError("the logits hold NaN or infinity: the weights are damaged or the state has overflowed")
@@ -230,9 +234,7 @@ class CudaEngine:
         """The step for this batch size, pointed to `state`."""
         batch = state.batch
         if batch not in self._steps:
-            if 1 < batch <= FEW and not self._exact and FewStep.fits(self.model, self.gpu):
-                self._steps[batch] = FewStep(self.model, self.gpu, batch, self.state_dtype)
-            elif batch > 1 and BatchStep.fits(self.model) and not self._exact:
+            if batch > 1 and BatchStep.fits(self.model) and not self._exact:
                 self._steps[batch] = BatchStep(self.model, self.gpu, batch, self.state_dtype, self._bulk)
             elif FusedStep.fits(self.model, self.gpu, batch):
                 self._steps[batch] = FusedStep(self.model, self.gpu, batch, self.state_dtype)
@@ -248,6 +250,20 @@ class CudaEngine:
             return self._graphs[key]()
         step.work(choose=choose)
         self._graphs[key] = self.gpu.record(lambda: step.work(choose=choose))
+
+    def run_ahead(self, step: Step, count: int) -> None:
+        """`count` steps, each choosing the ids of the next; of few sequences many steps in one CUDA graph."""
+        key = step.batch, True, step.samples
+        while count > 0:
+            if count < AHEAD or step.batch > AHEAD_BATCH or key not in self._graphs:
+                self.run(step, choose=True)
+                count -= 1
+                continue
+            many = (*key, AHEAD)
+            if many not in self._graphs:
+                self._graphs[many] = self.gpu.record(lambda: drop([step.work(choose=True) for _ in range(AHEAD)]))
+            self._graphs[many]()
+            count -= AHEAD
 
     def _prefill(self, x: torch.Tensor, state: CudaState) -> torch.Tensor:
         if not x.shape[1]:

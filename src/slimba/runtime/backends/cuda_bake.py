@@ -36,6 +36,7 @@ RECURRENCE_VARYING = {2, 5}
 MANY = {
     "mid_norm": ("MidNorm", "THREADS", "s", {MATRIX + 9}),
     "mid": ("Mid", "THREADS, 2", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 20}),
+    "still": ("Mid", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 20}),
     "prepare": ("BatchRecurrence", "THREADS", "s", RECURRENCE_VARYING),
     "states": ("BatchRecurrence", "THREADS, ", "s", RECURRENCE_VARYING),
 }
@@ -45,6 +46,7 @@ class Baked:
     """Collects kernels; `source` is their text."""
 
     ORDER = "InOrder()"
+    QUICK_RESIDENT = 2  # blocks for which a multiprocessor should have registers
 
     def __init__(self) -> None:
         self._names: dict[tuple[str, str], str] = {}
@@ -73,7 +75,9 @@ class Baked:
         sets = constants(fields, RECURRENCE_POINTERS, RECURRENCE_VARYING)
         if instance == QUICK:
             call = f"quick_recur(s, smem, {self.ORDER});"
-            return self._add("slimba_quick", kernel("Recurrence", f"{QUICK_THREADS}, 2", sets, call))
+            return self._add(
+                "slimba_quick", kernel("Recurrence", f"{QUICK_THREADS}, {self.QUICK_RESIDENT}", sets, call)
+            )
         call = f"recur<{instance}>(s, smem, blockIdx.x, gridDim.x, {self.ORDER});"
         return self._add("slimba_recur", kernel("Recurrence", "THREADS, 2", sets, call))
 
@@ -89,6 +93,8 @@ class Baked:
             call += f", *(StatesShared<{arguments[1]}>*)smem"
         else:
             call += ", smem"
+        if kind == "still":
+            bounds = f"{32 * int(arguments[0])}, 1"
         template = f"<{', '.join(arguments)}>" if arguments else ""
         fixed = [(i, v) for i, v in enumerate(fields.tolist()) if 0 <= v < 1 << 32 and i not in varying]
         sets = " ".join(f"f[{i}] = {v};" for i, v in fixed)

@@ -68,7 +68,7 @@ class BatchStep(Step):
         spec, zeros = model.spec, self._zeros
         matrices = [m for layer in model.layers for m in layer.matrices.values()]
         recorder: Any = Recorder(gpu)
-        self._mid = Mid(recorder, batch, [*matrices, model.head])
+        self._mid = Mid(recorder, batch, [*matrices, model.head], bakes=gpu.bakes and self.BAKES)
         self._u = zeros(batch, spec.d_model)
         self._z, self._y, self._dt = zeros(batch, spec.d_inner), zeros(batch, spec.d_inner), zeros(batch, spec.n_heads)
         self._parts = zeros(2, batch, spec.d_model)  # results of out_proj, each of some of its columns

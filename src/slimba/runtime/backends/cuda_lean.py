@@ -64,14 +64,13 @@ def lean_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool, fewest:
 
 
 DOT_WARPS = 16  # of a block of kernels/cuda/dot.cuh
-MANY_RESIDENT = 1  # blocks of dots.cuh for which a multiprocessor has registers
 DOT_TILES = 5  # of a block, likewise in registers
 
 
 @dataclass(frozen=True, slots=True)
 class Dot:
-    """Arguments of the template `dot`: warps, words of 32 columns of a lane, tiles and int8 rows of a block, words of
-    the second plane of a warp, which of the tiles may have the plane, whether there is a low-rank correction."""
+    """Arguments of the templates `dot` and `still`: warps, words of 32 columns of a lane, tiles and int8 rows of a block,
+    words of the second plane of a warp, which of the tiles may have the plane; whether there is a low-rank correction."""
 
     warps: int
     words: int
@@ -80,43 +79,36 @@ class Dot:
     plane: int
     with_plane: int
     rank: int
-    many: bool = False
+
+    resident = 2  # blocks for which a multiprocessor should have registers
 
     @property
     def threads(self) -> int:
         return 32 * self.warps
 
     @property
+    def numbers(self) -> tuple[int, ...]:
+        return self.warps, self.words, self.tiles, self.rows, self.plane, self.with_plane
+
+    @property
     def name(self) -> str:
-        numbers = self.warps, self.words, self.tiles, self.rows, self.plane, self.with_plane, self.rank
-        return f"{'dots' if self.many else 'dot'}<{', '.join(map(str, numbers))}>"
+        return f"dot<{', '.join(map(str, self.numbers))}, {self.rank}>"
 
     @property
     def shared_bytes(self) -> int:
-        """DotShared, or DotsShared."""
-        if self.many:
-            return self._many_bytes
+        """DotShared."""
         w, tile = self.warps, 8 * TILE
         main, plane = w * 16 * (32 * self.words + 2), (w if self.plane else 1) * 16 * (8 * self.plane + 2)
         parts = w * self.tiles * tile, w * self.tiles * tile if self.plane else 8, (w if self.rank else 1) * tile
         return main + plane + sum(parts) + max(1, self.rows) * w * 4 + w * TILE * 4 + w * 16 + 16
 
-    @property
-    def resident(self) -> int:
-        return MANY_RESIDENT if self.many else 2
-
-    @property
-    def _many_bytes(self) -> int:
-        w, rows = self.warps, self.tiles * TILE
-        own = (w if self.plane else 1) * 16 * (128 * self.words + 8)
-        rank = 16 * w + 16 if self.rank else 16 + 1
-        floats = w * rows + (w * rows if self.plane else 1) + rank + w * max(1, self.rows) + w
-        return w * self.words * 256 + own + 32 * floats + 16
+    def still_bytes(self, eights: int) -> int:
+        """StillShared."""
+        return 8 * self.warps * (self.tiles * TILE * (8 * eights + 2) + max(1, self.rows) * 8 * eights)
 
 
-def dot_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool, *, many: bool = False) -> Dot | None:
-    """The kernel of dot.cuh for a matrix, its input as in `lean_of`, or with `many` that of dots.cuh; None where it
-    does not take it."""
+def dot_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool) -> Dot | None:
+    """The kernel of dot.cuh for a matrix, its input as in `lean_of`; None where it does not take it."""
     formats = {s.format for s in m.layout.segments}
     if m.turns or m.cols not in (2048, 4096) or not formats <= {"sign", "int8"} or norm_groups > 1 or gated:
         return None
@@ -133,7 +125,7 @@ def dot_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool, *, many:
     at = {i // blocks for i, row in enumerate(starts) if p and row + TILE > p.start and row < p.stop}
     tiles = math.ceil(len(starts) / blocks)
     words, planes = m.cols // (128 * DOT_WARPS), sum(1 << i for i in at)
-    dot = Dot(DOT_WARPS, words, tiles, math.ceil(rows / blocks), plane, planes, int(m.rank > 0), many)
+    dot = Dot(DOT_WARPS, words, tiles, math.ceil(rows / blocks), plane, planes, int(m.rank > 0))
     if not 1 <= dot.tiles <= DOT_TILES or 2 * (dot.tiles * TILE + dot.rows) > dot.threads:
         return None
     return dot

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from slimba.runtime.backends.cuda_device import Gpu
+from slimba.runtime.backends.cuda_lean import Dot, dot_of
 from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of
 
 __all__ = ["Mid"]
@@ -28,8 +29,11 @@ CHUNK_COLS = 512
 class Mid:
     """Scratch and launches for the products of `batch` vectors with any of `matrices`."""
 
-    def __init__(self, gpu: Gpu, batch: int, matrices: Sequence[DeviceMatrix]) -> None:
-        self._gpu, self._batch = gpu, batch
+    STILL_MOST = 128  # vectors for which still.cu is taken
+
+    def __init__(self, gpu: Gpu, batch: int, matrices: Sequence[DeviceMatrix], *, bakes: bool = False) -> None:
+        """bakes: the launches will be by kernels made for a model, among them those of still.cu."""
+        self._gpu, self._batch, self._bakes = gpu, batch, bakes and batch <= self.STILL_MOST
         self._tiles = 1 if batch <= 8 else 2 if batch <= 16 else 4  # of eight vectors in a block
         half = {"dtype": torch.float16, "device": gpu.device}
         self._x = torch.zeros(batch, max(m.kpad for m in matrices), **half)  # type: ignore[call-overload]
@@ -76,6 +80,12 @@ class Mid:
             m.fields, list(output), list(state), self._batch, self._x.data_ptr(), self._x2.data_ptr(),
             self._factors.data_ptr(), parts, part_stride,
         )  # fmt: skip
+        if still := self._still(m):
+            eights = 1 if self._batch <= 8 else 2
+            name = "slimba_still_" + "_".join(map(str, (*still.numbers, eights)))
+            shared = still.still_bytes(eights) + 8 * self._batch
+            self._gpu.launch(name, (self._gpu.blocks,), fields, shared, threads=still.threads, overlap=True)
+            return
         r, s, rows = self._shape(m, parts)
         vectors = 8 * self._tiles
         grid = rows, -(-self._batch // vectors), parts
@@ -85,9 +95,16 @@ class Mid:
 
     def parts_of(self, m: DeviceMatrix) -> int:
         """In how many parts the columns of a matrix should be divided so that the GPU is busy."""
+        if self._still(m):
+            return 1
         _, _, rows = self._shape(m, 1)
         blocks = rows * -(-self._batch // (8 * self._tiles))
         return 2 if 2 * blocks <= 1.1 * self._gpu.blocks and m.kpad >= 4 * CHUNK_COLS else 1
+
+    def _still(self, m: DeviceMatrix) -> Dot | None:
+        """The kernel of still.cu for a matrix."""
+        still = dot_of(m, self._gpu.blocks, 1, False) if self._bakes else None
+        return still if still and still.still_bytes(2) + 8 * self._batch <= self._gpu.shared else None
 
     def _shape(self, m: DeviceMatrix, parts: int) -> tuple[int, int, int]:
         """(R, S, blocks of rows): the largest blocks of which there are enough."""

@@ -225,7 +225,7 @@ class FusedStep(Step):
     def layers(self, overlap: bool) -> None:
         """Launches everything before the head."""
         gpu, spec = self._gpu, self._model.spec
-        gpu.launch("slimba_embed", (gpu.blocks,), self.embed)
+        gpu.launch("slimba_embed", (gpu.blocks,), self.embed, overlap=overlap)
         for i, layer in enumerate(self._model.layers):
             self.product(layer.matrices["in_proj"], 2 * i, 1, overlap)
             self.recur(i, overlap)
@@ -235,7 +235,7 @@ class FusedStep(Step):
         """Launches the i-th product; `groups` of its input's norm."""
         if lean := self._lean.get(i):
             self._gpu.launch(
-                self._kernels[i], (self._gpu.blocks, -(-self.batch // LARGEST_BATCH)), self.products[i],
+                self._kernels[i], (self._gpu.blocks,), self.products[i],
                 lean.shared_bytes, threads=lean.threads, overlap=overlap, module=self._own,
             )  # fmt: skip
             return
@@ -275,12 +275,7 @@ class FusedStep(Step):
         self._quick = self.QUICK and spec.d_state == QUICK_STATE and span_of(spec.headdim) == QUICK_SPAN
         baked, instance = Baked(), QUICK if self._quick else RECUR[entries_of(spec.d_state)]
         self._lean = self._lean_products()
-        last = len(self.products) - 1  # the head, which has no kernel here where the layers are for few sequences
-        names = [
-            "" if i == last and any(isinstance(k, Dot) and k.many for k in self._lean.values())
-            else baked.product(fields, self._tokens, self._lean.get(i))
-            for i, fields in enumerate(self.products)
-        ]  # fmt: skip
+        names = [baked.product(fields, self._tokens, self._lean.get(i)) for i, fields in enumerate(self.products)]
         names += [baked.recurrence(fields, instance) for fields in self.recurrences]
         if len(set(names)) > MOST_KERNELS:
             self._lean, self._quick = {}, False
