@@ -356,6 +356,28 @@ def test_inputs_are_transformed_and_rounded_as_the_file_says(name: str, activati
             assert not exact or (error < 1e-4).all(axis=-1).mean() > 0.4
 
 
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("format", ["w8a8", "w4a16", "w4a8"])
+def test_batches_of_quamba2_files(format: str, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernels for many sequences, and by cuBLAS over expanded matrices."""
+    from slimba.runtime.backends.reference import ReferenceEngine
+    from slimba.runtime.measure import random_model
+
+    monkeypatch.setattr("slimba.runtime.backends.cuda_batch.BatchStep.WIDE_FROM", 2 if wide else 99)
+    checkpoint = random_model(mamba2_spec(d_model=128, d_inner=256, headdim=64, d_state=64, n_layer=2), format)
+    ids = np.random.default_rng(0).integers(0, 67, (3, 3)).astype(np.int32)
+    want = []
+    for activations in (None, "float32"):
+        reference = ReferenceEngine(checkpoint, activations=activations)
+        want.append(reference.forward(ids, reference.new_state(3)))
+    cuda = engine(checkpoint)
+    state = cuda.new_state(3)
+    got = np.stack([cuda.step(ids[:, t], state).numpy().copy() for t in range(3)], axis=1)
+    assert type(cuda.stepper(state)).__name__ == "BatchStep"
+    moved = np.abs(want[1] - want[0]).max()
+    assert np.abs(got - want[0]).max() < max(0.02 * np.abs(want[0]).max(), moved)
+
+
 def test_what_the_engine_does_not_round_is_refused() -> None:
     checkpoint = random_checkpoint(SPECS["plain"], 1, "float32")
     checkpoint.numerics = {"activations": "int8", "ssm_inputs": "int8"}
