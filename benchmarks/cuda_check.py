@@ -29,6 +29,7 @@ except ImportError:  # the GPU engine does not need the C++ core, only `measure`
     sys.modules["slimba._core"] = types.ModuleType("slimba._core")
 
 import torch  # noqa: E402
+from cuda_kernels import close, dot_products, expansions, lean_products, mid_products, products  # noqa: E402
 from cuda_measure import (  # noqa: E402
     bandwidth,
     batched,
@@ -43,16 +44,8 @@ from cuda_measure import (  # noqa: E402
     seconds,
 )  # fmt: skip
 
-from kernels.cuda_cases import (  # noqa: E402
-    LAYOUTS,
-    LEAN_LAYOUTS,
-    SPECS,
-    expanded,
-    lean_product,
-    mid_product,
-    product,
-)
-from runtime.numpy_reference import NumpyModel, mamba2_spec, random_checkpoint, random_matrix  # noqa: E402
+from kernels.cuda_cases import SPECS  # noqa: E402
+from runtime.numpy_reference import NumpyModel, mamba2_spec, random_checkpoint  # noqa: E402
 from runtime.stored_states import StoredModel  # noqa: E402
 from slimba.checkpoints.checkpoint import Checkpoint  # noqa: E402
 from slimba.models.configs import named_spec  # noqa: E402
@@ -63,21 +56,6 @@ from slimba.runtime.backends.cuda_device import Gpu, open_gpu  # noqa: E402
 from slimba.runtime.backends.cuda_speed import gpu_check  # noqa: E402
 from slimba.runtime.backends.cuda_step import Step  # noqa: E402
 
-
-def close(got: np.ndarray, want: np.ndarray, atol: float) -> float:
-    """Largest difference; an error that names the first bad place when it exceeds atol or is not finite."""
-    difference = np.abs(got.astype(np.float64) - want)
-    worst = float(difference.max())
-    if not worst <= atol:
-        bad = np.argwhere(~(difference <= atol))
-        at = tuple(int(i) for i in bad[0])
-        raise AssertionError(
-            f"off by {worst:.3g} (allowed {atol:.3g}) at {len(bad)} of {got.size}; first at {at}: "
-            f"{got[at]:.6g} for {want[at]:.6g}; rows {sorted({int(i) for i in bad[:, 0]})[:12]}"
-        )
-    return worst
-
-
 # ------------------------------------------------------------ correctness
 
 
@@ -86,36 +64,6 @@ def plain_gpu() -> Gpu:
     """The GPU without kernels for each shape, whose compilation would take most of the time of small checks."""
     gpu = open_gpu()
     return Gpu(gpu.device, gpu.module_builder, gpu.blocks, gpu.shared, overlap=True)
-
-
-def mid_products() -> str:
-    gpu, worst = open_gpu(), 0.0
-    for name, layout in LAYOUTS.items():
-        if any("float" in s.format for s in layout.segments):
-            continue
-        for batch in (3, 16, 37):
-            rng = np.random.default_rng(len(name) + batch)
-            matrix = random_matrix(rng, layout)
-            x = rng.standard_normal((batch, layout.cols)).astype(np.float16).astype(np.float32)
-            try:
-                got = mid_product(gpu, matrix, x, 2 if layout.cols > 512 else 1)
-                worst = max(worst, close(got, matrix.matmul(x), 1.5e-2))
-            except AssertionError as e:
-                raise AssertionError(f"{name}, batch {batch}: {e}") from None
-    return f"largest difference {worst:.2g}"
-
-
-def lean_products() -> str:
-    worst = 0.0
-    for name in ("lean-1024", "lean-4096"):
-        rng = np.random.default_rng(len(name))
-        matrix = random_matrix(rng, LEAN_LAYOUTS[name])
-        x = rng.standard_normal(matrix.layout.cols).astype(np.float32)
-        try:
-            worst = max(worst, close(lean_product(open_gpu(), matrix, x)[None], matrix.matmul(x[None]), 5e-5))
-        except AssertionError as e:
-            raise AssertionError(f"{name}: {e}") from None
-    return f"largest difference {worst:.2g}"
 
 
 def batches_of_sequences(state_dtype: str) -> str:
@@ -177,32 +125,6 @@ def peers(spec: ModelSpec, batches: tuple[int, ...]) -> str:
             raise AssertionError(row["missing"])
         figure(f"peer {row['peer']} {row['version']} {row['how']} {row['batch']}", row["decode_tokens_per_second"])
     return f"{len(rows)} rows"
-
-
-def products() -> str:
-    gpu, worst = open_gpu(), 0.0
-    for name, layout in LAYOUTS.items():
-        for batch in (1, 3, 8):
-            rng = np.random.default_rng(len(name) + batch)
-            matrix = random_matrix(rng, layout)
-            x = rng.standard_normal((batch, layout.cols)).astype(np.float32)
-            try:
-                worst = max(worst, close(product(gpu, matrix, x), matrix.matmul(x), 5e-5))
-            except AssertionError as e:
-                raise AssertionError(f"{name}, batch {batch}: {e}") from None
-    return f"largest difference {worst:.2g}"
-
-
-def expansions() -> str:
-    gpu, worst = open_gpu(), 0.0
-    for name, layout in LAYOUTS.items():
-        matrix = random_matrix(np.random.default_rng(5), layout)
-        for exact in (True, False):
-            try:
-                worst = max(worst, close(expanded(gpu, matrix, exact), matrix.dequantize(), 1e-6 if exact else 1e-3))
-            except AssertionError as e:
-                raise AssertionError(f"{name}, exact {exact}: {e}") from None
-    return f"largest difference {worst:.2g}"
 
 
 def small_engine(name: str, format: str, batch: int, exact: bool) -> str:
@@ -312,6 +234,7 @@ def main() -> None:
         sys.exit(1)
     if "quick" in chosen:
         check("lean products", lean_products)
+        check("dot products", dot_products)
         check("products of tens", mid_products)
         for state in ("float32", "int8"):
             check(f"batches {state}", functools.partial(batches_of_sequences, state))

@@ -179,7 +179,7 @@ DOT_LAYOUTS: dict[str, MatrixLayout] = {
 def lean_product(
     gpu: Any, matrix: Matrix, x: np.ndarray, norm: np.ndarray | None = None, dot: bool = False
 ) -> np.ndarray:
-    """The kernel of lean.cuh or dot.cuh on float32 x [cols], with the weights of an RMS norm (eps 0) or without: [rows]."""
+    """The kernel of lean.cuh or dot.cuh on float32 x [cols], normed with weights (eps 0) or not: [rows]."""
     import torch
 
     from slimba.runtime.backends.cuda_bake import Baked

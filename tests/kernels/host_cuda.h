@@ -300,7 +300,6 @@ DEV float shuffle_up(float v, int by) {
 }
 DEV float fast_exp(float v) { return std::exp(v); }
 DEV float fast_rsqrt(float v) { return 1.0f / std::sqrt(v); }
-DEV void touch(float) {}
 DEV void refresh(u32&) {}
 DEV float fast_reciprocal(float v) { return 1.0f / v; }
 // Element (r, k) of A: lane r % 8 * 4 + k % 8 / 2, register r / 8 + k / 8 * 2, half k % 2; (k, n) of B alike.

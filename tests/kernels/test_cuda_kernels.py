@@ -12,11 +12,11 @@ from kernels.cuda_cases import (
     DOT_LAYOUTS,
     LAYOUTS,
     LEAN_LAYOUTS,
-    still_product,
     expanded,
     lean_product,
     mid_product,
     product,
+    still_product,
 )
 from kernels.cuda_host import host_gpu
 from runtime.numpy_reference import random_matrix

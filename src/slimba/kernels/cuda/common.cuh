@@ -122,20 +122,18 @@ DEV float fast_reciprocal(float v) {  // within 1 unit in the last place; 0 for 
   asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
   return r;
 }
-DEV void touch(float v) { asm volatile("" ::"f"(v)); }  // v has been computed here
 DEV void refresh(u32& v) { asm volatile("" : "+r"(v)); }  // what is made of v is made again, not kept in registers
 DEV void sync_warp() { __syncwarp(); }
-// Weights are read once a step: not kept in L1. Activations come from other blocks: read from L2.
+// Weights are read once a step: not kept in L1. Not by ld.global.nc either, which the assembler moves behind the wait for the
+// kernel before (`await_previous`), where a weight is no longer in time. Activations come from other blocks: read from L2.
 DEV uint4 load_weights(const void* p) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
 DEV uint2 load_pair(const void* p) {
   uint2 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
   return v;
 }
 DEV u64 load_fresh(const u64* p) { return __ldcg(p); }
@@ -160,7 +158,7 @@ DEV uint4 load_state(const void* p) {
   return v;
 }
 DEV float load_fresh(const float* p) { return __ldcg(p); }
-DEV void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+DEV void prefetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 // Programmatic dependent launch: wait until everything the kernel before has written can be seen, then let the kernel
 // after begin with what does not depend on this one. Both do nothing in an ordinary launch.
 DEV void await_previous() {

@@ -38,13 +38,10 @@ DEV void mid_norm(const MidNorm& p, u8* smem) {
   };
   const i32* place = (const i32*)p.plane_inverse;
   for (int i = threadIdx.x; i < (int)m.plane_kpad; i += THREADS) chosen[i] = 0;
-  float seen = 0;  // what does not depend on the kernel before comes into L1 while that runs
-#pragma unroll 8
-  for (int i = threadIdx.x; i < cols; i += THREADS) {
-    if (weight) seen += weight[i];
-    if (m.plane_cols) seen += (float)place[i];
+  for (int i = threadIdx.x * 32; i < cols; i += THREADS * 32) {  // comes into L1 while the kernel before runs
+    if (weight) prefetch(weight + i);
+    if (m.plane_cols) prefetch(place + i);
   }
-  touch(seen);
   await_previous();
   release_next();
   const float* added = (const float*)p.parts + b * (i64)cols;  // at most two results of the product before

@@ -31,8 +31,8 @@ VARYING = {MATRIX + 19, MATRIX + 22}  # layer, batch
 RECURRENCE_POINTERS = {0, 1, 15, 16, 17, 18, 19, 20, 22, 24}
 RECURRENCE_VARYING = {2, 5}
 
-# Kernels for many sequences: struct, bounds, arguments, fields that differ between launches. Fields of 2^32 and more are
-# pointers.
+# Kernels for many sequences: struct, bounds, arguments, fields that differ between launches. Fields of 2^32 and more
+# are pointers.
 MANY = {
     "mid_norm": ("MidNorm", "THREADS", "s", {MATRIX + 9}),
     "mid": ("Mid", "THREADS, 2", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 20}),

@@ -69,8 +69,8 @@ DOT_TILES = 5  # of a block, likewise in registers
 
 @dataclass(frozen=True, slots=True)
 class Dot:
-    """Arguments of the templates `dot` and `still`: warps, words of 32 columns of a lane, tiles and int8 rows of a block,
-    words of the second plane of a warp, which of the tiles may have the plane; whether there is a low-rank correction."""
+    """Arguments of the templates `dot` and `still`: warps, words of 32 columns of a lane, tiles and int8 rows of a
+    block, words of the second plane of a warp, which tiles may have the plane; and whether there is a correction."""
 
     warps: int
     words: int

@@ -69,7 +69,8 @@ class Mid:
 
     def vectors(self, m: DeviceMatrix) -> torch.Tensor:
         """What `norm` left in the natural order: float16 [B, cols]."""
-        return self._x.view(-1)[: self._batch * m.kpad].view(self._batch, m.kpad)[:, : m.cols]
+        whole: torch.Tensor = self._x.view(-1)[: self._batch * m.kpad].view(self._batch, m.kpad)
+        return whole[:, : m.cols]
 
     def product(
         self, m: DeviceMatrix, output: Sequence[int], state: Sequence[int], parts: int = 1, part_stride: int = 0

@@ -214,7 +214,7 @@ class DeviceMatrix:
 
 def plane_slots(matrix: Matrix) -> tuple[np.ndarray, int]:
     """Which column lies in each place of the second plane as the kernels have it, int32, -1 in gaps; and the places of
-    a row, in whole 512s. Where dot.cuh may take the matrix, every 16th of its columns has as many places as the others."""
+    a row, in whole 512s. Where dot.cuh may take the matrix, every 16th of its columns has as many places."""
     if not matrix.layout.plane:
         return np.zeros(0, np.int32), 0
     chosen, cols = np.asarray(matrix.plane_columns()).astype(np.int32), matrix.layout.cols
