@@ -1,12 +1,14 @@
-"""The CPU table: our 1-bit formats in every state type beside llama.cpp, at the shape of Mamba-2 1.3B, in one run.
+"""The CPU table: our formats in every state type beside llama.cpp, at the shape of Mamba-2 1.3B or another, in one run.
 
     python benchmarks/cpu_speed.py [--threads 2] [--llama-cpp TQ2_0,Q1_0,Q4_0,Q8_0,F16] [--rows dfssm:int8:bf16,...]
+    python benchmarks/cpu_speed.py --shape mamba2-2.7b --rows quamba2 --llama-cpp Q4_0,Q8_0 --start none
 
 Run it on a machine with nothing else to do (some twelve minutes and 4 GB of memory on two cores; the files say how busy
 it was). llama.cpp is measured in the same run where llama-cpp-python is installed, twice, before and after ours: the
 better of the two counts. Every figure is a median of five. Also measured: the time from the start of a process to the
 first token of an 8-token prompt, from the packed model on disk, and the memory resident then. Writes
-`results/cpu-table.json`, and one file of `slimba bench` a row; the table goes to stdout as Markdown.
+`results/cpu-table.json` (`cpu-table-SHAPE.json` of other shapes), and one file of `slimba bench` a row; the table goes
+to stdout as Markdown.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ ROWS = (
     "dfssm-published:int8:int8", "dfssm-published:int8:bf16", "dfssm-published:int8:fp32",
     "dfssm:int8:int8:avx2", "int4:int8:bf16", "int8:int8:bf16", "float16:float32:bf16",
 )  # fmt: skip
+QUAMBA2 = ("w8a8:int8:bf16", "w4a8:int8:bf16", "w4a16:float32:bf16")
 FIRST_TOKEN = """
 import sys, numpy as np, slimba
 from slimba.runtime import measure
@@ -48,11 +51,11 @@ print(measure.resident_bytes(), flush=True)
 """
 
 
-def ours(row: str, threads: int) -> dict[str, Any]:
+def ours(shape: str, row: str, threads: int) -> dict[str, Any]:
     """`slimba bench` in a process of its own, so that the memory it reports is its own too."""
     format, activations, state, *isa = row.split(":")
-    path = RESULTS / f"cpu-{SHAPE}-{row.replace(':', '-')}.json"
-    line = [str(Path(sys.executable).with_name("slimba")), "bench", "--shape", SHAPE, "--format", format]
+    path = RESULTS / f"cpu-{shape}-{row.replace(':', '-')}.json"
+    line = [str(Path(sys.executable).with_name("slimba")), "bench", "--shape", shape, "--format", format]
     line += ["--activations", activations, "--state-dtype", state, "--threads", str(threads), "--llama-cpp", "none"]
     line += ["--prompt-len", "512", "--new-tokens", "80", "--json", str(path)]
     subprocess.run(line, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"SLIMBA_CPU_ISA": "".join(isa)})
@@ -62,11 +65,11 @@ def ours(row: str, threads: int) -> dict[str, Any]:
     }
 
 
-def start(format: str, threads: int) -> dict[str, Any]:
+def start(shape: str, format: str, threads: int) -> dict[str, Any]:
     """Seconds from the start of a process to the first token, the model's pages in the system's cache."""
     with tempfile.TemporaryDirectory(prefix="slimba-start-") as folder:
         model = Path(folder) / "model"
-        write_packed(measure.random_model(named_spec(SHAPE), format), model)
+        write_packed(measure.random_model(named_spec(shape), format), model)
         times, resident = [], 0
         for _ in range(STARTS + 1):
             begin = time.perf_counter()
@@ -116,22 +119,28 @@ def table(record: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=default_threads(), help="default: all cores")
-    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--shape", default=SHAPE)
+    parser.add_argument("--rows", default=",".join(ROWS), help="format:activations:state, or quamba2: its modes")
+    parser.add_argument("--start", default="dfssm,dfssm-published", help="formats whose start is measured, or none")
     parser.add_argument("--llama-cpp", default="TQ2_0,Q1_0,Q4_0,Q8_0,F16", help="GGUF types, or none")
-    parser.add_argument("--out", type=Path, default=RESULTS / "cpu-table.json")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    shape = args.shape
+    out = args.out or RESULTS / ("cpu-table.json" if shape == SHAPE else f"cpu-table-{shape}.json")
     RESULTS.mkdir(exist_ok=True)
     types = tuple(args.llama_cpp.split(",")) if args.llama_cpp != "none" and has_llama_cpp() else ()
-    peers = [llama_cpp_speeds(named_spec(SHAPE), args.threads, 512, 80, types)]
-    rows = [ours(row, args.threads) for row in args.rows.split(",")]
-    peers.append(llama_cpp_speeds(named_spec(SHAPE), args.threads, 512, 80, types))
+    peers = [llama_cpp_speeds(named_spec(shape), args.threads, 512, 80, types)]
+    wanted = QUAMBA2 if args.rows == "quamba2" else args.rows.split(",")
+    rows = [ours(shape, row, args.threads) for row in wanted]
+    peers.append(llama_cpp_speeds(named_spec(shape), args.threads, 512, 80, types))
     best = []
     for a, b in zip(*peers, strict=True):
         speeds = {k: max(a[k], b[k]) for k in ("decode_tokens_per_second", "prefill_tokens_per_second")}
         best.append(a | speeds | {"runs": [a, b]})
-    begun = [start(format, args.threads) for format in ("dfssm", "dfssm-published")]
-    record = {"command": " ".join(sys.argv), "threads": args.threads, "ours": rows, "llama_cpp": best, "start": begun}
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    begun = [start(shape, format, args.threads) for format in args.start.split(",") if format != "none"]
+    record = {"command": " ".join(sys.argv), "shape": shape, "threads": args.threads, "ours": rows}
+    record |= {"llama_cpp": best, "start": begun}
+    out.write_text(json.dumps(record, indent=1) + "\n")
     print(table(record))
 
 

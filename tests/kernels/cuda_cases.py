@@ -51,13 +51,13 @@ LAYOUTS: dict[str, MatrixLayout] = {
 }
 
 
-def product(gpu: Any, matrix: Matrix, x: np.ndarray) -> np.ndarray:
+def product(gpu: Any, matrix: Matrix, x: np.ndarray, activations: str = "float32") -> np.ndarray:
     """slimba_product on float32 x [B, cols], B <= 8, without a norm: [B, rows]."""
     import torch
 
     from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of
 
-    m = DeviceMatrix(matrix, gpu.device, gpu.blocks)
+    m = DeviceMatrix(matrix, gpu.device, gpu.blocks, activations=activations)
     batch, tokens = len(x), 1 if len(x) == 1 else 8
     given = torch.from_numpy(x).to(gpu.device)
     out = torch.full((batch, m.rows), float("nan"), device=gpu.device)
@@ -72,6 +72,83 @@ def product(gpu: Any, matrix: Matrix, x: np.ndarray) -> np.ndarray:
     gpu.launch(f"slimba_product_{tokens}", (min(gpu.blocks, m.items),), fields, m.shared_bytes(tokens))
     gpu.synchronize()
     return np.asarray(out.cpu().numpy())
+
+
+TURNED_LAYOUTS: dict[str, MatrixLayout] = {  # inputs transformed, and with int8 activations rounded
+    "turned-int4": MatrixLayout(512, (Segment(19, "int4"),), hadamard=512),
+    "turned-int8": MatrixLayout(1032, (Segment(40, "int8"),), hadamard=8),
+    "turned-long": MatrixLayout(4608, (Segment(17, "int4"), Segment(3, "int8")), hadamard=512, col_scale=True),
+    "turned-static": MatrixLayout(768, (Segment(21, "int4"),), hadamard=256, input_scale=True),
+    "static": MatrixLayout(77, (Segment(21, "int8"),), input_scale=True),
+    "turned-all": MatrixLayout(
+        224, (Segment(9, "int4"), Segment(40, "sign"), Segment(7, "int8")), LowRank(16, 9, 49), col_scale=True,
+        plane=Plane(96, 20, 40), hadamard=32,
+    ),
+}  # fmt: skip
+
+
+def what_enters(matrix: Matrix, x: np.ndarray, activations: str) -> np.ndarray:
+    """The input that `Matrix.matmul` wants, to compute what an engine does with x."""
+    import torch
+
+    from slimba.runtime.backends.reference import InputRounding
+
+    if activations == "float32" or not matrix.layout.takes_int8:
+        return x
+    rounding = InputRounding(matrix.layout, matrix.arrays, "cpu")
+    return np.asarray(rounding(None, (torch.from_numpy(x),)).numpy())
+
+
+def turned(gpu: Any, matrix: Matrix, x: np.ndarray, activations: str, exact: bool) -> np.ndarray:
+    """slimba_turn on float32 x [T, cols]; exact: in float32, else in float16: the same shape."""
+    import torch
+
+    from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of
+
+    m = DeviceMatrix(matrix, gpu.device, gpu.blocks, activations=activations)
+    given = torch.from_numpy(x).to(gpu.device, torch.float32 if exact else torch.float16, copy=True)
+    fields = fields_of(given.data_ptr(), m.cols, m.cols, m.hadamard, m.rounding, m.input_step, m.col_scale)
+    gpu.launch(f"slimba_turn_{'float' if exact else 'half'}", (len(x),), fields, 4 * (m.cols + WARPS))
+    gpu.synchronize()
+    return np.asarray(given.float().cpu().numpy())
+
+
+CODES_LAYOUTS: dict[str, MatrixLayout] = {
+    "codes-512": MatrixLayout(512, (Segment(50, "int4"),)),
+    "codes-1024": MatrixLayout(1024, (Segment(37, "int4"),), hadamard=256),
+    "codes-1536": MatrixLayout(1536, (Segment(21, "int8"),), hadamard=512),
+    "codes-2048": MatrixLayout(2048, (Segment(100, "int4"),), hadamard=2048, input_scale=True),
+    "codes-2560": MatrixLayout(2560, (Segment(31, "int8"),), hadamard=512, input_scale=True),
+    "codes-4096": MatrixLayout(4096, (Segment(70, "int8"),), hadamard=4096),
+    "codes-5120": MatrixLayout(5120, (Segment(33, "int4"),), hadamard=1024),
+    "codes-loop": MatrixLayout(2048, (Segment(1500, "int8"),)),
+    "codes-loop4": MatrixLayout(1024, (Segment(1003, "int4"),), hadamard=1024),
+}
+
+
+def codes_product(
+    gpu: Any, matrix: Matrix, x: np.ndarray, norm: np.ndarray | None = None, activations: str = "float32"
+) -> np.ndarray:
+    """The kernel of codes.cuh on float32 x [cols], with the weights of an RMS norm (eps 0) or without: [rows]."""
+    import torch
+
+    from slimba.runtime.backends.cuda_bake import Baked
+    from slimba.runtime.backends.cuda_codes import codes_of
+    from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of
+
+    m = DeviceMatrix(matrix, gpu.device, gpu.blocks, activations=activations)
+    codes = codes_of(m, gpu.blocks, 1, False)
+    assert codes is not None
+    given, out = torch.from_numpy(x).to(gpu.device), torch.ones(m.rows, device=gpu.device)
+    weight = torch.from_numpy(norm).to(gpu.device) if norm is not None else None
+    source = [given.data_ptr(), m.cols, 0, 0, weight.data_ptr() if weight is not None else 0, int(norm is not None), 0]
+    fields = fields_of(m.fields, source, [ADD, out.data_ptr(), m.rows, *[0] * 7], [0] * 5, 1, 0)
+    baked = Baked()
+    name = baked.product(fields, 1, codes)
+    module = gpu.module("decode", baked.source)
+    gpu.launch(name, (gpu.blocks,), fields, codes.shared_bytes, threads=codes.threads, module=module)
+    gpu.synchronize()
+    return np.asarray(out.cpu().numpy()) - 1
 
 
 LEAN_LAYOUTS: dict[str, MatrixLayout] = {
@@ -149,14 +226,14 @@ def still_product(gpu: Any, matrix: Matrix, x: np.ndarray) -> np.ndarray:
     return np.asarray(out.cpu().numpy())
 
 
-def mid_product(gpu: Any, matrix: Matrix, x: np.ndarray, parts: int = 1) -> np.ndarray:
+def mid_product(gpu: Any, matrix: Matrix, x: np.ndarray, parts: int = 1, activations: str = "float32") -> np.ndarray:
     """slimba_mid_norm and slimba_mid on float32 x [B, cols] without a norm: [B, rows]."""
     import torch
 
     from slimba.runtime.backends.cuda_mid import Mid
     from slimba.runtime.backends.cuda_weights import DeviceMatrix
 
-    m = DeviceMatrix(matrix, gpu.device, gpu.blocks)
+    m = DeviceMatrix(matrix, gpu.device, gpu.blocks, activations=activations)
     given = torch.from_numpy(x).to(gpu.device)
     out = torch.full((parts, len(x), m.rows), float("nan"), device=gpu.device)
     mid = Mid(gpu, len(x), [m])

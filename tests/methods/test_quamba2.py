@@ -20,9 +20,10 @@ from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.checkpoints.packed import read_packed, write_packed
 from slimba.cli.inspect import inspect
 from slimba.errors import UserError
+from slimba.formats import Matrix, MatrixLayout
 from slimba.formats.hadamard import hadamard
 from slimba.methods.quamba2.fold import Source, reordered, rotate
-from slimba.methods.quamba2.layers import Layer, Rounding, quantise
+from slimba.methods.quamba2.layers import Layer, Rounding, quantise, weights_of
 from slimba.methods.quamba2.model import features
 from slimba.methods.quamba2.recipe import QuambaRecipe, layer_layouts
 from slimba.methods.quamba2.run import quantised, sample
@@ -261,3 +262,10 @@ def test_the_windows_depend_on_the_seed_alone() -> None:
     one, again, other = (sample(ArrayTokens(ids), recipe(), seed) for seed in (0, 0, 1))
     assert one.shape == (8, 33) and torch.equal(one, again) and not torch.equal(one, other)
     assert len({int(row[0]) for row in one}) == 8 and (one[:, 1:] - one[:, :-1] == 1).all()
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "float16"])
+def test_weights_on_a_device_are_those_of_the_file(format: str) -> None:
+    weight = np.random.default_rng(0).standard_normal((5, 264)).astype(np.float32)
+    matrix = Matrix.quantize(weight, MatrixLayout.plain(5, 264, format))
+    np.testing.assert_array_equal(weights_of(matrix).numpy(), matrix.dequantize())

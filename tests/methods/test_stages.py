@@ -134,6 +134,16 @@ BAD = {
         "",
         "stage 2 (ptq): the z rows of backbone.layers.0.mixer.in_proj are sign already",
     ),
+    "quamba2 after another": (
+        f"stages: [{DFSSM}, {{method: quamba2}}]",
+        "",
+        "stage 2 (quamba2): quamba2 begins from a float model, but backbone.layers.0.mixer.in_proj is sign and int8",
+    ),
+    "what quamba2 has rounded once more": (
+        f"stages: [{{method: quamba2}}, {PTQ}]",
+        "",
+        "stage 2 (ptq): the embedding rows of backbone.embeddings are int8 already",
+    ),
     "dfssm after another": (f"stages: [{PTQ}, {DFSSM}]", "", "stage 2 (dfssm): dfssm begins from a float model"),
 }
 

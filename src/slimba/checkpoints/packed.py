@@ -29,6 +29,7 @@ from slimba.checkpoints.common import (
     with_text_policy,
     write_json,
 )
+from slimba.checkpoints.compressed_tensors import metadata
 from slimba.checkpoints.safetensors_io import (
     SHARD_BYTES,
     Entries,
@@ -47,6 +48,7 @@ __all__ = ["FORMAT_VERSION", "METADATA", "card_of", "is_packed", "read_packed", 
 
 FORMAT_VERSION = 1
 METADATA = {"format": "slimba"}
+OPTIONAL = {"compressed_tensors"}
 KEYS = {"quant_method", "format_version", "spec", "layers", "vectors", "numerics", "provenance", "checksums"}
 TYPES: dict[str, tuple[type, ...]] = {  # annotations of ModelSpec's fields -> what JSON may hold
     "int": (int,),
@@ -105,6 +107,8 @@ def _config(checkpoint: Checkpoint, entries: Entries) -> dict[str, Any]:
         "numerics": dict(checkpoint.numerics),
         "provenance": checkpoint.provenance,
     }
+    if described := metadata(checkpoint.layouts, checkpoint.numerics):
+        quantization["compressed_tensors"] = described
     quantization = json.loads(json.dumps(quantization))  # as a reader sees it: lists for tuples, text keys
     quantization["checksums"] = {"quantization_config": _crc32(_canonical(quantization))}
     return _transformers_keys(checkpoint.spec) | {"quantization_config": quantization}
@@ -189,6 +193,7 @@ def read_packed(path: str | Path, *, verify: bool = True, tokenizer: str | Path 
         raise UserError(f"{path}: config.json says {spec.n_layer} layers, but there are {len(files.tensors)} tensors")
     layouts = _layouts(quantization["layers"], path)
     _check_layouts(spec, layouts)
+    _check_description(quantization, spec, layouts, path)
     expected = _expected(spec, layouts, quantization["vectors"], path)
     expected |= {name: ("float32", shape) for name, (shape, _) in scan_scales(spec, quantization["numerics"]).items()}
     check_tensors(files.tensors, expected, path)
@@ -221,7 +226,7 @@ def spec_of(config: Mapping[str, Any], *, where: str | Path = "config.json", ver
     version = quantization.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(f"{where}: format_version is {version!r}, not {FORMAT_VERSION}; use a Slimba that reads it")
-    for key in sorted(set(quantization) ^ KEYS):
+    for key in sorted(set(quantization) - OPTIONAL ^ KEYS):
         problem = "an unknown" if key in quantization else "no"
         raise UserError(f"{where}: quantization_config has {problem} key {key!r}")
     for key in KEYS - {"quant_method", "format_version"}:
@@ -306,6 +311,16 @@ def _expected(
             raise UserError(f"{where}: vectors in quantization_config gives no type for {name}")
         out[name] = (dtype, shape)
     return out
+
+
+def _check_description(
+    quantization: Mapping[str, Any], spec: ModelSpec, layouts: Mapping[str, MatrixLayout], where: Path
+) -> None:
+    """The description for other programs, where there is one, must be that of the layouts."""
+    ordered = {name: layouts[name] for name in spec.matrices()}
+    given, ours = quantization.get("compressed_tensors"), metadata(ordered, quantization["numerics"])
+    if given is not None and given != ours:
+        raise UserError(f"{where}: compressed_tensors in quantization_config does not describe its layers")
 
 
 def _check_tokenizer(file: Path, stored: str | None) -> None:

@@ -113,10 +113,10 @@ def _stage(method: str, file: str | Path | None, settings: Mapping[str, Any]) ->
 
         return Stage(method, load_recipe(DfssmRecipe, "dfssm.yaml", file, settings), run, formats)
     if method == "quamba2":
-        from slimba.methods.quamba2.recipe import QuambaRecipe
+        from slimba.methods.quamba2.recipe import QuambaRecipe, stage_layouts
         from slimba.methods.quamba2.run import run as run_quamba2
 
-        return Stage(method, load_recipe(QuambaRecipe, "quamba2.yaml", file, settings), run_quamba2)
+        return Stage(method, load_recipe(QuambaRecipe, "quamba2.yaml", file, settings), run_quamba2, stage_layouts)
     if method == "ptq":
         from slimba.methods.ptq.recipe import PtqRecipe, layouts
         from slimba.methods.ptq.run import run as run_ptq

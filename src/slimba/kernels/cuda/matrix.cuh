@@ -32,10 +32,12 @@ struct Matrix {
   i64 rank, lr_start, lr_stop;  // rank in whole 16s
   i64 plane_cols, plane_kpad, plane_start, plane_stop, plane_stride;
   i64 has_float, formats;  // formats: bit f is set where a segment has format f
+  i64 hadamard, rounding;  // of the input (turn.cuh): columns of a block of the transform, 0 or 1 for none; enum Rounding
   Segment segment[MAX_SEGMENTS];
   i64 lr_a, lr_a_scale, lr_b, lr_b_scale;  // int8, float16
   i64 plane_data, plane_scale, plane_index;
   i64 col_scale, bias;  // float32 or 0
+  i64 input_step;       // float32, of ROUND_FIXED
 };
 struct Input {  // e = x * silu(gate) * weight; then divided by the RMS of x over each of `groups` parts (0: not)
   i64 x, x_stride, gate, gate_stride, weight, groups, eps;
@@ -85,6 +87,7 @@ struct View {  // the block's shared memory; row s * NB + b of q is slice s of t
   float *group_inverse; // [NB][groups]
   float *scratch;       // [4][WARPS]
   i64 *ring;            // [NB] where the convolution's new inputs go
+  float *turned;        // [NB][kpad] natural order, the transformed input
 };
 
 template <int NB>
@@ -109,6 +112,7 @@ DEV View<NB> carve(const Matrix& m, const Input& in, u8* at) {
   v.group_inverse = (float*)take(in.groups > 1 ? NB * (int)in.groups * 4 : 0);
   v.scratch = (float*)take(4 * WARPS * 4);
   v.ring = (i64*)take(NB * 8);
+  v.turned = (float*)take(m.hadamard > 1 ? NB * (int)m.kpad * 4 : 0);
   return v;
 }
 
@@ -207,7 +211,7 @@ template <int NB>
 DEV void stage(const Matrix& m, const Input& in, int batch, const Weights<NB>& norm_weight, const PlaneColumns<NB>& plane, View<NB>& v) {
   constexpr int LANES = THREADS / NB, KEEP = NB == 1 ? KEEP_WORDS : 8;
   const int b = threadIdx.x / LANES, lane = threadIdx.x % LANES, cols = (int)m.cols, words = (int)m.kpad / 4;
-  const bool on = b < batch, whole = m.cols == m.kpad;
+  const bool on = b < batch, whole = m.cols == m.kpad, turns = m.hadamard > 1;
   const float* x = (const float*)in.x + (on ? b : 0) * in.x_stride;
   const float* gate = in.gate ? (const float*)in.gate + (on ? b : 0) * in.gate_stride : nullptr;
   const float *weight = (const float*)in.weight, *col_scale = (const float*)m.col_scale;
@@ -231,7 +235,7 @@ DEV void stage(const Matrix& m, const Input& in, int batch, const Weights<NB>& n
   auto finish = [&](float e, int c, float w) {
     squares += e * e;
     e *= w;
-    if (col_scale) e *= col_scale[c];
+    if (col_scale && !turns) e *= col_scale[c];
     if (gate) e *= silu(load_fresh(gate + c));
     if (groups > 1) e *= inverse[c / size];
     const u32 bits = float_to_bits(e) & 0x7fffffffu;
@@ -259,29 +263,74 @@ DEV void stage(const Matrix& m, const Input& in, int batch, const Weights<NB>& n
       const float wanted = NB == 1 ? norm_weight.w[k % KEEP_WORDS][i] : weight && w < words && c < cols ? weight[c] : 1.0f;
       if (w < words && (whole || c < cols)) keep[k][i] = finish(keep[k][i], c, wanted);
     }
-  float unused[4];
+  float* turned = v.turned + b * (int)m.kpad;
 #pragma unroll NB == 1 ? 1 : 4
-  for (int w = lane + KEEP * LANES; w < words; w += LANES) word(w, unused);
+  for (int w = lane + KEEP * LANES; w < words; w += LANES) {
+    float e[4];
+    word(w, e);
+    for (int i = 0; turns && i < 4; ++i) turned[column_of(w) + 8 * i] = e[i];
+  }
+  auto again = [&](int w, float (&e)[4]) {  // the elements of a word once more
+    if (!turns) return word(w, e);
+    for (int i = 0; i < 4; ++i) {
+      const int c = column_of(w) + 8 * i;
+      e[i] = whole || c < cols ? turned[c] * (col_scale ? col_scale[c] : 1.0f) : 0.0f;
+    }
+  };
+  if (turns) {
+    top = 0;
+#pragma unroll
+    for (int k = 0; k < KEEP; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (lane + k * LANES < words) turned[column_of(lane + k * LANES) + 8 * i] = keep[k][i];
+    __syncthreads();
+    transform(turned, cols, (int)m.hadamard, lane, LANES);
+    auto measure = [&](const float (&e)[4]) {
+      for (int i = 0; i < 4; ++i) {
+        const u32 bits = float_to_bits(e[i]) & 0x7fffffffu;
+        top = bits > top ? bits : top;
+      }
+    };
+#pragma unroll
+    for (int k = 0; k < KEEP; ++k)
+      if (lane + k * LANES < words) {
+        again(lane + k * LANES, keep[k]);
+        measure(keep[k]);
+      }
+    for (int w = lane + KEEP * LANES; w < words; w += LANES) {
+      float e[4];
+      again(w, e);
+      measure(e);
+    }
+  }
   reduce_token(v, squares, top, turn++);
 
   const float most = bits_to_float(top);
   const bool damaged = top >= INF_BITS, zero = most < 1e-30f;
   const float norm = groups == 1 ? fast_rsqrt(squares / (float)cols + eps) : 1.0f;
-  const float to_fixed = damaged || zero ? 0.0f : LIMIT * fast_reciprocal(most);
-  if (lane == 0) v.scale[b] = damaged ? bits_to_float(0x7fc00000u) : zero ? 0.0f : norm * fast_reciprocal(to_fixed);
+  const CodeScale code = m.rounding ? code_scale(m.rounding, top, m.input_step) : CodeScale{0.0f, 0.0f};
+  float to_fixed = damaged || zero ? 0.0f : LIMIT * fast_reciprocal(most), back = zero ? 0.0f : norm * fast_reciprocal(to_fixed);
+  if (m.rounding) {  // codes are the lowest slice, the others are 0; a token's own scale does not change with its norm
+    to_fixed = m.rounding == ROUND_FIXED ? code.to_code * norm : code.to_code;
+    back = m.rounding == ROUND_FIXED ? code.step : code.step * norm;
+  }
+  if (lane == 0) v.scale[b] = damaged ? bits_to_float(0x7fc00000u) : back;
   int sum[3] = {0, 0, 0};
   u8* q = v.q + b * v.stride;
   auto put = [&](int w, const float (&e)[4]) {
     int fixed[4];
     u32 d[3];
-    for (int i = 0; i < 4; ++i) fixed[i] = damaged ? 0 : __float2int_rn(e[i] * to_fixed);
+    for (int i = 0; i < 4; ++i)
+      fixed[i] = damaged ? 0 : m.rounding ? (int)code_of(e[i], to_fixed) : __float2int_rn(e[i] * to_fixed);
     slice_words(fixed, d);
     for (int s = 0; s < 3; ++s) {
       *(u32*)(q + s * NB * v.stride + word_at(w)) = d[s];
       sum[s] = dot4(d[s], 0x01010101u, sum[s]);
     }
     if (m.has_float)
-      for (int i = 0; i < 4; ++i) v.plain[b * (int)m.kpad + column_of(w) + 8 * i] = e[i] * norm;
+      for (int i = 0; i < 4; ++i)
+        v.plain[b * (int)m.kpad + column_of(w) + 8 * i] = m.rounding ? (float)fixed[i] * back : e[i] * norm;
   };
 #pragma unroll
   for (int k = 0; k < KEEP; ++k)
@@ -289,7 +338,7 @@ DEV void stage(const Matrix& m, const Input& in, int batch, const Weights<NB>& n
 #pragma unroll NB == 1 ? 1 : 4
   for (int w = lane + KEEP * LANES; w < words; w += LANES) {
     float e[4];
-    word(w, e);
+    again(w, e);
     put(w, e);
   }
   put_totals<NB>(v.part, sum);

@@ -22,6 +22,8 @@ DEV void mid_norm(const MidNorm& p, u8* smem) {
   const int groups = (int)p.in.groups, size = groups > 1 ? cols / groups : cols;
   float *e = (float*)smem, *scratch = e + kpad, *inverse = scratch + WARPS;  // e in the order of codes
   u16* chosen = (u16*)(inverse + (groups > 1 ? groups : 1));
+  float* turned = (float*)(chosen + m.plane_kpad);  // natural order, where the vector is transformed or rounded
+  const bool turns = m.hadamard > 1, keeps = turns || m.rounding;
   const float *gate = p.in.gate ? (const float*)p.in.gate + b * p.in.gate_stride : nullptr, eps = param_float(p.in.eps);
   const float *weight = (const float*)p.in.weight, *col_scale = (const float*)m.col_scale;
   float* x = (float*)p.in.x + b * p.in.x_stride;
@@ -94,19 +96,41 @@ DEV void mid_norm(const MidNorm& p, u8* smem) {
       if (i >= cols) continue;
       v[k] = e[(i >> 5) * 32 + (i & 7) * 4 + ((i >> 3) & 3)] * inverse[groups > 1 ? i / size : 0];
       if (weight) v[k] *= weight[i];
-      if (col_scale) v[k] *= col_scale[i];
+      if (col_scale && !turns) v[k] *= col_scale[i];
       if (gate) v[k] *= silu(load_fresh(gate + i));
     }
 #pragma unroll
     for (int k = 0; k < NORM_AHEAD; ++k) {
       const int i = first + k * THREADS;
       if (i >= kpad) break;
+      if (keeps) turned[i] = v[k];
       e[(i >> 5) * 32 + (i & 7) * 4 + ((i >> 3) & 3)] = v[k];
       out[p.natural ? i : place_of(i)] = float_to_half_bits(v[k]);
       if (where[k] >= 0) chosen[place_of(where[k])] = float_to_half_bits(v[k]);
     }
   }
   __syncthreads();
+  if (keeps) {
+    if (turns) transform(turned, cols, (int)m.hadamard, threadIdx.x, THREADS);
+    u32 top = 0;
+    for (int i = threadIdx.x; i < cols; i += THREADS) {
+      if (turns && col_scale) turned[i] *= col_scale[i];
+      const u32 bits = float_to_bits(turned[i]) & 0x7fffffffu;
+      top = bits > top ? bits : top;
+    }
+    top = warp_max_bits(top);
+    if (lane == 0) scratch[warp] = bits_to_float(top);
+    __syncthreads();
+    for (int w = 0; w < WARPS; ++w) top = float_to_bits(scratch[w]) > top ? float_to_bits(scratch[w]) : top;
+    const CodeScale code = m.rounding ? code_scale(m.rounding, top, m.input_step) : CodeScale{1.0f, 1.0f};
+    for (int i = threadIdx.x; i < cols; i += THREADS) {
+      const float v = m.rounding ? code_of(turned[i], code.to_code) * code.step : turned[i];
+      e[(i >> 5) * 32 + (i & 7) * 4 + ((i >> 3) & 3)] = v;
+      out[p.natural ? i : place_of(i)] = float_to_half_bits(v);
+      if (m.plane_cols && place[i] >= 0) chosen[place_of(place[i])] = float_to_half_bits(v);
+    }
+    __syncthreads();
+  }
   u16* out2 = (u16*)p.out2 + b * m.plane_kpad;
   for (int i = threadIdx.x; i < (int)m.plane_kpad; i += THREADS) out2[i] = chosen[i];
 #pragma unroll 1

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from slimba.formats import Matrix, MatrixLayout
-from slimba.methods.gptq import Grid, Quantised, gptq, round_to_nearest
+from slimba.methods.gptq import GROUP, Grid, Quantised, gptq, round_to_nearest
 from slimba.methods.quamba2.fold import rotate
 from slimba.models.lm import Block
 from slimba.models.spec import ModelSpec
@@ -124,8 +124,7 @@ class Layer:
     def use(self, short: str, matrix: Matrix) -> None:
         """Replace the projection by its packed twin."""
         old = getattr(self.block.mixer, short)
-        weight = torch.from_numpy(weights_of(matrix)).to(old.weight.device)
-        new = Projection(weight, old.bias, matrix.layout, self.int8)
+        new = Projection(weights_of(matrix, old.weight.device), old.bias, matrix.layout, self.int8)
         if matrix.layout.input_scale:
             new.step = float(matrix.arrays["input_scale"][0])
         setattr(self.block.mixer, short, new)
@@ -192,10 +191,19 @@ def pack(w: torch.Tensor, layout: MatrixLayout, q: Quantised, step: float | None
     return matrix
 
 
-def weights_of(matrix: Matrix) -> np.ndarray:
-    """What meets the transformed input: the dequantised matrix without its transform."""
+def weights_of(matrix: Matrix, device: torch.device | str = "cpu") -> torch.Tensor:
+    """What meets the transformed input, float32 on `device`: the dequantised matrix without its transform."""
+    formats = [s.format for s in matrix.layout.segments]
+    if formats in (["int8"], ["int4"]):  # there, because that takes NumPy half a second for a large one
+        parts = {k: torch.from_numpy(a).to(device) for k, a in matrix.segment_parts(0).items()}
+        scale = parts["scale"].float()
+        if formats == ["int8"]:
+            return parts["weight"].float() * scale[:, None]
+        nibbles = torch.stack([parts["packed"] & 15, parts["packed"] >> 4], dim=2).flatten(1)[:, : matrix.layout.cols]
+        return (nibbles.float() - 8) * scale.repeat_interleave(GROUP, dim=1)[:, : matrix.layout.cols]
     bare = MatrixLayout(matrix.layout.cols, matrix.layout.segments)
-    return Matrix(bare, {k: a for k, a in matrix.arrays.items() if k != "input_scale"}).dequantize()
+    whole = Matrix(bare, {k: a for k, a in matrix.arrays.items() if k != "input_scale"}).dequantize()
+    return torch.from_numpy(whole).to(device)
 
 
 def gram(inputs: Iterator[torch.Tensor] | Sequence[torch.Tensor]) -> torch.Tensor:

@@ -5,6 +5,8 @@ A mode says how the projections of a layer are stored and what enters them; form
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,7 +15,7 @@ from slimba.formats import MatrixLayout
 from slimba.formats.presets import INTEGER, TRANSFORMED, integer_layer
 from slimba.models.spec import ModelSpec
 
-__all__ = ["QuambaRecipe", "folds", "layer_layouts", "table_layouts"]
+__all__ = ["QuambaRecipe", "folds", "layer_layouts", "stage_layouts", "table_layouts"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,3 +106,21 @@ def table_layouts(spec: ModelSpec, recipe: QuambaRecipe) -> dict[str, MatrixLayo
     """The layouts of the embedding and of an own head; `spec` is the packed model's."""
     names = {"backbone.embeddings": recipe.embedding} | ({} if spec.tie_embeddings else {"lm_head": recipe.head})
     return {name: MatrixLayout.plain(spec.vocab_size, spec.d_model, fmt) for name, fmt in names.items()}
+
+
+def stage_layouts(spec: ModelSpec, before: Mapping[str, MatrixLayout], recipe: QuambaRecipe) -> dict[str, MatrixLayout]:
+    """The layout of every matrix after the recipe; of `mixed`, as if all layers had the first choice.
+
+    UserError where the stages before have left anything that is not float.
+    """
+    for name, layout in before.items():
+        if not layout.is_plain_float:
+            formats = " and ".join(dict.fromkeys(s.format for s in layout.segments))
+            raise UserError(
+                f"quamba2 begins from a float model, but {name} is {formats} by then; let quamba2 be the first stage,"
+                " or round the rows that are left with the method ptq"
+            )
+    packed = dataclasses.replace(spec, tie_embeddings=spec.tie_embeddings and not folds(spec, recipe))
+    layer = layer_layouts(packed, recipe, recipe.modes[0])
+    tables = table_layouts(packed, recipe)
+    return {name: tables.get(name) or layer[name.rpartition(".")[2]] for name in packed.matrices()}

@@ -69,8 +69,8 @@ class PromptGraph:
 class CudaEngine:
     """Implements `runtime.engine.Engine`.
 
-    state_dtype: float32, bfloat16 or int8, the recurrent state between tokens. activations: float32, the only kind
-    that this engine has; by default what the checkpoint says. gpu: a device other than the first one.
+    state_dtype: float32, bfloat16 or int8, the recurrent state between tokens. activations: float32 or int8, what
+    enters the products; by default what the checkpoint says. gpu: a device other than the first one.
     exact: products of bulk passes in float32, for checks. UserError for what the engine cannot run, CudaUnavailable
     (a UserError) where there is no GPU that can.
     """
@@ -86,16 +86,12 @@ class CudaEngine:
         gpu: Gpu | None = None,
         exact: bool = False,
     ) -> None:
-        for name, layout in checkpoint.layouts.items():
-            if layout.hadamard:
-                raise UserError(
-                    f"backend cuda cannot transform the input of {name} (Hadamard, {layout.hadamard} columns);"
-                    " use --backend cpu"
-                )
         activations = activations or checkpoint.numerics.get("activations", "float32")
-        if activations != "float32":
+        if activations not in ("float32", "int8"):
+            raise UserError(f"activations {activations!r} are unknown, known are float32 and int8")
+        if activations == "int8" and checkpoint.numerics.get("ssm_inputs", "float32") != "float32":
             raise UserError(
-                f"backend cuda computes with float32 activations, {activations} is not available;"
+                "backend cuda does not round what enters the scan, which the file asks for (ssm_inputs int8);"
                 " use --activations float32 or --backend cpu"
             )
         if state_dtype not in STATE_CODES:
@@ -105,12 +101,12 @@ class CudaEngine:
             raise CudaUnavailable(f"backend cuda takes states of at most {most} entries and at most 8 convolution taps")
         self.gpu = gpu or open_gpu()
         self.spec: ModelSpec = checkpoint.spec
-        self.state_dtype = state_dtype
+        self.state_dtype, self.activations = state_dtype, activations
         free = self.gpu.free_bytes()
         if free is not None and checkpoint.nbytes() * 1.3 + (1 << 28) > free:
             need, have = (checkpoint.nbytes() * 1.3 + (1 << 28)) / 1e9, free / 1e9
             raise CudaUnavailable(f"the model needs about {need:.1f} GB of GPU memory and {have:.1f} GB are free")
-        self.model = CudaModel(checkpoint, self.gpu)
+        self.model = CudaModel(checkpoint, self.gpu, activations)
         self._exact = exact
         self._bulk = Bulk(self.model, self.gpu, state_dtype, exact=exact)
         self._steps: dict[int, Step] = {}

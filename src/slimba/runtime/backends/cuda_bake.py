@@ -14,16 +14,17 @@ import re
 
 import numpy as np
 
+from slimba.runtime.backends.cuda_codes import Codes
 from slimba.runtime.backends.cuda_lean import Dot, Lean
 
 __all__ = ["QUICK", "QUICK_THREADS", "Baked"]
 
 QUICK, QUICK_THREADS = "quick", 288  # the kernel of kernels/cuda/quick.cuh, threads of its block
 
-MATRIX = 79  # fields of struct Matrix in kernels/cuda/matrix.cuh, whose pointers follow the numbers
-SEGMENT0, SEGMENT, SEGMENTS = 16, 9, 6
+MATRIX = 82  # fields of struct Matrix in kernels/cuda/matrix.cuh, whose pointers follow the numbers
+SEGMENT0, SEGMENT, SEGMENTS = 18, 9, 6
 POINTERS = {
-    *(SEGMENT0 + SEGMENT * k + i for k in range(SEGMENTS) for i in (5, 8)), *range(MATRIX - 9, MATRIX),
+    *(SEGMENT0 + SEGMENT * k + i for k in range(SEGMENTS) for i in (5, 8)), *range(MATRIX - 10, MATRIX),
     *(MATRIX + i for i in (0, 2, 4)), *(MATRIX + 7 + i for i in (1, 5)), MATRIX + 17, MATRIX + 18, MATRIX + 23,
 }  # fmt: skip
 VARYING = {MATRIX + 19, MATRIX + 22}  # layer, batch
@@ -54,9 +55,13 @@ class Baked:
     def source(self) -> str:
         return "\n".join(text.replace("NAME", name) for (_, text), name in self._names.items())
 
-    def product(self, fields: np.ndarray, tokens: int, lean: Dot | Lean | None = None) -> str:
-        """The kernel for a struct Product and 1 or 8 tokens a block, or for one token that of dot.cuh or lean.cuh."""
+    def product(self, fields: np.ndarray, tokens: int, lean: Codes | Dot | Lean | None = None) -> str:
+        """The kernel for a struct Product and 1 or 8 tokens a block, or for one token that of dot.cuh, lean.cuh or
+        codes.cuh."""
         sets = constants(fields, POINTERS, VARYING)
+        if isinstance(lean, Codes):
+            call = f"{lean.name}(s, smem, Early());"
+            return self._add("slimba_codes", kernel("Product", f"{lean.threads}, 1", sets, call))
         if lean is not None:
             call = f"{lean.name}(s, smem, {self.ORDER});"
             return self._add("slimba_lean", kernel("Product", f"{lean.threads}, {lean.resident}", sets, call))

@@ -90,7 +90,9 @@ class BatchStep(Step):
         ]  # fmt: skip
 
         every = [*matrices, model.head]
-        self._wide = batch >= self.WIDE_FROM and not any(m.bias is not None or m.cols % 8 for m in every)
+        # the expanded matrix holds its column scale, which a rounded input would have to have before
+        scaled = any(m.turns and m.col_scale for m in every)
+        self._wide = batch >= self.WIDE_FROM and not scaled and not any(m.bias is not None or m.cols % 8 for m in every)
         self._launches = self._recorded(recorder)
 
     @classmethod

@@ -18,7 +18,7 @@ from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_mid import Mid
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
 from slimba.runtime.backends.cuda_state import STATE_CODES, StatePointers, kept_widths
-from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits
+from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of, float_bits
 
 __all__ = ["CHUNK", "Bulk"]
 
@@ -130,6 +130,7 @@ class Bulk:
             return self._logits_of_few(u.contiguous(), out)
         x = self._empty(*u.shape)
         self._add_norm(u.contiguous(), None, x, model.norm_f)
+        x = self._turned(model.head, x)
         out = self._empty(len(u), model.head.rows, dtype=torch.float32) if out is None else out
         self.head(x, out)
         return out
@@ -160,6 +161,7 @@ class Bulk:
         inner, channels, heads = spec.d_inner, spec.d_conv_channels, spec.n_heads
         wide = inner + channels
         w = self._weights(layer.matrices["in_proj"], IN)
+        x = self._turned(layer.matrices["in_proj"], x)
         p = x @ w[:wide].T
         dt = self._product32(x, w[wide:])
         if following is not None:
@@ -208,16 +210,18 @@ class Bulk:
         """A Mamba-1 mixer: normed x [T, D] -> what is added to the residual stream."""
         spec, tokens = self._model.spec, batch * length
         inner, n, rank = spec.d_inner, spec.d_state, spec.dt_rank
-        p = x @ self._expand(layer.matrices["in_proj"]).T
+        p = self._turned(layer.matrices["in_proj"], x) @ self._expand(layer.matrices["in_proj"]).T
         if (bias := layer.matrices["in_proj"].bias) is not None:
             p += bias.to(p.dtype)
         xs, convolution = self._convolve(layer, p[:, :inner], state, batch, length)
         self._push(convolution, np.zeros(6, np.int64), inner, batch)
-        selected = self._product32(xs, self._expand(layer.matrices["x_proj"]))
+        given = self._turned(layer.matrices["x_proj"], xs.clone() if layer.matrices["x_proj"].turns else xs)
+        selected = self._product32(given, self._expand(layer.matrices["x_proj"]))
         if spec.bcdt_norm_eps is not None:
             parts = torch.split(selected, [rank, n, n], dim=1)
             selected = torch.cat([F.rms_norm(t, t.shape[1:], None, spec.bcdt_norm_eps) for t in parts], dim=1)
-        dt = self._product32(selected[:, :rank].to(self.dtype), self._expand(layer.matrices["dt_proj"]))
+        given = self._turned(layer.matrices["dt_proj"], selected[:, :rank].to(self.dtype, copy=True))
+        dt = self._product32(given, self._expand(layer.matrices["dt_proj"]))
         y = self._empty(tokens, inner)
         fields = fields_of(
             state, batch, length, n, inner, self._type, layer.a.data_ptr(), layer.d.data_ptr(),
@@ -250,10 +254,18 @@ class Bulk:
         self._launch("push", (-(-channels // 256), batch), np.concatenate([convolution, steps]))
 
     def _out(self, layer: LayerWeights, y: torch.Tensor) -> torch.Tensor:
+        y = self._turned(layer.matrices["out_proj"], y)
         out: torch.Tensor = y @ self._weights(layer.matrices["out_proj"], OUT).T
         if (bias := layer.matrices["out_proj"].bias) is not None:
             out += bias.to(out.dtype)
         return out
+
+    def _turned(self, m: DeviceMatrix, x: torch.Tensor) -> torch.Tensor:
+        """x [T, cols], transformed and rounded in place as the matrix wants its inputs."""
+        if m.turns:
+            fields = fields_of(x.data_ptr(), x.stride(0), m.cols, m.hadamard, m.rounding, m.input_step, m.col_scale)
+            self._launch("turn", (len(x),), fields, 4 * (m.cols + WARPS))
+        return x
 
     def _by_chunks(self, length: int, chunked: bool) -> bool:
         """Whether the chunked kernel computes this recurrence, and does so faster than token by token."""

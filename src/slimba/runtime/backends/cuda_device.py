@@ -25,6 +25,7 @@ MODULE_OF = {  # where a kernel is, by how its name begins; else in "main"
     "slimba_states": "mid", "slimba_scatter": "mid", "slimba_sample": "sample", "slimba_expand": "bulk",
     "slimba_add_norm": "bulk",
     "slimba_conv": "bulk", "slimba_push": "bulk", "slimba_scan": "bulk", "slimba_ssd": "bulk", "slimba_gate": "bulk",
+    "slimba_turn": "bulk",
 }  # fmt: skip
 OVERLAPS = (9, 0)  # first with programmatic dependent launch
 

@@ -49,7 +49,7 @@ def lean_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool, fewest:
     """The kernel for a matrix, its input normed in `norm_groups` parts and perhaps gated after that; None where it must
     be the kernel for any shape. fewest: groups of columns from which it is taken."""
     formats = {s.format for s in m.layout.segments}
-    if m.cols % COLUMNS or m.cols != m.kpad or not formats <= {"sign", "int8"} or norm_groups > 1 or gated:
+    if m.turns or m.cols % COLUMNS or m.cols != m.kpad or not formats <= {"sign", "int8"} or norm_groups > 1 or gated:
         return None
     groups = m.cols // COLUMNS
     if m.rank not in (0, RANK) or not fewest <= groups <= 32:
@@ -110,7 +110,7 @@ class Dot:
 def dot_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool) -> Dot | None:
     """The kernel of dot.cuh for a matrix, its input as in `lean_of`; None where it does not take it."""
     formats = {s.format for s in m.layout.segments}
-    if m.cols not in (2048, 4096) or not formats <= {"sign", "int8"} or norm_groups > 1 or gated:
+    if m.turns or m.cols not in (2048, 4096) or not formats <= {"sign", "int8"} or norm_groups > 1 or gated:
         return None
     plane = m.plane_kpad // (32 * DOT_WARPS)
     if m.rank not in (0, RANK) or not m.plane_by_groups or plane > 8:

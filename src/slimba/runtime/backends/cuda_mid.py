@@ -19,7 +19,7 @@ from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of
 
 __all__ = ["Mid"]
 
-NOT_EXPANDED = (6, 9, 10, 77)  # fields of struct Matrix: rank, columns of the plane (two), column scales
+NOT_EXPANDED = (6, 9, 10, 79)  # fields of struct Matrix: rank, columns of the plane (two), column scales
 
 STAGES, VECTOR_BYTES, TILE, WARPS = 3, 4 * 272, 16, 8  # of kernels/cuda/mid.cu
 SHAPES = ((2, 1), (1, 1), (1, 2), (1, 4))  # (R, S) of the kernels: tiles of a warp, warps of a strip
@@ -64,7 +64,7 @@ class Mid:
             matrix, list(source), list(parts), self._x.data_ptr(), self._x2.data_ptr(), self._factors.data_ptr(),
             m.plane_inverse, int(natural),
         )  # fmt: skip
-        shared = 4 * (m.kpad + WARPS + max(1, groups)) + 2 * m.plane_kpad
+        shared = 4 * (m.kpad + WARPS + max(1, groups)) + 2 * m.plane_kpad + (4 * m.kpad if m.turns else 0)
         self._gpu.launch("slimba_mid_norm", (self._batch,), fields, shared, overlap=True)
 
     def vectors(self, m: DeviceMatrix) -> torch.Tensor:

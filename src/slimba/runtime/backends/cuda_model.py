@@ -44,10 +44,11 @@ class LayerWeights:
 class CudaModel:
     """spec, layers, embedding, head (the embedding where they are tied) and norm_f."""
 
-    def __init__(self, checkpoint: Checkpoint, gpu: Gpu) -> None:
+    def __init__(self, checkpoint: Checkpoint, gpu: Gpu, activations: str = "float32") -> None:
         self.spec: ModelSpec = checkpoint.spec
         self._checkpoint = checkpoint
         self._gpu = gpu
+        self._activations = activations
         spec = self.spec
         self.embedding = self._matrix("backbone.embeddings")
         self.head = self.embedding if spec.tie_embeddings else self._matrix("lm_head")
@@ -82,7 +83,8 @@ class CudaModel:
         )
 
     def _matrix(self, name: str, bias: np.ndarray | None = None) -> DeviceMatrix:
-        return DeviceMatrix(self._checkpoint.matrix(name), self._gpu.device, self._gpu.blocks, bias, name)
+        matrix = self._checkpoint.matrix(name)
+        return DeviceMatrix(matrix, self._gpu.device, self._gpu.blocks, bias, name, self._activations)
 
     def _vector(self, name: str) -> torch.Tensor:
         return self._upload(self._checkpoint.vector(name))

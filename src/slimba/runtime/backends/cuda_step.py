@@ -20,6 +20,7 @@ import torch
 from slimba.models.spec import ModelSpec
 from slimba.runtime.backends.cuda_bake import QUICK, QUICK_THREADS, Baked
 from slimba.runtime.backends.cuda_bulk import Bulk
+from slimba.runtime.backends.cuda_codes import Codes, codes_of
 from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_lean import Dot, Lean, dot_of, lean_of
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
@@ -194,7 +195,7 @@ class FusedStep(Step):
             tensors = self._dt, self._z, self._y
             self.recurrences.append(recurrence(spec, layer, self._state(i), batch, state_dtype, *tensors))
         self.products.append(self._head())
-        self._lean: dict[int, Dot | Lean] = {}
+        self._lean: dict[int, Codes | Dot | Lean] = {}
         self._quick = False
         self._kernels, self._own = self._bake() if gpu.bakes else self._generic()
         self.embed = fields_of(
@@ -281,18 +282,19 @@ class FusedStep(Step):
             return self._generic()
         return names, self._gpu.module("decode", baked.source)
 
-    def _lean_products(self) -> dict[int, Dot | Lean]:
-        """The products that dot.cuh or lean.cuh takes, by their number."""
+    def _lean_products(self) -> dict[int, Codes | Dot | Lean]:
+        """The products that dot.cuh, lean.cuh or codes.cuh takes, by their number."""
         if self.batch > 1:
             return {}
         spec, blocks = self._model.spec, self._gpu.blocks
         late = bool(spec.gated_norm and spec.norm_before_gate)
-        found: dict[int, Dot | Lean | None] = {}
+        head = codes_of(self._model.head, blocks, 1, False)
+        found: dict[int, Codes | Dot | Lean | None] = {len(self.products) - 1: head}
         for i, layer in enumerate(self._model.layers):
             for k, name, groups, gated in (0, "in_proj", 1, False), (1, "out_proj", norm_groups(spec), late):
                 m = layer.matrices[name]
                 dot = dot_of(m, blocks, groups, gated) if self.DOTS else None
-                found[2 * i + k] = dot or lean_of(m, blocks, groups, gated)
+                found[2 * i + k] = dot or lean_of(m, blocks, groups, gated) or codes_of(m, blocks, groups, gated)
         return {i: lean for i, lean in found.items() if lean is not None and lean.shared_bytes <= self._gpu.shared}
 
     def _in_proj(self, layer: LayerWeights, i: int) -> np.ndarray:

@@ -22,6 +22,7 @@ from slimba.formats import Matrix
 __all__ = ["WARPS", "DeviceMatrix", "float_bits", "up_to"]
 
 FORMAT_CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4, "sign": 5}  # enum Format in common.cuh
+KEEP_FLOAT, ROUND_TOKEN, ROUND_FIXED = 0, 1, 2  # enum Rounding in turn.cuh
 TILE, WARPS, MAX_SEGMENTS, GROUP = 16, 8, 6, 128  # of matrix.cuh; columns that share an int4 scale
 ROWS_AT_ONCE = 8192  # rows put in order at a time, which bounds the memory of loading
 
@@ -62,13 +63,20 @@ def int4_words(packed: torch.Tensor, cols: int, kpad: int) -> torch.Tensor:
 
 
 class DeviceMatrix:
-    """One matrix on the device. `blocks` is the size of the grid that will multiply by it.
+    """One matrix on the device. `blocks` is the size of the grid that will multiply by it; activations: int8 rounds its
+    inputs, where its layout allows.
 
     UserError when the layout has more segments than a kernel takes.
     """
 
     def __init__(
-        self, matrix: Matrix, device: torch.device, blocks: int, bias: np.ndarray | None = None, name: str = "a matrix"
+        self,
+        matrix: Matrix,
+        device: torch.device,
+        blocks: int,
+        bias: np.ndarray | None = None,
+        name: str = "a matrix",
+        activations: str = "float32",
     ) -> None:
         layout = self.layout = matrix.layout
         if len(layout.segments) > MAX_SEGMENTS:
@@ -86,6 +94,13 @@ class DeviceMatrix:
         rank, lowrank = self._lowrank(matrix)
         plane = self._plane(matrix)
         col_scale = self._upload(matrix.arrays["col_scale"].astype(np.float32)) if layout.col_scale else 0
+        self.hadamard = layout.hadamard if layout.hadamard > 1 else 0
+        self.rounding, step = KEEP_FLOAT, 0
+        if activations == "int8" and layout.takes_int8:
+            self.rounding = ROUND_FIXED if layout.input_scale else ROUND_TOKEN
+        if self.rounding == ROUND_FIXED:
+            step = self._upload(matrix.arrays["input_scale"].astype(np.float32))
+        self.input_step, self.col_scale = step, col_scale
         self.rank = rank
         self.items = items
         plain = [s.format for s in layout.segments] == ["float16"] and not (rank or layout.plane or layout.col_scale)
@@ -95,9 +110,14 @@ class DeviceMatrix:
         codes = {FORMAT_CODES[s.format] for s in layout.segments}
         self.fields = [
             self.rows, self.cols, self.kpad, len(layout.segments), items, self.split, *lowrank[:3], *plane[:5],
-            int(self.has_float), sum(1 << c for c in codes), *segments, *lowrank[3:], *plane[5:], col_scale,
-            self.bias.data_ptr() if self.bias is not None else 0,
+            int(self.has_float), sum(1 << c for c in codes), self.hadamard, self.rounding, *segments,
+            *lowrank[3:], *plane[5:], col_scale, self.bias.data_ptr() if self.bias is not None else 0, step,
         ]  # fmt: skip
+
+    @property
+    def turns(self) -> bool:
+        """Whether its inputs are transformed or rounded."""
+        return bool(self.hadamard or self.rounding)
 
     @property
     def nbytes(self) -> int:
@@ -112,6 +132,7 @@ class DeviceMatrix:
             WARPS * 12, WARPS * 12, tokens * 4, tokens * self.rank * 4,
             tokens * self.kpad * 4 if self.has_float else 0,
             tokens * groups * 4 if groups > 1 else 0, 4 * WARPS * 4, tokens * 8,
+            tokens * self.kpad * 4 if self.hadamard else 0,
         ]  # fmt: skip
         return sum(up_to(p, 16) for p in parts)
 

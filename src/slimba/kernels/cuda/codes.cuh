@@ -1,0 +1,276 @@
+// A product of int4 or int8 codes with one vector that may be transformed and rounded, for the shapes that models have
+// (runtime/backends/cuda_codes.py says which): y = W f(norm(x)).
+//
+// As in lean.cuh a warp owns 256 columns and multiplies all tiles of the block by them, and everything that the input does
+// not decide is in registers before `ready`: with int4 these are all weights of a projection. A lane has eight of the columns,
+// bits 0, 3 and 4 of the column in its registers and the others in its number, so that the transform of 256 columns is
+// additions and shuffles; blocks of several warps go on through shared memory. The fixed point of matrix.cuh takes the
+// length of the vector for its largest entry, which needs no look at the transformed ones. Rounded vectors are one slice.
+// Naive twin: `Matrix.matmul` of formats/matrix.py. Tests: tests/kernels/test_cuda_turn.py.
+template <int FORMAT, int CG, int TW, int ROUND>
+struct CodesShared {
+  static constexpr int SLICES = ROUND ? 1 : 3, STRIDE = FORMAT == INT4 ? 272 : 320;  // free of bank conflicts as they are read
+  float turned[CG][2][WARP][4];
+  u8 q[CG][SLICES][STRIDE];
+  float part[2][TW * TILE][CG], squares[CG], weighted[CG], top[CG];
+};
+
+// Stages 1 to 128 of the transform over a warp's 256 columns.
+DEV void turn_warp(float (&e)[8]) {
+  const int lane = threadIdx.x % WARP;
+  auto inside = [&](int step) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (i & step) continue;
+      const float a = e[i], b = e[i + step];
+      e[i] = a + b;
+      e[i + step] = a - b;
+    }
+  };
+  auto across = [&](int step) {
+    const float sign = lane & step ? -1.0f : 1.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) e[i] = fmaf(e[i], sign, shuffle_xor(e[i], step));
+  };
+  inside(1);
+  across(1);
+  across(2);
+  inside(2);
+  inside(4);
+  across(4);
+  across(8);
+  across(16);
+}
+
+// The other stages, over HW warps, of what lies in `turned`; ends with a barrier.
+template <int CG, int HW>
+DEV void turn_warps(float* turned, float root) {
+#pragma unroll 1
+  for (int unit = threadIdx.x; unit < 256 * (CG / HW); unit += CG * WARP) {
+    float v[HW], *at = turned + unit / 256 * (HW * 256) + unit % 256;
+#pragma unroll
+    for (int i = 0; i < HW; ++i) v[i] = at[i * 256];
+#pragma unroll
+    for (int step = 1; step < HW; step *= 2)
+#pragma unroll
+      for (int i = 0; i < HW; ++i) {
+        if (i & step) continue;
+        const float a = v[i], b = v[i + step];
+        v[i] = a + b;
+        v[i + step] = a - b;
+      }
+#pragma unroll
+    for (int i = 0; i < HW; ++i) at[i * 256] = v[i] * root;
+  }
+  __syncthreads();
+}
+
+// Codes of TW tiles over a warp's columns, and of int4 the scales of rows g and g + 8, two groups each.
+template <int FORMAT, int TW>
+struct CodesRaw {
+  static constexpr int STEPS = FORMAT == INT4 ? 2 : 4;
+  uint4 row[TW][2][STEPS];
+  u32 scale[TW][2];
+};
+template <int FORMAT, int TW>
+DEV void load_codes(const Segment& s, int tile0, int blocks, int cg, CodesRaw<FORMAT, TW>& out) {
+  const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < TW; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = (tile0 + i * blocks) * TILE + g + 8 * h;
+      const bool there = row < (int)s.rows;
+      const u8* from = (const u8*)s.data + (i64)row * s.stride + cg * (64 * out.STEPS) + t * 16;
+#pragma unroll
+      for (int k = 0; k < out.STEPS; ++k) out.row[i][h][k] = there ? load_weights(from + k * 64) : uint4{0, 0, 0, 0};
+      if (FORMAT == INT4) out.scale[i][h] = there ? ((const u32*)s.scale)[row * ((int)s.groups / 2) + cg] : 0;
+    }
+}
+
+// Sums of a tile's rows g and g + 8 over the warp's columns, in lanes with t = 0. x: the lane's pieces of its slice.
+template <int FORMAT, int TW, int ROUND>
+DEV void codes_tile(const CodesRaw<FORMAT, TW>& w, int i, const uint4 (&x)[4], float (&sum)[2]) {
+  const u32 high = 0xf0f0f0f0u;
+  auto whole = [&](const int (&acc)[4], int h) {  // of the slices that this lane has of row g + 8 h
+    if (ROUND) return (float)acc[2 * h];
+    return threadIdx.x % 4 ? (float)acc[2 * h] : fmaf((float)acc[2 * h], 65536.0f, 256.0f * (float)acc[2 * h + 1]);
+  };
+  sum[0] = sum[1] = 0;
+  if (FORMAT == INT4) {
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      int acc[4] = {};  // 16 times the sums
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const u32 a = word(w.row[i][0][step], k), b = word(w.row[i][1][step], k);
+        const uint4& piece = x[2 * step + k / 2];
+        mma_s8s8(acc, a << 4 & high, b << 4 & high, a & high, b & high, word(piece, k % 2 * 2), word(piece, k % 2 * 2 + 1));
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const u32 scale = w.scale[i][h];
+        sum[h] = fmaf(step ? high_half(scale) : low_half(scale), whole(acc, h), sum[h]);
+      }
+    }
+  } else {
+    int acc[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint4 a = w.row[i][0][k % CodesRaw<FORMAT, TW>::STEPS], b = w.row[i][1][k % CodesRaw<FORMAT, TW>::STEPS];
+      mma_s8s8(acc[0], a.x, b.x, a.y, b.y, x[k].x, x[k].y);
+      mma_s8s8(acc[1], a.z, b.z, a.w, b.w, x[k].z, x[k].w);
+    }
+#pragma unroll
+    for (int n = 0; n < 4; ++n) acc[0][n] += acc[1][n];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) sum[h] = whole(acc[0], h);
+  }
+  if (!ROUND)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) sum[h] += shuffle_xor(sum[h], 1);
+}
+
+// The block's x to slices in shared memory; what a product of them is to be multiplied by. w: the norm's weights.
+template <int FORMAT, int CG, int TW, int HW, int ROUND>
+DEV float codes_input(const Product& p, const float2 (&w)[4], int column, CodesShared<FORMAT, CG, TW, ROUND>& v) {
+  const Matrix& m = p.m;
+  const int lane = threadIdx.x % WARP, cg = threadIdx.x / WARP;
+  const float *x = (const float*)p.in.x + column, root = HW ? 1.0f / sqrtf(256.0f * HW) : 1.0f;
+  float e[8], squares = 0, weighted = 0;
+#pragma unroll
+  for (int b = 0; b < 4; ++b) {
+    const float2 two = load_fresh_pair(x + 8 * b);
+    e[2 * b] = two.x, e[2 * b + 1] = two.y;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    squares = fmaf(e[i], e[i], squares);
+    e[i] *= i % 2 ? w[i / 2].y : w[i / 2].x;
+    weighted = fmaf(e[i], e[i], weighted);
+  }
+  squares = warp_sum(squares);
+  weighted = warp_sum(weighted);
+  if (lane == 0) v.squares[cg] = squares, v.weighted[cg] = weighted;
+  if (HW) turn_warp(e);
+  float* mine = v.turned[cg][0][lane];
+  if (HW > 1) {
+    *(float4*)mine = float4{e[0], e[1], e[2], e[3]};
+    *(float4*)(mine + 4 * WARP) = float4{e[4], e[5], e[6], e[7]};
+  }
+  __syncthreads();
+  squares = weighted = 0;
+#pragma unroll
+  for (int i = 0; i < CG; ++i) squares += v.squares[i], weighted += v.weighted[i];
+  if (HW > 1) {
+    turn_warps<CG, HW ? HW : 1>(&v.turned[0][0][0][0], root);
+    const float4 lo = *(const float4*)mine, hi = *(const float4*)(mine + 4 * WARP);
+    e[0] = lo.x, e[1] = lo.y, e[2] = lo.z, e[3] = lo.w, e[4] = hi.x, e[5] = hi.y, e[6] = hi.z, e[7] = hi.w;
+  } else if (HW) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) e[i] *= root;
+  }
+  const float norm = p.in.groups ? fast_rsqrt(squares / (float)m.cols + param_float(p.in.eps)) : 1.0f;
+  const bool damaged = !(weighted < bits_to_float(INF_BITS));
+  float to_fixed = 0, unit = 0;
+  if (ROUND) {
+    u32 top = 0;
+    if (ROUND == ROUND_TOKEN) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const u32 bits = float_to_bits(e[i]) & 0x7fffffffu;
+        top = bits > top ? bits : top;
+      }
+      top = warp_max_bits(top);
+      if (lane == 0) v.top[cg] = bits_to_float(top);
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < CG; ++i) top = float_to_bits(v.top[i]) > top ? float_to_bits(v.top[i]) : top;
+    }
+    const CodeScale code = code_scale(ROUND, top, m.input_step);
+    to_fixed = ROUND == ROUND_FIXED ? code.to_code * norm : code.to_code;
+    unit = ROUND == ROUND_FIXED ? code.step : code.step * norm;
+  } else if (weighted > 0) {
+    to_fixed = LIMIT * fast_rsqrt(weighted);
+    unit = norm * fast_reciprocal(to_fixed);
+  }
+  if (damaged) to_fixed = 0, unit = bits_to_float(0x7fc00000u);
+  u32 d[2][3];
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    int fixed[4];
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      const float of = damaged ? 0.0f : e[2 * b + k];
+      fixed[b] = ROUND ? (int)code_of(of, to_fixed) : __float2int_rn(of * to_fixed);
+    }
+    if (ROUND) d[k][0] = (u32)(u8)fixed[0] | (u32)(u8)fixed[1] << 8 | (u32)(u8)fixed[2] << 16 | (u32)(u8)fixed[3] << 24;
+    else slice_words(fixed, d[k]);
+  }
+#pragma unroll
+  for (int s = 0; s < v.SLICES; ++s) *(uint2*)(v.q[cg][s] + lane * 8) = uint2{d[0][s], d[1][s]};
+  sync_warp();
+  return FORMAT == INT4 ? unit / 16 : unit;
+}
+
+// CG warps; TW tiles at a time, all there are of the block unless LOOP; HW warps of a block of the transform, 0 for none.
+template <int FORMAT, int CG, int TW, int HW, int ROUND, int LOOP, typename Ready>
+DEV void codes(const Product& p, u8* smem, Ready ready) {
+  typedef CodesShared<FORMAT, CG, TW, ROUND> Shared;
+  Shared& v = *(Shared*)smem;
+  const Matrix& m = p.m;
+  const Segment& s = m.segment[0];
+  const int lane = threadIdx.x % WARP, cg = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+  const int block = blockIdx.x, blocks = gridDim.x, rows = (int)s.rows, tiles = (rows + TILE - 1) / TILE;
+  CodesRaw<FORMAT, TW> raw, next;
+  load_codes<FORMAT, TW>(s, block, blocks, cg, raw);
+  const int column = cg * 256 + lane / 4 * 32 + lane % 4 * 2;  // and the next, and both 8, 16, 24 further
+  float2 w[4];
+#pragma unroll
+  for (int b = 0; b < 4; ++b) w[b] = p.in.weight ? *(const float2*)((const float*)p.in.weight + column + 8 * b) : float2{1, 1};
+  const int unit = (int)threadIdx.x / TILE;  // the tile of the row that this thread finishes
+  int row = (block + unit * blocks) * TILE + (int)threadIdx.x % TILE;
+  bool finishes = unit < TW && row < rows;
+  float scale = FORMAT == INT8 && finishes ? half_bits_to_float(((const u16*)s.scale)[row]) : 1.0f;
+  float bias = finishes && m.bias ? ((const float*)m.bias)[row] : 0.0f;
+  i64 ring = 0;
+  if (p.out.mode == IN_PROJ) {
+    const i64 slot = slot_of(p.state, 0);
+    ring = (i64)ring_row(p.state, slot, position(p.state, slot));
+  }
+  ready();
+  const float residual = !LOOP && finishes && p.out.mode == ADD ? load_fresh((const float*)p.out.y + row) : 0.0f;
+  const float by = codes_input<FORMAT, CG, TW, HW, ROUND>(p, w, column, v);
+  uint4 x[4];
+  const u8* slice = v.q[cg][g < v.SLICES ? g : v.SLICES - 1];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = *(const uint4*)(slice + (FORMAT == INT4 ? i / 2 * 128 + t * 32 + i % 2 * 16 : i * 64 + t * 16));
+#pragma unroll 1
+  for (int round = 0; block + round * TW * blocks < tiles; ++round) {
+    const int tile0 = block + round * TW * blocks;
+    if (LOOP) load_codes<FORMAT, TW>(s, tile0 + TW * blocks, blocks, cg, next);
+    float(*part)[CG] = v.part[round & 1];
+#pragma unroll
+    for (int i = 0; i < TW; ++i) {
+      if (tile0 + i * blocks >= tiles) break;
+      float sum[2];
+      codes_tile<FORMAT, TW, ROUND>(raw, i, x, sum);
+      if (t == 0) part[i * TILE + g][cg] = sum[0], part[i * TILE + g + 8][cg] = sum[1];
+    }
+    __syncthreads();
+    if (finishes) {
+      float y = 0;
+#pragma unroll
+      for (int i = 0; i < CG; ++i) y += part[threadIdx.x][i];
+      y = fmaf(y, by * scale, bias);
+      if (!LOOP && p.out.mode == ADD) ((float*)p.out.y)[row] = residual + y;
+      else put_output(p.out, ring, row, 0, y);
+    }
+    if (!LOOP) break;
+    raw = next;
+    row += TW * blocks * TILE;
+    finishes = unit < TW && row < rows;
+    scale = FORMAT == INT8 && finishes ? half_bits_to_float(((const u16*)s.scale)[row]) : 1.0f;
+    bias = finishes && m.bias ? ((const float*)m.bias)[row] : 0.0f;
+  }
+}
