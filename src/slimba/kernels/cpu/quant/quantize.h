@@ -16,8 +16,14 @@ inline float max_of_lanes(vf v) {
 
 void quantize(const float* x, int64_t n, int8_t* q, float* scale, int32_t* sums) {
   vf top = vzero(), poison = vzero();  // x - x is NaN for NaN and infinity, else 0
-  for (int64_t i = 0; i < n; i += W) {
-    const vf v = vload_n(x + i, n - i);
+  int64_t whole = 0;
+  for (; whole + W <= n; whole += W) {
+    const vf v = vload(x + whole);
+    top = vmax(top, vabs(v));
+    poison = vadd(poison, vsub(v, v));
+  }
+  if (whole < n) {
+    const vf v = vload_n(x + whole, n - whole);
     top = vmax(top, vabs(v));
     poison = vadd(poison, vsub(v, v));
   }
@@ -31,7 +37,9 @@ void quantize(const float* x, int64_t n, int8_t* q, float* scale, int32_t* sums)
     return;
   }
   const vf inverse = vset(127.0f / most);
-  for (int64_t i = 0; i < end; i += W) store_bytes(q + i, vround(vmul(i < n ? vload_n(x + i, n - i) : vzero(), inverse)));
+  for (int64_t i = 0; i < whole; i += W) store_bytes(q + i, vround(vmul(vload(x + i), inverse)));
+  for (int64_t i = whole; i < end; i += W)
+    store_bytes(q + i, vround(vmul(i < n ? vload_n(x + i, n - i) : vzero(), inverse)));
   int32_t total = 0;
   for (int64_t g = 0; g < groups; ++g) {
     vi sum = izero();
