@@ -35,9 +35,15 @@ Kernels make_portable() {
 }
 
 #if defined(SLIMBA_X86)
+std::int64_t cached_bytes() {
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd") ? std::int64_t(128) << 20 : 0;
+}
+
 Kernels make_avx2(const char* isa) {
   Kernels k = {};
   k.isa = isa;
+  k.cached_bytes = cached_bytes();
   const FormatKernels* formats[kFormats] = {&kAvx2Float32, &kAvx2Float16, &kAvx2Bfloat16,
                                             &kAvx2Int8,    &kAvx2Int4,    &kAvx2Sign};
   std::memcpy(k.format, formats, sizeof formats);
@@ -56,6 +62,7 @@ Kernels make_avxvnni() {
 Kernels make_avx512(const char* isa) {
   Kernels k = {};
   k.isa = isa;
+  k.cached_bytes = cached_bytes();
   const FormatKernels* formats[kFormats] = {&kAvx512Float32, &kAvx512Float16, &kAvx512Bfloat16,
                                             &kAvx512Int8,    &kAvx512Int4,    &kAvx512Sign};
   std::memcpy(k.format, formats, sizeof formats);
