@@ -20,7 +20,6 @@ import numpy as np
 from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.checkpoints.reader import open_checkpoint
 from slimba.errors import UserError
-from slimba.runtime.engine import SamplingParams
 
 
 def engine_of(model: Checkpoint, device: str) -> Any:
@@ -47,13 +46,28 @@ def sample(model: Checkpoint, tokens: int, *, window: int, batch: int, seed: int
     if start is None:
         raise UserError("the model's config.json names neither bos_token_id nor eos_token_id to begin a text with")
     engine, out = engine_of(model, device), []
-    prompt = np.full((batch, 1), start, np.int32)
-    for n in range(-(-tokens // (window * batch))):
-        # draws follow (seed, sequence, position): every round of sequences needs a seed of its own
-        params = SamplingParams(max_new_tokens=window - 1, temperature=1.0, seed=seed + (n << 32))
-        drawn = list(engine.generate(prompt, engine.new_state(batch), params))
-        out.append(np.concatenate([prompt, *drawn], axis=1).ravel())
-    return np.concatenate(out).astype(np.int32)
+    draws = np.random.default_rng(seed)
+    for _ in range(-(-tokens // (window * batch))):
+        ids = np.full((batch, window), start, np.int32)
+        state = engine.new_state(batch)
+        for t in range(window - 1):
+            ids[:, t + 1] = choose(engine, ids[:, t], state, draws.random(batch))
+        out.append(ids.ravel())
+    return np.concatenate(out)
+
+
+def choose(engine: Any, ids: np.ndarray, state: Any, u: np.ndarray) -> np.ndarray:
+    """The next ids [batch]: where the cumulative probabilities pass u."""
+    if engine.name == "cuda":  # logits stay on the device
+        import torch
+
+        logits = engine.step(ids, state)
+        p = torch.softmax(logits.double(), 1).cumsum(1)
+        at = torch.from_numpy(u[:, None]).to(p.device) * p[:, -1:]
+        return np.asarray(torch.searchsorted(p, at).clamp_max(p.shape[1] - 1)[:, 0].int().cpu().numpy())
+    logits = engine.forward(ids[:, None], state)[:, 0].astype(np.float64)
+    p = np.exp(logits - logits.max(1, keepdims=True)).cumsum(1)
+    return np.minimum((p < u[:, None] * p[:, -1:]).sum(1), p.shape[1] - 1).astype(np.int32)
 
 
 def mixed(text: np.ndarray, sampled: np.ndarray, window: int) -> np.ndarray:

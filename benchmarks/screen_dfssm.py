@@ -121,7 +121,8 @@ class Screen:
             log = [json.loads(line) for line in (Path(work) / "log.jsonl").read_text().splitlines()]
         with student.deployed(task.dtype), torch.no_grad():
             weights = student.effective()
-        row: dict[str, Any] = {"arm": name, "settings": settings, "seed": seed or 0}
+        said = {k: own[k] for k in ("recipe",) if k in own} | settings
+        row: dict[str, Any] = {"arm": name, "settings": said, "seed": seed or 0}
         row |= {f"{k}_ppl": round(perplexity(task.network.lm, weights, v), 3) for k, v in self.held_out.items()}
         packed = Checkpoint(
             spec=self.teacher.spec,

@@ -114,7 +114,7 @@ def ours(models: Sequence[Model], texts: dict[str, str]) -> list[dict[str, Any]]
         record = m.checkpoint.provenance
         recipe = record.get("recipe") or {k: v for k, v in record.get("settings", {}).items() if k != "seed"}
         settings = [record.get("method"), recipe, record.get("tokens"), m.inventory.file_bytes]
-        groups.setdefault(json.dumps(settings if recipe else [m.given], sort_keys=True), []).append(m)
+        groups.setdefault(json.dumps(settings if recipe else [SEED.sub("", m.name), *settings], sort_keys=True), []).append(m)
     return [arm_of_ours(g, texts) for g in groups.values()]
 
 
