@@ -78,9 +78,13 @@ inline __mmask64 load_mask(const uint8_t* p) {
   struct __attribute__((packed)) Word {
     uint64_t bits;
   };
+#if defined(SLIMBA_SIMDE)
+  return ((const Word*)p)->bits;
+#else
   __mmask64 mask;
   asm("kmovq %1, %0" : "=k"(mask) : "m"(((const Word*)p)->bits));
   return mask;
+#endif
 }
 constexpr int64_t kMaskedBytes = 40;  // of a row's end, up to which masks of 64 columns take fewer instructions
 
