@@ -133,6 +133,7 @@ struct Finish {
   // y of the rows row .. row + n (n <= W) and token t
   void put(int64_t row, int64_t n, int64_t t, vf value) const {
     float* y = a.y + t * a.y_stride + row;
+    if (n >= W) return vstore(y, a.add ? vadd(vload(y), value) : value);
     vstore_n(y, a.add ? vadd(vload_n(y, n), value) : value, n);
   }
   void scaled(int64_t row, int64_t n, int64_t t, vi sum, vf scale) const {
