@@ -6,14 +6,6 @@
 namespace slimba {
 namespace {
 
-inline float max_of_lanes(vf v) {
-  alignas(64) float x[W];
-  vstore(x, v);
-  float top = x[0];
-  for (int i = 1; i < W; ++i) top = x[i] > top ? x[i] : top;
-  return top;
-}
-
 void quantize(const float* x, int64_t n, int8_t* q, float* scale, int32_t* sums) {
   vf top = vzero(), poison = vzero();  // x - x is NaN for NaN and infinity, else 0
   int64_t whole = 0;
@@ -27,7 +19,7 @@ void quantize(const float* x, int64_t n, int8_t* q, float* scale, int32_t* sums)
     top = vmax(top, vabs(v));
     poison = vadd(poison, vsub(v, v));
   }
-  const float most = max_of_lanes(top);
+  const float most = max_lane(top);
   const bool damaged = any_nan(poison), zero = damaged || most < 1e-30f;
   *scale = damaged ? __builtin_nanf("") : zero ? 0.0f : most / 127.0f;
   const int64_t groups = groups_of(n), end = round_up(n, 64);

@@ -270,7 +270,7 @@ struct Head {
     for (; n < shared.padded; n += W) move<kType, RB, 1>(p, rows, n, coefficient, top);
     for (int r = 0; r < RB && kType != kStateBfloat16; ++r) {
       float* out = (float*)state(p + r);
-      if (kType == kStateInt8) stored(p + r).round(rows[r], bits_as_floats(top[r]), any_damaged(top[r]), false);
+      if (kType == kStateInt8) stored(p + r).round(rows[r], as_floats(top[r]), any_damaged(top[r]), false);
       else if (rows[r] != out)
         for (int64_t i = 0; i < a.d_state; i += W) vstore_n(out + i, vload(rows[r] + i), a.d_state - i);
     }
