@@ -35,6 +35,7 @@ const float* Model::hidden(const std::int32_t* ids, std::int64_t n, std::int64_t
   if (state.interrupted)
     throw std::invalid_argument("this state was interrupted in the middle of a step: reset() it first");
   state.interrupted = true;
+  weigh();
   const ThreadPool::Burst burst(pool_, length > 1);
   const Chunk c = {n, length, n * length, slots, state};
   const std::int64_t d = config.d_model;
@@ -93,9 +94,8 @@ void Model::mixer2(Layer& layer, std::int64_t index, const Chunk& c) {
   const std::int64_t heads = config.heads(), groups = config.n_groups, per_group = heads / groups;
   conv_out_.at_least(c.tokens * config.channels());
   if (c.length > 1) conv(layer, index, c);  // a single token's is computed by those who need it, one job less
-  dt_.at_least(c.tokens * heads);
   y_.at_least(c.tokens * config.d_inner);
-  for (auto& buffer : scratch_) buffer.at_least(ssm2_work_floats(config.d_state) + 2 * config.d_state);
+  for (auto& buffer : scratch_) buffer.at_least(ssm2_work_floats(config.d_state) + 2 * config.d_state + kStateBlock * heads);
   const std::int64_t count = heads_a_task(c.tokens, c.sequences), parts = (per_group + count - 1) / count;
   expect(layer.out_proj, c.tokens);
   share(c.sequences * groups * parts, c.tokens * config.d_inner * config.d_state, [&](std::int64_t task, int thread) {
@@ -133,16 +133,13 @@ void Model::heads2(const Layer& layer, std::int64_t index, const Chunk& c, const
   const std::int64_t inner = config.d_inner, heads = config.heads(), n = config.d_state, p = config.headdim;
   const std::int64_t h = part.first, g = h / (heads / config.n_groups), channels = config.channels();
   const std::int64_t slot = c.slots[part.sequence], row = part.sequence * c.length, stride = layer.in_proj.rows;
-  for (std::int64_t t = row; t < row + c.length; ++t) {
-    kernels_.softplus(projected_.data() + t * stride + inner + channels + h, layer.dt_bias.data() + h, part.count,
-                      config.dt_low, config.dt_high, dt_.data() + t * heads + h);
-  }
+  float* own = scratch + ssm2_work_floats(n);
+  float* dt = own + 2 * n;  // [kStateBlock, count] of a block; in one array, threads would write to the same cache lines
   const float *b = conv_out_.data() + row * channels + inner + g * n, *after = b + config.n_groups * n;
   if (c.length == 1) {
-    float* own = scratch + ssm2_work_floats(n);  // B and C are everybody's, so everybody makes them
     conv_channels(layer, index, c, part.sequence, h * p, part.count * p, conv_out_.data() + row * channels + h * p,
                   channels, true);
-    conv_channels(layer, index, c, part.sequence, inner + g * n, n, own, channels, false);
+    conv_channels(layer, index, c, part.sequence, inner + g * n, n, own, channels, false);  // everybody makes B and C
     conv_channels(layer, index, c, part.sequence, inner + (config.n_groups + g) * n, n, own + n, channels, false);
     b = own, after = own + n;
   }
@@ -152,18 +149,24 @@ void Model::heads2(const Layer& layer, std::int64_t index, const Chunk& c, const
   for (std::int64_t t = row; t < row + c.length;) {
     const std::int64_t tokens = std::min(kStateBlock - filled, row + c.length - t);
     const float* z = projected_.data() + t * stride + h * p;
-    for (std::int64_t i = 0; i < tokens && tokens > 1 && gated; ++i)
-      for (std::int64_t k = 0; k < part.count * p; k += 16) __builtin_prefetch(z + i * stride + k, 0, 2);
+    for (std::int64_t i = 0; i < tokens; ++i) {
+      kernels_.softplus(projected_.data() + (t + i) * stride + inner + channels + h, layer.dt_bias.data() + h, part.count,
+                        config.dt_low, config.dt_high, dt + i * part.count);
+    }
+    for (std::int64_t i = 0; i < tokens && tokens > 1; ++i) {  // what the gate reads, and the next block's steps
+      for (std::int64_t k = 0; k < part.count * p && gated; k += 16) __builtin_prefetch(z + i * stride + k, 0, 2);
+      __builtin_prefetch(z + (kStateBlock + i) * stride + inner - h * p + channels + h, 0, 2);
+    }
     const std::int64_t skip = (t - row) * channels;
     const float* x = conv_out_.data() + row * channels + h * p;
-    kernels_.ssm2({tokens, part.count, p, n, x + skip, b + skip, after + skip, channels, dt_.data() + t * heads + h,
-                   heads, layer.a.data() + h, layer.d.data() + (config.d_has_hdim ? h * p : h), config.d_has_hdim,
+    kernels_.ssm2({tokens, part.count, p, n, x + skip, b + skip, after + skip, channels, dt, part.count,
+                   layer.a.data() + h, layer.d.data() + (config.d_has_hdim ? h * p : h), config.d_has_hdim,
                    config.state_type, c.state.part(State::kSsm, index, slot) + h * head_bytes,
                    c.state.floats(State::kScales, index, slot) + h * p, filled,
                    c.state.part(State::kHeldU, index, slot) + h * kStateBlock * p * width,
                    c.state.part(State::kHeldB, index, slot) + g * kStateBlock * n * width,
                    c.state.floats(State::kLogs, index, slot) + h * kStateBlock, y_.data() + t * inner + h * p, inner,
-                   scratch, once()});
+                   scratch, once_});
     for (std::int64_t i = 0; i < tokens && gated; ++i) {
       float* y = y_.data() + (t + i) * inner + h * p;
       kernels_.gate(y, z + i * stride, part.count * p, y);

@@ -53,12 +53,11 @@ std::int64_t Matrix::bytes() const {
   return sum;
 }
 
-bool Model::once() {
-  if (bytes_ < 0) {
-    bytes_ = embedding.bytes() + lm_head.bytes();
-    for (const Layer& l : layers) bytes_ += l.in_proj.bytes() + l.x_proj.bytes() + l.dt_proj.bytes() + l.out_proj.bytes();
-  }
-  return kernels_.cached_bytes && bytes_ > kernels_.cached_bytes;
+void Model::weigh() {
+  if (bytes_ >= 0) return;
+  bytes_ = embedding.bytes() + lm_head.bytes();
+  for (const Layer& l : layers) bytes_ += l.in_proj.bytes() + l.x_proj.bytes() + l.dt_proj.bytes() + l.out_proj.bytes();
+  once_ = kernels_.cached_bytes && bytes_ > kernels_.cached_bytes;
 }
 
 // Room for what `wanted` formats need of `tokens` inputs.
@@ -165,7 +164,7 @@ void Model::rows(const Segment& s, std::int64_t cols, std::int64_t begin, std::i
   const auto product = in.tokens <= k.few_tokens ? k.few : k.many;
   product({s.data, s.scale, s.rows, cols, begin, end, in.q, in.q_stride, in.q_scale, in.q_sums,
            in.q_prepared[s.format], in.tokens, out.y, out.stride, out.add, reinterpret_cast<std::uint8_t*>(scratch),
-           once()});
+           once_});
 }
 
 // One block of t = B x, the factors of the low-rank rows; whoever does the last block prepares t for A's product.

@@ -237,9 +237,10 @@ class Model {
   ThreadPool pool_;
   std::mutex mutex_;
   std::vector<Buffer> scratch_;  // per thread
-  // Whether decode reads what will not be in a cache the next time; weighed at the first use, when all matrices are there.
-  bool once();
+  // Decode reads what will not be in a cache the next time; found at the first use, when all matrices are there.
+  bool once_ = false;
   std::int64_t bytes_ = -1;
+  void weigh();
   // Of one matrix and the columns of its second plane
   struct InputBuffers {
     Buffer floats[kFormats], q, scale, sums, prepared[kFormats];
