@@ -114,7 +114,8 @@ def ours(models: Sequence[Model], texts: dict[str, str]) -> list[dict[str, Any]]
         record = m.checkpoint.provenance
         recipe = record.get("recipe") or {k: v for k, v in record.get("settings", {}).items() if k != "seed"}
         settings = [record.get("method"), recipe, record.get("tokens"), m.inventory.file_bytes]
-        groups.setdefault(json.dumps(settings if recipe else [SEED.sub("", m.name), *settings], sort_keys=True), []).append(m)
+        key = settings if recipe else [SEED.sub("", m.name), *settings]
+        groups.setdefault(json.dumps(key, sort_keys=True), []).append(m)
     return [arm_of_ours(g, texts) for g in groups.values()]
 
 
@@ -180,15 +181,19 @@ def with_frontier(arms: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def ablations_of(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Rows of screen_dfssm.py: those of equal settings and tokens, whatever the seed, are one.
+    """Rows of screen_dfssm.py: those of a file with equal settings and tokens, whatever the seed, are one.
 
-    `change` are the settings that differ from those of the first row, which is the recipe as it is.
+    `change` are the settings that differ from those of the file's first row, which is the recipe as it is.
     """
-    rows = [r for file in files for r in read_rows(file) if r.get("arm") != "teacher"]
+    return [row for file in files for row in _ablations_of(read_rows(file))]
+
+
+def _ablations_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        own = {k: v for k, v in row.get("settings", {}).items() if k not in ("seed", "tokens", "keep")}
-        groups.setdefault(json.dumps([own, row.get("tokens")], sort_keys=True), []).append(row)
+        if row.get("arm") != "teacher":
+            own = {k: v for k, v in row.get("settings", {}).items() if k not in ("seed", "tokens", "keep")}
+            groups.setdefault(json.dumps([own, row.get("tokens")], sort_keys=True), []).append(row)
     out: list[dict[str, Any]] = []
     first: dict[str, Any] | None = None
     for key, members in groups.items():
