@@ -5,10 +5,12 @@
 
 Run it on a machine with nothing else to do (some twelve minutes and 4 GB of memory on two cores; the files say how busy
 it was). llama.cpp is measured in the same run where llama-cpp-python is installed, twice, before and after ours: the
-better of the two counts. Every figure is a median of five. Also measured: the time from the start of a process to the
-first token of an 8-token prompt, from the packed model on disk, and the memory resident then. Writes
-`results/cpu-table.json` (`cpu-table-SHAPE.json` of other shapes), and one file of `slimba bench` a row; the table goes
-to stdout as Markdown.
+better of the two counts. `--llama-cpp-python PYTHON` takes that of another interpreter, such as one built without
+AVX-512 beside rows that end in `:avx2`: CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON
+-DGGML_BMI2=ON -DGGML_AVX_VNNI=OFF -DGGML_AVX512=OFF" when it is installed. Every figure is a median of five. Also
+measured: the time from the start of a process to the first token of an 8-token prompt, from the packed model on disk,
+and the memory resident then. Writes `results/cpu-table.json` (`cpu-table-SHAPE.json` of other shapes), and one file of
+`slimba bench` a row; the table goes to stdout as Markdown.
 """
 
 from __future__ import annotations
@@ -91,7 +93,8 @@ def table(record: dict[str, Any]) -> str:
     def ratio(kind: str, speed: float) -> str:
         return "" if most[kind] is None else f" ({speed / most[kind]:.2f}x)"
 
-    lines = [
+    lines = [f"llama.cpp built for {' '.join(theirs[0]['built_for'])}\n"] if theirs else []
+    lines += [
         "| format, activations, state | MB a token | decode tok/s | share of the limit | prefill of 512, tok/s |",
         "|---|---|---|---|---|",
     ]
@@ -123,16 +126,21 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS), help="format:activations:state, or quamba2: its modes")
     parser.add_argument("--start", default="dfssm,dfssm-published", help="formats whose start is measured, or none")
     parser.add_argument("--llama-cpp", default="TQ2_0,Q1_0,Q4_0,Q8_0,F16", help="GGUF types, or none")
+    parser.add_argument("--llama-cpp-python", metavar="PYTHON", default=sys.executable, help="interpreter that has it")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     shape = args.shape
     out = args.out or RESULTS / ("cpu-table.json" if shape == SHAPE else f"cpu-table-{shape}.json")
     RESULTS.mkdir(exist_ok=True)
-    types = tuple(args.llama_cpp.split(",")) if args.llama_cpp != "none" and has_llama_cpp() else ()
-    peers = [llama_cpp_speeds(named_spec(shape), args.threads, 512, 80, types)]
-    wanted = QUAMBA2 if args.rows == "quamba2" else args.rows.split(",")
-    rows = [ours(shape, row, args.threads) for row in wanted]
-    peers.append(llama_cpp_speeds(named_spec(shape), args.threads, 512, 80, types))
+    wanted = args.llama_cpp != "none" and (has_llama_cpp() or args.llama_cpp_python != sys.executable)
+    types = tuple(args.llama_cpp.split(",")) if wanted else ()
+
+    def theirs() -> list[dict[str, Any]]:
+        return llama_cpp_speeds(named_spec(shape), args.threads, 512, 80, types, python=args.llama_cpp_python)
+
+    peers = [theirs()]
+    rows = [ours(shape, row, args.threads) for row in (QUAMBA2 if args.rows == "quamba2" else args.rows.split(","))]
+    peers.append(theirs())
     best = []
     for a, b in zip(*peers, strict=True):
         speeds = {k: max(a[k], b[k]) for k in ("decode_tokens_per_second", "prefill_tokens_per_second")}

@@ -23,6 +23,7 @@ def test_bench_of_a_shape_prints_and_writes_its_figures(tmp_path: Path, capsys: 
     for row in record["decode"]:
         assert row["share"] == pytest.approx(row["bytes"] / record["bandwidth"] / row["time"])
         assert len(row["times"]) >= 5
+    assert len(record["bandwidths"]) == 3 and record["bandwidth"] == max(record["bandwidths"])  # before and after each
     assert record["machine"]["threads"] == 1 and record["machine"]["isa"] and record["machine"]["date"]
     assert record["difference_to_naive_kernels"] < 1e-3
 

@@ -59,7 +59,7 @@ std::vector<float> quant_product(const Kernels& k, Format f, const std::uint8_t*
   std::vector<float> y(std::size_t(tokens * rows), NAN);
   auto* room = reinterpret_cast<std::uint8_t*>(scratch.at_least(format.scratch_bytes(cols) / 4 + 16));
   (many ? format.many : format.few)({data, scale, rows, cols, 0, rows, x.q.data(), x.stride, x.scale.data(),
-                                     x.sums.data(), made, tokens, y.data(), rows, false, room});
+                                     x.sums.data(), made, tokens, y.data(), rows, false, room, tokens % 2 == 1});
   return y;
 }
 
@@ -67,7 +67,8 @@ std::vector<float> quant_product(const Kernels& k, Format f, const std::uint8_t*
 void test_products(const Kernels& k) {
   const Kernels& portable = *kernels_for("portable");
   const int64_t sizes[][3] = {{1, 1, 1},   {7, 3, 2},     {16, 64, 1},  {19, 40, 5},  {33, 65, 3},    {70, 127, 4},
-                              {65, 128, 13}, {130, 129, 7}, {300, 200, 9}, {17, 513, 70}, {64, 1000, 33}, {37, 8300, 2}};
+                              {65, 128, 13}, {130, 129, 7}, {300, 200, 9}, {17, 513, 70}, {64, 1000, 33}, {37, 8300, 2},
+                              {40, 1100, 300}};
   std::mt19937_64 random(7);
   for (const auto& [rows, cols, tokens] : sizes) {
     std::vector<float> x(static_cast<std::size_t>(tokens * cols));

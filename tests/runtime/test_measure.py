@@ -81,6 +81,8 @@ def test_speeds_are_consistent() -> None:
     assert len(row.times) == measure.REPEATS and min(row.times) <= row.time <= max(row.times)
     assert row.share == pytest.approx(row.floor / row.time)
     assert row.tokens_per_second == pytest.approx(3 / row.time)
+    faster = row.against(2e9)
+    assert faster.share == pytest.approx(row.share / 2) and faster.time == row.time
     first = measure.prefill_speed(engine, batch=2, prompt_len=7)
     assert first.tokens_per_second == pytest.approx(14 / first.time_to_first_token)
     assert measure.bandwidth(1, 1 << 24) > 1e8

@@ -44,3 +44,16 @@ def test_llama_cpp_runs_the_files() -> None:
     assert [row["type"] for row in rows] == list(PEER_TYPES)
     for row in rows:
         assert row["decode_tokens_per_second"] > 0 and row["prefill_tokens_per_second"] > 0
+        assert row["built_for"]  # the instruction sets, as llama.cpp names them
+
+
+def test_another_interpreter_measures(tmp_path: Path) -> None:
+    """What it is called with and what it says; one that fails is named by its last line."""
+    python = tmp_path / "python"
+    python.write_text("""#!/bin/sh\necho "{\\"module\\": \\"$2\\", \\"path\\": \\"$PYTHONPATH\\"}"\n""")
+    python.chmod(0o755)
+    (row,) = llama_cpp_speeds(SPEC, 1, 8, 5, ("F16",), python=str(python))
+    assert row["module"] == "slimba.runtime.peers" and (Path(row["path"]) / "slimba").is_dir()
+    python.write_text("#!/bin/sh\necho no such module >&2; exit 1\n")
+    with pytest.raises(UserError, match="no such module"):
+        llama_cpp_speeds(SPEC, 1, 8, 5, ("F16",), python=str(python))

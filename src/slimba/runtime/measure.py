@@ -16,7 +16,7 @@ import os
 import platform
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -64,6 +64,11 @@ class DecodeRow:
     times: list[float]
     share: float  # floor / time
     tokens_per_second: float
+
+    def against(self, bandwidth: float) -> DecodeRow:
+        """The same measurement held against another bandwidth (bytes a second)."""
+        floor = self.bytes / bandwidth
+        return replace(self, floor=floor, share=floor / self.time)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
+import re
 import statistics
 import struct
 import subprocess
@@ -48,17 +50,25 @@ def has_llama_cpp() -> bool:
 
 
 def llama_cpp_speeds(
-    spec: ModelSpec, threads: int, prompt_len: int, new_tokens: int, types: tuple[str, ...] = PEER_TYPES
+    spec: ModelSpec,
+    threads: int,
+    prompt_len: int,
+    new_tokens: int,
+    types: tuple[str, ...] = PEER_TYPES,
+    python: str = sys.executable,
 ) -> list[dict[str, Any]]:
-    """One record a type: file bytes, decode and prefill in tokens/s, times in seconds. UserError when it fails."""
+    """One record a type: file bytes, decode and prefill in tokens/s, times in seconds, and the instruction sets that
+    llama.cpp was built for. `python` is an interpreter that has llama-cpp-python. UserError when it fails."""
     out = []
+    # Another interpreter needs no slimba of its own
+    found = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     for name in types:
         with tempfile.TemporaryDirectory(prefix="slimba-gguf-") as folder:
             path = Path(folder) / f"{name}.gguf"
             write_gguf(path, spec, name)
-            command = [sys.executable, "-m", "slimba.runtime.peers", str(path), name]
+            command = [python, "-m", "slimba.runtime.peers", str(path), name]
             numbers = [str(threads), str(prompt_len), str(new_tokens)]
-            done = subprocess.run([*command, *numbers], capture_output=True, text=True)
+            done = subprocess.run([*command, *numbers], capture_output=True, text=True, env=found)
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]
                 raise UserError(f"llama.cpp could not run the {name} file: {last}; --llama-cpp none leaves it out")
@@ -209,6 +219,7 @@ def _measure(path: str, type: str, threads: int, prompt_len: int, new_tokens: in
         "type": type,
         "bytes": Path(path).stat().st_size,
         "version": api.__version__,
+        "built_for": re.findall(r"(\w+) = 1", api.llama_print_system_info().decode()),
         "decode_times": decode[1:],
         "prefill_times": prefill[1:],
         "decode_tokens_per_second": 1 / one,

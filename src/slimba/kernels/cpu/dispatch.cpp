@@ -35,9 +35,15 @@ Kernels make_portable() {
 }
 
 #if defined(SLIMBA_X86)
+std::int64_t cached_bytes() {
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd") ? std::int64_t(128) << 20 : 0;
+}
+
 Kernels make_avx2(const char* isa) {
   Kernels k = {};
   k.isa = isa;
+  k.cached_bytes = cached_bytes();
   const FormatKernels* formats[kFormats] = {&kAvx2Float32, &kAvx2Float16, &kAvx2Bfloat16,
                                             &kAvx2Int8,    &kAvx2Int4,    &kAvx2Sign};
   std::memcpy(k.format, formats, sizeof formats);
@@ -56,6 +62,7 @@ Kernels make_avxvnni() {
 Kernels make_avx512(const char* isa) {
   Kernels k = {};
   k.isa = isa;
+  k.cached_bytes = cached_bytes();
   const FormatKernels* formats[kFormats] = {&kAvx512Float32, &kAvx512Float16, &kAvx512Bfloat16,
                                             &kAvx512Int8,    &kAvx512Int4,    &kAvx512Sign};
   std::memcpy(k.format, formats, sizeof formats);
@@ -88,12 +95,17 @@ bool has_avxvnni() {
   return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 
+#if defined(SLIMBA_SIMDE)  // built in plain C++, for tests
+bool has_avx512() { return has_avx2(); }
+bool has_avx512vnni() { return has_avx2(); }
+#else
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
 bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+#endif
 
 // Linux gives a process the tile registers when it asks for them.
 bool has_amx() {

@@ -56,6 +56,7 @@ struct QuantArgs {
   std::int64_t y_stride;
   bool add;
   std::uint8_t* scratch;  // scratch_bytes(cols) bytes of this thread, 64-byte aligned
+  bool once = false;      // the rows come from memory and will not be in a cache the next time either
 };
 
 struct QuantFormat {
@@ -114,7 +115,8 @@ struct Ssm2Args {
   float* logs;                 // L [heads, kStateBlock]
   float* y;                    // [T, y_stride]
   std::int64_t y_stride;
-  float* work;  // ssm2_work_floats(N) of this thread, 64-byte aligned
+  float* work;        // ssm2_work_floats(N) of this thread, 64-byte aligned
+  bool once = false;  // as in QuantArgs, of the state
 };
 constexpr std::int64_t ssm2_work_floats(std::int64_t n) { return (2 * kStateBlock + 2) * ((n + 31) / 32 * 32); }
 
@@ -140,6 +142,8 @@ struct Ssm1Args {
 
 struct Kernels {
   const char* isa;
+  // Weights of more bytes in all are read with `once`; 0: never. On AMD, whose cores see a third-level cache of 32 or 96 MB.
+  std::int64_t cached_bytes;
   const FormatKernels* format[kFormats];
   // quant/
   const QuantFormat* quant[kFormats];  // null for the float formats

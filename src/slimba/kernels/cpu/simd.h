@@ -20,9 +20,13 @@ using std::uint8_t;
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// Brings a line into the first-level cache. As assembly: GCC 12 takes a function that does nothing but prefetch for one
-// without effects, and drops its calls.
+// Brings a line into the first-level cache; `once`: and leaves no copy of it in the others. As assembly: GCC 12 takes a
+// function that does nothing but prefetch for one without effects, and drops its calls.
 inline void fetch_line(const void* p) { asm volatile("prefetcht0 %0" ::"m"(*(const char*)p)); }
+inline void fetch_line(const void* p, bool once) {
+  if (once) asm volatile("prefetchnta %0" ::"m"(*(const char*)p));
+  else fetch_line(p);
+}
 
 #if defined(__AVX512F__)
 
@@ -31,6 +35,8 @@ using vf = __m512;
 using vi = __m512i;
 
 inline __mmask16 lanes(int64_t n) { return n >= 16 ? __mmask16(0xffff) : __mmask16((1u << n) - 1); }
+inline vf as_floats(vi v) { return _mm512_castsi512_ps(v); }
+inline vi as_ints(vf v) { return _mm512_castps_si512(v); }
 inline vf vset(float x) { return _mm512_set1_ps(x); }
 inline vf vload(const float* p) { return _mm512_loadu_ps(p); }
 inline vf vload_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(lanes(n), p); }  // other lanes 0
@@ -67,18 +73,19 @@ inline vi load_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_s
 inline vi load_bytes_n(const uint8_t* p, int64_t n) { return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes(n), p)); }
 
 // The sum of every one of W vectors: lane i of the result is the sum of v[i]. One fixed order of additions.
-inline vf reduce_rows(const vf* v) {
+template <class Add>
+inline vf reduce_with(const vf* v, Add add) {
   vf r[4];
   for (int i = 0; i < 4; ++i) {
     const vf* q = v + 4 * i;
-    const vf a = vadd(_mm512_unpacklo_ps(q[0], q[1]), _mm512_unpackhi_ps(q[0], q[1]));
-    const vf b = vadd(_mm512_unpacklo_ps(q[2], q[3]), _mm512_unpackhi_ps(q[2], q[3]));
+    const vf a = add(_mm512_unpacklo_ps(q[0], q[1]), _mm512_unpackhi_ps(q[0], q[1]));
+    const vf b = add(_mm512_unpacklo_ps(q[2], q[3]), _mm512_unpackhi_ps(q[2], q[3]));
     const __m512d ad = _mm512_castps_pd(a), bd = _mm512_castps_pd(b);
-    r[i] = vadd(_mm512_castpd_ps(_mm512_unpacklo_pd(ad, bd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ad, bd)));
+    r[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(ad, bd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ad, bd)));
   }
-  const vf a = vadd(_mm512_shuffle_f32x4(r[0], r[1], 0x88), _mm512_shuffle_f32x4(r[0], r[1], 0xdd));
-  const vf b = vadd(_mm512_shuffle_f32x4(r[2], r[3], 0x88), _mm512_shuffle_f32x4(r[2], r[3], 0xdd));
-  return vadd(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  const vf a = add(_mm512_shuffle_f32x4(r[0], r[1], 0x88), _mm512_shuffle_f32x4(r[0], r[1], 0xdd));
+  const vf b = add(_mm512_shuffle_f32x4(r[2], r[3], 0x88), _mm512_shuffle_f32x4(r[2], r[3], 0xdd));
+  return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
 }
 
 #else  // AVX2
@@ -90,6 +97,8 @@ using vi = __m256i;
 inline vi lanes(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n < 8 ? n : 8)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
+inline vf as_floats(vi v) { return _mm256_castsi256_ps(v); }
+inline vi as_ints(vf v) { return _mm256_castps_si256(v); }
 inline vf vset(float x) { return _mm256_set1_ps(x); }
 inline vf vload(const float* p) { return _mm256_loadu_ps(p); }
 inline vf vload_n(const float* p, int64_t n) { return n >= 8 ? vload(p) : _mm256_maskload_ps(p, lanes(n)); }
@@ -140,21 +149,34 @@ inline vi load_bytes_n(const uint8_t* p, int64_t n) {
   return n >= 8 ? load_bytes(p) : _mm256_cvtepu8_epi32(load_tail(p, n));
 }
 
-inline vf reduce_rows(const vf* v) {
+template <class Add>
+inline vf reduce_with(const vf* v, Add add) {
   vf r[2];
   for (int i = 0; i < 2; ++i) {
     const vf* q = v + 4 * i;
-    const vf a = vadd(_mm256_unpacklo_ps(q[0], q[1]), _mm256_unpackhi_ps(q[0], q[1]));
-    const vf b = vadd(_mm256_unpacklo_ps(q[2], q[3]), _mm256_unpackhi_ps(q[2], q[3]));
+    const vf a = add(_mm256_unpacklo_ps(q[0], q[1]), _mm256_unpackhi_ps(q[0], q[1]));
+    const vf b = add(_mm256_unpacklo_ps(q[2], q[3]), _mm256_unpackhi_ps(q[2], q[3]));
     const __m256d ad = _mm256_castps_pd(a), bd = _mm256_castps_pd(b);
-    r[i] = vadd(_mm256_castpd_ps(_mm256_unpacklo_pd(ad, bd)), _mm256_castpd_ps(_mm256_unpackhi_pd(ad, bd)));
+    r[i] = add(_mm256_castpd_ps(_mm256_unpacklo_pd(ad, bd)), _mm256_castpd_ps(_mm256_unpackhi_pd(ad, bd)));
   }
-  return vadd(_mm256_permute2f128_ps(r[0], r[1], 0x20), _mm256_permute2f128_ps(r[0], r[1], 0x31));
+  return add(_mm256_permute2f128_ps(r[0], r[1], 0x20), _mm256_permute2f128_ps(r[0], r[1], 0x31));
 }
 
 #endif
 
 inline vf vzero() { return vset(0.0f); }
+inline vf reduce_rows(const vf* v) { return reduce_with(v, [](vf a, vf b) { return vadd(a, b); }); }
+
+// The largest of the W lanes
+inline float max_lane(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(v);
+#else
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+#endif
+}
 
 // Sum of the W lanes, in pairs.
 inline float sum_lanes(vf v) {

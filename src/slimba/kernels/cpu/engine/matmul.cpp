@@ -47,6 +47,19 @@ T* elements(Buffer& b, std::int64_t count) {
 
 }  // namespace
 
+std::int64_t Matrix::bytes() const {
+  std::int64_t sum = rank * cols + (lowrank_stop - lowrank_start) * rank + (plane_stop - plane_start) * padded(plane_cols, 64) / 8;
+  for (const Segment& s : segments) sum += s.rows * cols * kBytesOfEight[s.format] / 8;
+  return sum;
+}
+
+void Model::weigh() {
+  if (bytes_ >= 0) return;
+  bytes_ = embedding.bytes() + lm_head.bytes();
+  for (const Layer& l : layers) bytes_ += l.in_proj.bytes() + l.x_proj.bytes() + l.dt_proj.bytes() + l.out_proj.bytes();
+  once_ = kernels_.cached_bytes && bytes_ > kernels_.cached_bytes;
+}
+
 // Room for what `wanted` formats need of `tokens` inputs.
 Model::Input Model::make_input(InputBuffers& b, const bool (&wanted)[kFormats], std::int64_t cols, std::int64_t tokens,
                                bool int8) {
@@ -72,7 +85,7 @@ Model::Input Model::make_input(InputBuffers& b, const bool (&wanted)[kFormats], 
   return in;
 }
 
-Model::Inputs Model::prepare(const Matrix& m, const float* x, std::int64_t x_stride, std::int64_t tokens) {
+Model::Inputs Model::prepare(const Matrix& m, const Row& row, std::int64_t tokens) {
   bool wanted[kFormats] = {}, plane[kFormats] = {};
   for (const Segment& s : m.segments) wanted[s.format] = true;
   if (m.rank) wanted[kInt8] = true;  // B is int8
@@ -85,7 +98,7 @@ Model::Inputs Model::prepare(const Matrix& m, const float* x, std::int64_t x_str
   }
   for (auto& buffer : scratch_) buffer.at_least(m.cols + m.plane_cols);
   share(tokens, tokens * m.cols * 4, [&](std::int64_t t, int thread) {
-    prepare_token(m, in, x + t * x_stride, t, scratch_[std::size_t(thread)].data());
+    prepare_token(m, in, row(t), t, scratch_[std::size_t(thread)].data());
   });
   return in;
 }
@@ -150,7 +163,8 @@ void Model::rows(const Segment& s, std::int64_t cols, std::int64_t begin, std::i
   const QuantFormat& k = *kernels_.quant[s.format];
   const auto product = in.tokens <= k.few_tokens ? k.few : k.many;
   product({s.data, s.scale, s.rows, cols, begin, end, in.q, in.q_stride, in.q_scale, in.q_sums,
-           in.q_prepared[s.format], in.tokens, out.y, out.stride, out.add, reinterpret_cast<std::uint8_t*>(scratch)});
+           in.q_prepared[s.format], in.tokens, out.y, out.stride, out.add, reinterpret_cast<std::uint8_t*>(scratch),
+           once_});
 }
 
 // One block of t = B x, the factors of the low-rank rows; whoever does the last block prepares t for A's product.
@@ -227,9 +241,9 @@ void Model::split(const Matrix& m, std::int64_t tokens, std::int64_t work) {
   if (work < kShareFrom) return panels_.push_back({0, m.rows});
   std::int64_t bytes = 0;
   for (const Segment& s : m.segments) bytes += s.rows * kBytesOfEight[s.format] * m.cols / 8;
-  const std::int64_t share = (tokens <= kFewTokens ? 4 : 8) * pool_.threads();
+  const std::int64_t share = 4 * pool_.threads();
   for (const Segment& s : m.segments) {
-    std::int64_t height = std::clamp<std::int64_t>((m.rows / share + 63) / 64 * 64, 64, 256);
+    std::int64_t height = many_threads() ? 32 : 64;
     if (tokens <= kFewTokens) {
       const std::int64_t most = std::clamp<std::int64_t>(bytes / share, 1 << 14, 1 << 18);
       height = std::max<std::int64_t>(32, most * 8 / (kBytesOfEight[s.format] * m.cols) / 32 * 32);
@@ -264,9 +278,8 @@ void Model::expect(Matrix& m, std::int64_t tokens) {
 }
 
 // With few tokens one job for everything: the factors of a correction wait for nobody and are claimed before the panels.
-void Model::matmul(const Matrix& m, const float* x, std::int64_t x_stride, std::int64_t tokens, float* y,
-                   std::int64_t y_stride, bool add) {
-  const Inputs in = prepare(m, x, x_stride, tokens);
+void Model::matmul(const Matrix& m, const Row& row, std::int64_t tokens, float* y, std::int64_t y_stride, bool add) {
+  const Inputs in = prepare(m, row, tokens);
   const FormatKernels& int8 = *kernels_.format[kInt8];
   std::int64_t work = 0;
   for (const Segment& s : m.segments) work += s.rows * m.cols / (s.format == kSign ? 4 : 1) * tokens;
@@ -295,6 +308,11 @@ void Model::matmul(const Matrix& m, const float* x, std::int64_t x_stride, std::
     const Range rows = panels_[std::size_t(task - first)];
     panel(m, in, rows.begin, rows.end, {y, y_stride, add}, factors, own(thread));
   });
+}
+
+void Model::matmul(const Matrix& m, const float* x, std::int64_t x_stride, std::int64_t tokens, float* y,
+                   std::int64_t y_stride, bool add) {
+  matmul(m, [&](std::int64_t t) { return x + t * x_stride; }, tokens, y, y_stride, add);
 }
 
 }  // namespace slimba

@@ -52,6 +52,7 @@ struct Matrix {
   }
   // Row r dequantised, corrections included (embedding look-up); temp holds `cols` floats.
   void row(std::int64_t r, float* out, float* temp) const;
+  std::int64_t bytes() const;  // of all codes, without their scales
 };
 
 struct Layer {
@@ -162,6 +163,9 @@ class Model {
   // y [T, y_stride] = x [T, x_stride] W^T (+ bias), or y += when add.
   void matmul(const Matrix& m, const float* x, std::int64_t x_stride, std::int64_t tokens, float* y,
               std::int64_t y_stride, bool add);
+  // Gives token t's input [cols]; asked once a token, by the thread that prepares it.
+  using Row = std::function<const float*(std::int64_t t)>;
+  void matmul(const Matrix& m, const Row& row, std::int64_t tokens, float* y, std::int64_t y_stride, bool add);
 
  private:
   // One chunk's worth of bookkeeping for the layer functions.
@@ -194,7 +198,7 @@ class Model {
     std::atomic<std::int64_t> left{0};  // blocks
     std::atomic<bool> ready{false};
   };
-  Inputs prepare(const Matrix& m, const float* x, std::int64_t x_stride, std::int64_t tokens);
+  Inputs prepare(const Matrix& m, const Row& row, std::int64_t tokens);
   void prepare_token(const Matrix& m, const Inputs& in, const float* row, std::int64_t t, float* scratch);
   void rows(const Segment& s, std::int64_t cols, std::int64_t begin, std::int64_t end, const Input& in,
             const Output& out, float* scratch);
@@ -206,7 +210,7 @@ class Model {
   // Says what comes after the next job: a matrix, or the states of a layer.
   void expect(Matrix& m, std::int64_t tokens);
   void expect_states(std::int64_t index, const Chunk& c);
-  std::int64_t heads_a_task(std::int64_t sequences) const;
+  std::int64_t heads_a_task(std::int64_t tokens, std::int64_t sequences) const;
   void mixer2(Layer& layer, std::int64_t index, const Chunk& c);
   void mixer1(const Layer& layer, std::int64_t index, const Chunk& c);
   void conv(const Layer& layer, std::int64_t index, const Chunk& c);
@@ -218,7 +222,7 @@ class Model {
   };
   void heads2(const Layer& layer, std::int64_t index, const Chunk& c, const Heads& heads, float* scratch);
   void hold2(const Layer& layer, std::int64_t index, const Chunk& c);
-  void norm2(const Layer& layer, const Chunk& c);
+  const float* norm2(const Layer& layer, std::int64_t t);
   // Calls f(task, thread) for every task, on this thread alone when `work` (multiplications and the like, all tasks
   // together) is so little that waking the others would take longer.
   template <class F>
@@ -227,11 +231,16 @@ class Model {
     for (std::int64_t task = 0; task < tasks; ++task) f(task, 0);
   }
   static constexpr std::int64_t kShareFrom = 16384;  // about two microseconds
+  bool many_threads() const { return pool_.threads() >= 8; }  // tasks must be small for them to end together
 
   const Kernels& kernels_;
   ThreadPool pool_;
   std::mutex mutex_;
   std::vector<Buffer> scratch_;  // per thread
+  // Decode reads what will not be in a cache the next time; found at the first use, when all matrices are there.
+  bool once_ = false;
+  std::int64_t bytes_ = -1;
+  void weigh();
   // Of one matrix and the columns of its second plane
   struct InputBuffers {
     Buffer floats[kFormats], q, scale, sums, prepared[kFormats];

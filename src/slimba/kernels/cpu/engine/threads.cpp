@@ -20,6 +20,7 @@ namespace slimba {
 namespace {
 
 constexpr auto kSpin = std::chrono::microseconds(60);  // longer than the serial work between two jobs of a token
+constexpr auto kBurstSpin = std::chrono::microseconds(1000);  // longer than a job's last task in a prompt
 
 void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -60,7 +61,10 @@ struct ThreadPool::Shared {
   void* context = nullptr;
   const Span* expected = nullptr;
 
-  explicit Shared(int threads) : runs(std::size_t(threads)), flags(std::size_t(threads)) {}
+  const std::atomic<int>& bursts;
+
+  Shared(int threads, const std::atomic<int>& bursts)
+      : runs(std::size_t(threads)), flags(std::size_t(threads)), bursts(bursts) {}
 
   void deal(std::int64_t tasks) {
     const std::int64_t n = std::int64_t(runs.size());
@@ -110,13 +114,15 @@ struct ThreadPool::Shared {
       seen = now;
       return true;
     };
-    const auto until = std::chrono::steady_clock::now() + kSpin;
-    do {
+    const auto start = std::chrono::steady_clock::now();
+    for (auto waited = start - start; waited < kSpin || (waited < kBurstSpin && bursts.load(std::memory_order_relaxed));
+         waited = std::chrono::steady_clock::now() - start) {
       for (int i = 0; i < 32; ++i) {
         if (fresh()) return true;
-        relax();
+        if (waited < kSpin) relax();
+        else std::this_thread::yield();  // a core that others want is theirs
       }
-    } while (std::chrono::steady_clock::now() < until);
+    }
     std::unique_lock<std::mutex> lock(mutex);
     ++sleepers;
     bool got = false;
@@ -140,7 +146,7 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::start() {
-  shared_ = new Shared(threads_);
+  shared_ = new Shared(threads_, bursts_);
   owner_pid_ = long(getpid());
   for (int i = 1; i < threads_; ++i) shared_->workers.emplace_back([shared = shared_, i] { shared->work(i); });
 }

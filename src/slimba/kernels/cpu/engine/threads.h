@@ -5,6 +5,7 @@
 // workers of its own at its first job.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
@@ -29,6 +30,20 @@ class ThreadPool {
   };
   void expect(const Span* spans) { expected_ = spans; }
 
+  // While a wanted one lives, jobs follow each other closely, but their last tasks take long: workers that wait for the
+  // next job are slower to sleep.
+  class Burst {
+   public:
+    Burst(ThreadPool& pool, bool wanted) : pool_(pool), by_(wanted) { pool_.bursts_ += by_; }
+    ~Burst() { pool_.bursts_ -= by_; }
+    Burst(const Burst&) = delete;
+    Burst& operator=(const Burst&) = delete;
+
+   private:
+    ThreadPool& pool_;
+    int by_;
+  };
+
   // Calls f(task, thread) for 0 <= task < tasks and 0 <= thread < threads(). One caller at a time; f must not throw.
   template <class F>
   void run(std::int64_t tasks, F&& f) {
@@ -46,6 +61,7 @@ class ThreadPool {
   struct Shared;
   int threads_;
   const Span* expected_ = nullptr;
+  std::atomic<int> bursts_{0};
   Shared* shared_ = nullptr;  // leaked in a forked child: its threads do not exist there
   long owner_pid_ = 0;
 };

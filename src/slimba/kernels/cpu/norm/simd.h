@@ -22,7 +22,9 @@ void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* 
 }
 
 void gate(const float* y, const float* z, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; i += W)
+  int64_t i = 0;
+  for (; i + W <= n; i += W) vstore(out + i, vmul(vload(y + i), vsilu(vload(z + i))));
+  for (; i < n; i += W)
     vstore_n(out + i, vmul(vload_n(y + i, n - i), vsilu(vload_n(z + i, n - i))), n - i);
 }
 

@@ -66,14 +66,18 @@ inline void tile_dot() {  // C += A (signed) x B (unsigned)
 }
 #endif
 
-// sums [kTokens][kRows] of 32 tokens (at x) and the two blocks of rows at `panel`
-inline void tile_products(const QuantArgs& a, const uint8_t* panel, const int8_t* x, int32_t* sums) {
+inline void own_line(const void* p) { asm volatile("prefetchw %0" ::"m"(*(const char*)p)); }
+
+// sums [kTokens][kRows] of 32 tokens (at x) and the two blocks of rows at `panel`. Meanwhile the lines of `y`, a row of two
+// of them for each token, are fetched for writing: another core may have them.
+inline void tile_products(const QuantArgs& a, const uint8_t* panel, const int8_t* x, int32_t* sums, const float* y) {
   tile_clear<0>();
   tile_clear<1>();
   tile_clear<2>();
   tile_clear<3>();
   const int64_t block = panel_bytes(a.cols);
-  for (int64_t c = 0; c < a.cols; c += 64) {
+  for (int64_t c = 0; c < a.cols; c += 64, y += a.y_stride) {
+    if (c < kTokens * 64) own_line(y), own_line(y + 16);
     tile_load<4>(x + c, a.x_stride);
     tile_load<6>(panel + c * kBlock, 64);
     tile_dot<0, 4, 6>();
@@ -101,7 +105,7 @@ void many_tiles(const QuantArgs& a) {
     vf scale[2];
     for (int v = 0; v < 2; ++v) scale[v] = v * W < n ? finish.scales(row + v * W, n - v * W) : vzero();
     for (int64_t first = 0; first < a.tokens; first += kTokens) {
-      tile_products(a, a.scratch, a.x + first * a.x_stride, sums);
+      tile_products(a, a.scratch, a.x + first * a.x_stride, sums, a.y + first * a.y_stride + row);
       for (int64_t t = 0; t < min64(kTokens, a.tokens - first); ++t) {
         const int total = finish.total(first + t);
         for (int v = 0; v < 2 && v * W < n; ++v) {

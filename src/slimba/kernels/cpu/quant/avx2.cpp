@@ -1,21 +1,8 @@
 // The kernels with int8 activations compiled for AVX2.
-#include "lookup.h"
-#include "quantize.h"
+#include "fill.h"
 
 namespace slimba {
-namespace {
 
-const QuantFormat kSignRows = {lookup_bytes, lookup_prepare, many_scratch_bytes, lookup_few, many_whole<SignPanel>, 4};
-const QuantFormat kInt8Rows = {no_bytes, no_prepare, many_scratch_bytes, few_rows<Int8Rows>, many_whole<Int8Panel>, 4};
-const QuantFormat kInt4Rows = {int4_prepared_bytes, int4_prepare, many_scratch_bytes, int4_few, many_int4, 4};
-
-}  // namespace
-
-void avx2_quant(Kernels& k) {
-  k.quantize = quantize;
-  k.quant[kSign] = &kSignRows;
-  k.quant[kInt8] = &kInt8Rows;
-  k.quant[kInt4] = &kInt4Rows;
-}
+void avx2_quant(Kernels& k) { fill(k); }
 
 }  // namespace slimba

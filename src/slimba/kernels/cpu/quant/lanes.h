@@ -51,19 +51,6 @@ inline __m128i load16(const uint8_t* p, int64_t left) {
 // The W numbers, whole and within -128 .. 127, as W bytes
 inline void store_bytes(int8_t* p, vf v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))); }
 
-inline vi reduce_ints(const vi* v) {  // lane i: the sum of v[i]
-  vi r[4];
-  for (int i = 0; i < 4; ++i) {
-    const vi* q = v + 4 * i;
-    const vi a = iadd(_mm512_unpacklo_epi32(q[0], q[1]), _mm512_unpackhi_epi32(q[0], q[1]));
-    const vi b = iadd(_mm512_unpacklo_epi32(q[2], q[3]), _mm512_unpackhi_epi32(q[2], q[3]));
-    r[i] = iadd(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-  }
-  const vi a = iadd(_mm512_shuffle_i32x4(r[0], r[1], 0x88), _mm512_shuffle_i32x4(r[0], r[1], 0xdd));
-  const vi b = iadd(_mm512_shuffle_i32x4(r[2], r[3], 0x88), _mm512_shuffle_i32x4(r[2], r[3], 0xdd));
-  return iadd(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
-}
-
 #else
 
 #if defined(__AVXVNNI__)
@@ -109,18 +96,12 @@ inline void store_bytes(int8_t* p, vf v) {
   _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(packed, packed));
 }
 
-inline vi reduce_ints(const vi* v) {
-  vi r[2];
-  for (int i = 0; i < 2; ++i) {
-    const vi* q = v + 4 * i;
-    const vi a = iadd(_mm256_unpacklo_epi32(q[0], q[1]), _mm256_unpackhi_epi32(q[0], q[1]));
-    const vi b = iadd(_mm256_unpacklo_epi32(q[2], q[3]), _mm256_unpackhi_epi32(q[2], q[3]));
-    r[i] = iadd(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
-  }
-  return iadd(_mm256_permute2x128_si256(r[0], r[1], 0x20), _mm256_permute2x128_si256(r[0], r[1], 0x31));
-}
-
 #endif
+
+// Lane i: the sum of v[i]
+inline vi reduce_ints(const vi* v) {
+  return as_ints(reduce_with((const vf*)v, [](vf a, vf b) { return as_floats(iadd(as_ints(a), as_ints(b))); }));
+}
 
 // What becomes of a whole-number sum: see QuantArgs.
 struct Finish {
@@ -133,6 +114,7 @@ struct Finish {
   // y of the rows row .. row + n (n <= W) and token t
   void put(int64_t row, int64_t n, int64_t t, vf value) const {
     float* y = a.y + t * a.y_stride + row;
+    if (n >= W) return vstore(y, a.add ? vadd(vload(y), value) : value);
     vstore_n(y, a.add ? vadd(vload_n(y, n), value) : value, n);
   }
   void scaled(int64_t row, int64_t n, int64_t t, vi sum, vf scale) const {

@@ -6,22 +6,20 @@
 namespace slimba {
 namespace {
 
-inline float max_of_lanes(vf v) {
-  alignas(64) float x[W];
-  vstore(x, v);
-  float top = x[0];
-  for (int i = 1; i < W; ++i) top = x[i] > top ? x[i] : top;
-  return top;
-}
-
 void quantize(const float* x, int64_t n, int8_t* q, float* scale, int32_t* sums) {
   vf top = vzero(), poison = vzero();  // x - x is NaN for NaN and infinity, else 0
-  for (int64_t i = 0; i < n; i += W) {
-    const vf v = vload_n(x + i, n - i);
+  int64_t whole = 0;
+  for (; whole + W <= n; whole += W) {
+    const vf v = vload(x + whole);
     top = vmax(top, vabs(v));
     poison = vadd(poison, vsub(v, v));
   }
-  const float most = max_of_lanes(top);
+  if (whole < n) {
+    const vf v = vload_n(x + whole, n - whole);
+    top = vmax(top, vabs(v));
+    poison = vadd(poison, vsub(v, v));
+  }
+  const float most = max_lane(top);
   const bool damaged = any_nan(poison), zero = damaged || most < 1e-30f;
   *scale = damaged ? __builtin_nanf("") : zero ? 0.0f : most / 127.0f;
   const int64_t groups = groups_of(n), end = round_up(n, 64);
@@ -31,7 +29,9 @@ void quantize(const float* x, int64_t n, int8_t* q, float* scale, int32_t* sums)
     return;
   }
   const vf inverse = vset(127.0f / most);
-  for (int64_t i = 0; i < end; i += W) store_bytes(q + i, vround(vmul(i < n ? vload_n(x + i, n - i) : vzero(), inverse)));
+  for (int64_t i = 0; i < whole; i += W) store_bytes(q + i, vround(vmul(vload(x + i), inverse)));
+  for (int64_t i = whole; i < end; i += W)
+    store_bytes(q + i, vround(vmul(i < n ? vload_n(x + i, n - i) : vzero(), inverse)));
   int32_t total = 0;
   for (int64_t g = 0; g < groups; ++g) {
     vi sum = izero();

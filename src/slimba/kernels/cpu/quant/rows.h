@@ -78,9 +78,13 @@ inline __mmask64 load_mask(const uint8_t* p) {
   struct __attribute__((packed)) Word {
     uint64_t bits;
   };
+#if defined(SLIMBA_SIMDE)
+  return ((const Word*)p)->bits;
+#else
   __mmask64 mask;
   asm("kmovq %1, %0" : "=k"(mask) : "m"(((const Word*)p)->bits));
   return mask;
+#endif
 }
 constexpr int64_t kMaskedBytes = 40;  // of a row's end, up to which masks of 64 columns take fewer instructions
 
@@ -88,7 +92,7 @@ constexpr int64_t kMaskedBytes = 40;  // of a row's end, up to which masks of 64
 // order. `fetch`: these rows are read for the first time, so what lies kAhead bytes on is fetched.
 template <int RB>
 inline void sign_dots(const uint8_t* const* rows, int64_t bytes, const uint8_t* x, const int8_t* q, bool fetch,
-                      vi* sum) {
+                      bool once, vi* sum) {
   vi acc[RB][4], w[RB];
 #pragma GCC unroll 4
   for (int r = 0; r < RB; ++r)
@@ -98,14 +102,14 @@ inline void sign_dots(const uint8_t* const* rows, int64_t bytes, const uint8_t* 
   for (; b + 64 <= bytes; b += 64, x += kSignColumns) {
 #pragma GCC unroll 4
     for (int r = 0; r < RB; ++r) {
-      if (fetch) fetch_line(rows[r] + b + kAhead);
+      if (fetch) fetch_line(rows[r] + b + kAhead, once);
       w[r] = iload(rows[r] + b);
     }
     sign_step<RB>(w, x, acc);
   }
   if (b < bytes && bytes - b <= kMaskedBytes) {
     for (int r = 0; r < RB; ++r)
-      if (fetch) fetch_line(rows[r] + b + kAhead);
+      if (fetch) fetch_line(rows[r] + b + kAhead, once);
     for (; b < bytes; b += 8) {
       const vi own = iload(q + b * 8);
 #pragma GCC unroll 4
@@ -115,7 +119,7 @@ inline void sign_dots(const uint8_t* const* rows, int64_t bytes, const uint8_t* 
   } else if (b < bytes) {
     const __mmask64 some = (__mmask64(1) << (bytes - b)) - 1;
     for (int r = 0; r < RB; ++r) {
-      if (fetch) fetch_line(rows[r] + b + kAhead);
+      if (fetch) fetch_line(rows[r] + b + kAhead, once);
       w[r] = _mm512_maskz_loadu_epi8(some, rows[r] + b);
     }
     sign_step<RB>(w, x, acc);
@@ -138,7 +142,8 @@ void sign_few(const QuantArgs& a) {
     for (int i = 0; i < W; ++i) rows[i] = a.data + (row + min64(i, n - 1)) * bytes;
     for (int64_t t = 0; t < a.tokens; ++t) {
       vi sum[W];
-      for (int r = 0; r < W; r += RB) sign_dots<RB>(rows + r, bytes, a.prepared + t * stride, a.x + t * a.x_stride, t == 0, sum + r);
+      for (int r = 0; r < W; r += RB)
+        sign_dots<RB>(rows + r, bytes, a.prepared + t * stride, a.x + t * a.x_stride, t == 0, a.once, sum + r);
       finish.scaled(row, n, t, SignPanel::correct(reduce_ints(sum), finish.total(t)), scale);
     }
   }

@@ -180,7 +180,7 @@ struct Head {
     const int64_t pieces = a.d_state / Piece::kEntries, bytes = shared.row_bytes;
     const auto fetch = [&](int64_t row, int64_t count) {
       if (a.tokens > 4) return;  // the state comes from the cache
-      for (int64_t i = 0; i < count * bytes; i += 64) fetch_line(state(row) + kFetch + i);
+      for (int64_t i = 0; i < count * bytes; i += 64) fetch_line(state(row) + kFetch + i, a.once);
     };
     int64_t r = 0;
     for (; r + 2 <= n; r += 2) {
@@ -218,14 +218,19 @@ struct Head {
     }
   }
 
-  // NV vectors of RB opened rows moved on by the block; coefficient[i][r] of b_i
-  template <int RB, int NV>
-  void move(float* const* rows, int64_t at, float keep, const float* coefficient, vf* top, vf* bad) const {
+  // NV vectors of RB rows from entry `at` on, moved on by the block; coefficient[i][r] of b_i. A bfloat16 row is read and
+  // written where it lies; others come from and go to `rows`, int8 ones with their largest magnitudes' bits in `top`.
+  template <StateType kType, int RB, int NV>
+  void move(int64_t p, float* const* rows, int64_t at, const float* coefficient, vi* top) const {
     vf s[RB][NV];
 #pragma GCC unroll 4
     for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) s[r][v] = vmul(vset(keep), vload(rows[r] + at + v * W));
+      for (int v = 0; v < NV; ++v) {
+        const int64_t i = at + v * W;
+        const vf old = kType == kStateBfloat16 ? load_bfloat_n(state(p + r) + 2 * i, a.d_state - i) : vload(rows[r] + i);
+        s[r][v] = vmul(vset(last), old);
+      }
     for (int64_t i = 0; i < kBlockTokens; ++i) {
       vf k[RB];
 #pragma GCC unroll 4
@@ -241,36 +246,50 @@ struct Head {
     for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) {
-        vstore(rows[r] + at + v * W, s[r][v]);
-        top[r] = vmax(top[r], vabs(s[r][v]));
-        bad[r] = vfma(s[r][v], vzero(), bad[r]);
+        const int64_t i = at + v * W;
+        if (kType == kStateBfloat16) {
+          store_bfloat_n(state(p + r) + 2 * i, round_bfloat_safely(s[r][v]), a.d_state - i);
+        } else {
+          vstore(rows[r] + i, s[r][v]);
+          if (kType == kStateInt8) top[r] = max_bits(top[r], magnitude_bits(s[r][v]));
+        }
       }
   }
 
-  template <int RB>
+  template <StateType kType, int RB>
   void store_rows(int64_t p, const float* coefficient) const {
     float* rows[RB];
-    vf top[RB], bad[RB];
-    for (int r = 0; r < RB; ++r) rows[r] = open(p + r, shared.opened + r * shared.stride), top[r] = bad[r] = vzero();
+    vi top[RB];
+    for (int r = 0; r < RB; ++r) {
+      rows[r] = kType == kStateBfloat16 ? nullptr : open(p + r, shared.opened + r * shared.stride);
+      top[r] = magnitude_bits(vzero());
+    }
     constexpr int NV = W == 16 ? 8 : 4;
     int64_t n = 0;
-    for (; n + NV * W <= shared.padded; n += NV * W) move<RB, NV>(rows, n, last, coefficient, top, bad);
-    for (; n < shared.padded; n += W) move<RB, 1>(rows, n, last, coefficient, top, bad);
-    for (int r = 0; r < RB; ++r) {
+    for (; n + NV * W <= shared.padded; n += NV * W) move<kType, RB, NV>(p, rows, n, coefficient, top);
+    for (; n < shared.padded; n += W) move<kType, RB, 1>(p, rows, n, coefficient, top);
+    for (int r = 0; r < RB && kType != kStateBfloat16; ++r) {
       float* out = (float*)state(p + r);
-      if (a.type != kStateFloat32) stored(p + r).round(rows[r], top[r], any_nan(bad[r]), false);
+      if (kType == kStateInt8) stored(p + r).round(rows[r], as_floats(top[r]), any_damaged(top[r]), false);
       else if (rows[r] != out)
         for (int64_t i = 0; i < a.d_state; i += W) vstore_n(out + i, vload(rows[r] + i), a.d_state - i);
     }
+  }
+
+  template <StateType kType>
+  void store_pairs(int64_t p, int64_t n, const float* coefficient) const {
+    int64_t r = 0;
+    for (; r + 2 <= n; r += 2) store_rows<kType, 2>(p + r, coefficient + r);
+    for (; r < n; ++r) store_rows<kType, 1>(p + r, coefficient + r);
   }
 
   void store(int64_t p, int64_t n) const {
     alignas(64) float coefficient[kBlockTokens * W];
     for (int64_t i = 0; i < kBlockTokens; ++i)
       vstore(coefficient + i * W, vmul(vset(gain[i]), load_held(a.type, u + i * u_bytes, p, n)));
-    int64_t r = 0;
-    for (; r + 2 <= n; r += 2) store_rows<2>(p + r, coefficient + r);
-    for (; r < n; ++r) store_rows<1>(p + r, coefficient + r);
+    if (a.type == kStateFloat32) store_pairs<kStateFloat32>(p, n, coefficient);
+    else if (a.type == kStateBfloat16) store_pairs<kStateBfloat16>(p, n, coefficient);
+    else store_pairs<kStateInt8>(p, n, coefficient);
   }
 
   void channels(int64_t p, int64_t n) {
@@ -303,10 +322,25 @@ inline void fetch_buffer(const Ssm2Args& a, int64_t h) {
   fetch_line(a.logs + h * kBlockTokens);
 }
 
+inline void fetch_rows(const float* p, int64_t stride, int64_t rows, int64_t n) {
+  for (int64_t t = 0; t < rows; ++t)
+    for (int64_t i = 0; i < n; i += 16) fetch_line(p + t * stride + i);
+}
+
+// x of a head to come; after the last one, what the first head wants for the next tokens
+inline void fetch_inputs(const Ssm2Args& a, int64_t h) {
+  if (h < a.heads) return fetch_rows(a.x + h * a.headdim, a.xbc_stride, a.tokens, a.headdim);
+  const int64_t next = a.tokens * a.xbc_stride;
+  fetch_rows(a.x + next, a.xbc_stride, a.tokens, a.headdim);
+  fetch_rows(a.b + next, a.xbc_stride, a.tokens, a.d_state);
+  fetch_rows(a.c + next, a.xbc_stride, a.tokens, a.d_state);
+}
+
 void ssm2(const Ssm2Args& a) {
   const Shared shared(a);
   for (int64_t h = 0; h < a.heads; ++h) {
     if (a.tokens <= 4) fetch_buffer(a, h + 1);
+    else fetch_inputs(a, h + 1);
     Head head(shared, h);
     for (int64_t p = 0; p < a.headdim; p += W) head.channels(p, min64(W, a.headdim - p));
   }

@@ -63,15 +63,18 @@ inline void store_bfloat_n(uint8_t* p, vf v, int64_t n) {
 #endif
 }
 
-inline float max_lane(vf v) {
+// Magnitudes as whole numbers: they compare as the floats do, infinity and NaN above all
 #if defined(__AVX512F__)
-  return _mm512_reduce_max_ps(v);
+inline vi magnitude_bits(vf v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
+inline vi max_bits(vi a, vi b) { return _mm512_max_epi32(a, b); }
+inline bool any_damaged(vi v) { return _mm512_cmpge_epi32_mask(v, _mm512_set1_epi32(0x7f800000)) != 0; }
 #else
-  __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
-  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
-#endif
+inline vi magnitude_bits(vf v) { return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)); }
+inline vi max_bits(vi a, vi b) { return _mm256_max_epi32(a, b); }
+inline bool any_damaged(vi v) {
+  return _mm256_movemask_epi8(_mm256_cmpgt_epi32(v, _mm256_set1_epi32(0x7f7fffff))) != 0;
 }
+#endif
 
 struct Int8Scale {
   float step, inverse;  // a code is round(s * inverse), its value code * step

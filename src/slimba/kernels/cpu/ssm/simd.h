@@ -10,9 +10,9 @@ inline const float* conv_row(const ConvArgs& a, int64_t t) {
   return t >= 0 ? a.in + t * a.in_stride : a.state + (t + a.taps - 1) * a.weight_stride;
 }
 
-void conv_silu(const ConvArgs& a) {
+inline void conv_any(const ConvArgs& a, int64_t from) {
   for (int64_t t = 0; t < a.tokens; ++t) {
-    for (int64_t i = 0; i < a.channels; i += W) {
+    for (int64_t i = from; i < a.channels; i += W) {
       const int64_t n = a.channels - i;
       vf sum = a.bias ? vload_n(a.bias + i, n) : vzero();
       for (int k = 0; k < a.taps; ++k) {
@@ -22,6 +22,39 @@ void conv_silu(const ConvArgs& a) {
       vstore_n(a.out + t * a.out_stride + i, vsilu(sum), n);
     }
   }
+}
+
+// Two vectors of channels and four taps over all tokens: weights and the last inputs stay in registers. Same sums.
+inline void conv_four(const ConvArgs& a, int64_t i) {
+  constexpr int kTaps = 4, kVectors = 2;
+  constexpr int64_t kRowsAhead = 8;  // inputs lie rows of in_proj's output apart, too far for the processor to foresee
+  vf weight[kTaps][kVectors], bias[kVectors], last[kTaps][kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    bias[v] = a.bias ? vload(a.bias + i + v * W) : vzero();
+    for (int k = 0; k < kTaps; ++k) weight[k][v] = vload(a.weight + k * a.weight_stride + i + v * W);
+    for (int k = 0; k < kTaps - 1; ++k) last[k][v] = vload(a.state + k * a.weight_stride + i + v * W);
+  }
+  for (int64_t t = 0; t < a.tokens; ++t) {
+    const float* in = a.in + t * a.in_stride + i;
+    for (int v = 0; v < kVectors * W; v += 16) fetch_line(in + kRowsAhead * a.in_stride + v);
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      last[kTaps - 1][v] = vload(in + v * W);
+      vf sum = bias[v];
+#pragma GCC unroll 4
+      for (int k = 0; k < kTaps; ++k) sum = vfma(weight[k][v], last[k][v], sum);
+      vstore(a.out + t * a.out_stride + i + v * W, vsilu(sum));
+#pragma GCC unroll 4
+      for (int k = 0; k + 1 < kTaps; ++k) last[k][v] = last[k + 1][v];
+    }
+  }
+}
+
+void conv_silu(const ConvArgs& a) {
+  int64_t first = 0;
+  if (a.taps == 4 && a.tokens > 1)
+    for (; first + 2 * W <= a.channels; first += 2 * W) conv_four(a, first);
+  conv_any(a, first);
   if (!a.keep) return;
   for (int k = 0; k < a.taps - 1; ++k) {  // oldest first: a row is read before it is overwritten
     const float* from = conv_row(a, a.tokens - (a.taps - 1) + k);
