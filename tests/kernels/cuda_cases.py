@@ -126,29 +126,38 @@ CODES_LAYOUTS: dict[str, MatrixLayout] = {
 }
 
 
+def _of_one_vector(
+    gpu: Any, m: Any, shape: Any, x: np.ndarray, norm: np.ndarray | None, plane_inverse: int
+) -> np.ndarray:
+    """The baked kernel `shape` of matrix m on float32 x [cols], added to ones that are taken off again: [rows]."""
+    import torch
+
+    from slimba.runtime.backends.cuda_bake import Baked
+    from slimba.runtime.backends.cuda_weights import fields_of
+
+    given, out = torch.from_numpy(x).to(gpu.device), torch.ones(m.rows, device=gpu.device)
+    weight = torch.from_numpy(norm).to(gpu.device) if norm is not None else None
+    source = [given.data_ptr(), m.cols, 0, 0, weight.data_ptr() if weight is not None else 0, int(norm is not None), 0]
+    fields = fields_of(m.fields, source, [ADD, out.data_ptr(), m.rows, *[0] * 7], [0] * 5, 1, plane_inverse)
+    baked = Baked()
+    name = baked.product(fields, 1, shape)
+    module = gpu.module("decode", baked.source)
+    gpu.launch(name, (gpu.blocks,), fields, shape.shared_bytes, threads=shape.threads, module=module)
+    gpu.synchronize()
+    return np.asarray(out.cpu().numpy()) - 1
+
+
 def codes_product(
     gpu: Any, matrix: Matrix, x: np.ndarray, norm: np.ndarray | None = None, activations: str = "float32"
 ) -> np.ndarray:
     """The kernel of codes.cuh on float32 x [cols], with the weights of an RMS norm (eps 0) or without: [rows]."""
-    import torch
-
-    from slimba.runtime.backends.cuda_bake import Baked
     from slimba.runtime.backends.cuda_codes import codes_of
-    from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of
+    from slimba.runtime.backends.cuda_weights import DeviceMatrix
 
     m = DeviceMatrix(matrix, gpu.device, gpu.blocks, activations=activations)
     codes = codes_of(m, gpu.blocks, 1, False)
     assert codes is not None
-    given, out = torch.from_numpy(x).to(gpu.device), torch.ones(m.rows, device=gpu.device)
-    weight = torch.from_numpy(norm).to(gpu.device) if norm is not None else None
-    source = [given.data_ptr(), m.cols, 0, 0, weight.data_ptr() if weight is not None else 0, int(norm is not None), 0]
-    fields = fields_of(m.fields, source, [ADD, out.data_ptr(), m.rows, *[0] * 7], [0] * 5, 1, 0)
-    baked = Baked()
-    name = baked.product(fields, 1, codes)
-    module = gpu.module("decode", baked.source)
-    gpu.launch(name, (gpu.blocks,), fields, codes.shared_bytes, threads=codes.threads, module=module)
-    gpu.synchronize()
-    return np.asarray(out.cpu().numpy()) - 1
+    return _of_one_vector(gpu, m, codes, x, norm, 0)
 
 
 LEAN_LAYOUTS: dict[str, MatrixLayout] = {
@@ -180,25 +189,13 @@ def lean_product(
     gpu: Any, matrix: Matrix, x: np.ndarray, norm: np.ndarray | None = None, dot: bool = False
 ) -> np.ndarray:
     """The kernel of lean.cuh or dot.cuh on float32 x [cols], normed with weights (eps 0) or not: [rows]."""
-    import torch
-
-    from slimba.runtime.backends.cuda_bake import Baked
     from slimba.runtime.backends.cuda_lean import dot_of, lean_of
-    from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of
+    from slimba.runtime.backends.cuda_weights import DeviceMatrix
 
     m = DeviceMatrix(matrix, gpu.device, gpu.blocks)
     lean = dot_of(m, gpu.blocks, 1, False) if dot else lean_of(m, gpu.blocks, 1, False, fewest=1)
     assert lean is not None
-    given, out = torch.from_numpy(x).to(gpu.device), torch.ones(m.rows, device=gpu.device)
-    weight = torch.from_numpy(norm).to(gpu.device) if norm is not None else None
-    source = [given.data_ptr(), m.cols, 0, 0, weight.data_ptr() if weight is not None else 0, int(norm is not None), 0]
-    fields = fields_of(m.fields, source, [ADD, out.data_ptr(), m.rows, *[0] * 7], [0] * 5, 1, m.plane_inverse)
-    baked = Baked()
-    name = baked.product(fields, 1, lean)
-    module = gpu.module("decode", baked.source)
-    gpu.launch(name, (gpu.blocks,), fields, lean.shared_bytes, threads=lean.threads, module=module)
-    gpu.synchronize()
-    return np.asarray(out.cpu().numpy()) - 1
+    return _of_one_vector(gpu, m, lean, x, norm, m.plane_inverse)
 
 
 def still_product(gpu: Any, matrix: Matrix, x: np.ndarray) -> np.ndarray:
