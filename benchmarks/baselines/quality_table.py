@@ -181,19 +181,15 @@ def with_frontier(arms: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def ablations_of(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Rows of screen_dfssm.py: those of a file with equal settings and tokens, whatever the seed, are one.
+    """Rows of screen_dfssm.py: those of equal settings and tokens, whatever the seed, are one.
 
-    `change` are the settings that differ from those of the file's first row, which is the recipe as it is.
+    `change` are the settings that differ from those of the first row, which is the recipe as it is.
     """
-    return [row for file in files for row in _ablations_of(read_rows(file))]
-
-
-def _ablations_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = [r for file in files for r in read_rows(file) if r.get("arm") != "teacher"]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if row.get("arm") != "teacher":
-            own = {k: v for k, v in row.get("settings", {}).items() if k not in ("seed", "tokens", "keep")}
-            groups.setdefault(json.dumps([own, row.get("tokens")], sort_keys=True), []).append(row)
+        own = {k: v for k, v in row.get("settings", {}).items() if k not in ("seed", "tokens", "keep")}
+        groups.setdefault(json.dumps([own, row.get("tokens")], sort_keys=True), []).append(row)
     out: list[dict[str, Any]] = []
     first: dict[str, Any] | None = None
     for key, members in groups.items():
