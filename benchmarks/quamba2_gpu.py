@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("--state", default="float32", help="float32, bfloat16 or int8")
     parser.add_argument("--parts", action="store_true", help="also the time of each kernel of a step at batch 1")
     parser.add_argument("--peers", nargs="*", default=["mamba-ssm"], help="mamba-ssm, transformers, or none")
+    parser.add_argument("--peer-prompts", action="store_true", help="peers' prefill too; its autotuning takes a minute")
     parser.add_argument("--kernels", action="store_true", help="also compare single kernels at odd sizes")
     parser.add_argument("--lock", type=Path, help="a file that all processes share which run at once")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further measurement after this")
@@ -198,7 +199,9 @@ def main() -> None:
             if args.json:
                 args.json.write_text(json.dumps(record, indent=1) + "\n")
         if peers and time.perf_counter() - started <= args.seconds:
-            record["peers"][shape] = gpu_peer_speeds(named_spec(shape), args.batch, args.prompt_len, peers)
+            record["peers"][shape] = gpu_peer_speeds(
+                named_spec(shape), args.batch, args.prompt_len, peers, prompts=args.peer_prompts
+            )
             print(f"{shape}: {record['peers'][shape]}", flush=True)
             torch.cuda.empty_cache()
             if args.json:

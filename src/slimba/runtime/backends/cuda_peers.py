@@ -62,6 +62,7 @@ def _mamba_ssm(spec: ModelSpec, batches: Sequence[int], prompt_len: int) -> list
     rows = []
     for batch in batches:
         ids = torch.zeros(batch, 1, dtype=torch.int64, device="cuda")
+        model._decoding_cache = None  # a graph of another batch would be taken for this one's
         for graph in (True, False) if batch == 1 else (True,):
 
             def generate(new: int, ids: torch.Tensor = ids, graph: bool = graph) -> None:
