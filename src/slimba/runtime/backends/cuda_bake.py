@@ -37,6 +37,9 @@ MANY = {
     "mid_norm": ("MidNorm", "THREADS", "s", {MATRIX + 9}),
     "mid": ("Mid", "THREADS, 2", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 20}),
     "still": ("Mid", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 20}),
+    "broad": ("Broad", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
+    "broad_codes": ("Broad", "THREADS", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
+    "broad_norm": ("BroadNorm", "THREADS", "s", {MATRIX + 9, MATRIX + 13}),
     "prepare": ("BatchRecurrence", "THREADS", "s", RECURRENCE_VARYING),
     "states": ("BatchRecurrence", "THREADS, ", "s", RECURRENCE_VARYING),
 }
@@ -95,6 +98,8 @@ class Baked:
             call += ", smem"
         if kind == "still":
             bounds = f"{32 * int(arguments[0])}, 1"
+        if kind == "broad":
+            bounds = f"{128 * int(arguments[1]) * int(arguments[2])}, 1"
         template = f"<{', '.join(arguments)}>" if arguments else ""
         fixed = [(i, v) for i, v in enumerate(fields.tolist()) if 0 <= v < 1 << 32 and i not in varying]
         sets = " ".join(f"f[{i}] = {v};" for i, v in fixed)
