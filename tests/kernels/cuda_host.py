@@ -65,8 +65,8 @@ def host_module(module: str = "main", extra: str = "") -> HostModule:
 
 
 @cache
-def host_gpu(blocks: int = 3, shared: int = 227 * 1024, bakes: bool = False) -> Any:
+def host_gpu(blocks: int = 3, shared: int = 227 * 1024, bakes: bool = False, warpgroups: bool = False) -> Any:
     torch = pytest.importorskip("torch")
     from slimba.runtime.backends.cuda_device import Gpu
 
-    return Gpu(torch.device("cpu"), host_module, blocks, shared, bakes=bakes)
+    return Gpu(torch.device("cpu"), host_module, blocks, shared, bakes=bakes, warpgroups=warpgroups)

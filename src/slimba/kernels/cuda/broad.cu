@@ -25,7 +25,9 @@ struct Broad {
   StateRef state;
   i64 batch, x, x2, padded;  // images of `padded` vectors
   i64 parts, part_stride;    // the units are divided among so many blocks, each with its own result
+  i64 squares, pieces, eps;  // squares: float32 [B][pieces], of vectors that steps.cu has not divided by their RMS; or 0
 };
+#define IMAGE_SCALE 0.0625f  // of such vectors
 
 struct BroadTile {  // 64 rows of signs
   const u8 *data, *plane_data;
@@ -59,7 +61,7 @@ DEV void sign_left(u32 w0, u32 w1, int jj, u32 (&a)[4]) {
 // N vectors of a block; G tiles, a warpgroup each, whose units of columns are divided among KS warpgroups.
 template <int N, int G, int KS>
 DEV void broad(const Broad& p, u8* smem) {
-  constexpr int WARPGROUPS = G * KS, PIECE = UNIT * 2 * N, STAGE = KS * PIECE, HALF = N / 2, EACH = HALF / KS;
+  constexpr int WARPGROUPS = G * KS, SHARE = UNIT * 2 * N, STAGE = KS * SHARE, HALF = N / 2, EACH = HALF / KS;
   static_assert(HALF % KS == 0, "a warpgroup finishes its share of the sums");
   const Matrix& m = p.m;
   const int group = threadIdx.x / GROUP, own = group % G, ks = group / G, warp = threadIdx.x % GROUP / WARP;
@@ -67,6 +69,7 @@ DEV void broad(const Broad& p, u8* smem) {
   u8* stages = align_shared(smem, 1024);
   u64 *full = (u64*)(stages + DEPTH * STAGE), *empty = full + DEPTH;
   i64* rings = (i64*)(empty + DEPTH);
+  float* factor = (float*)(rings + N);  // of the sums of a vector
   bool any = false;
 #pragma unroll
   for (int k = 0; k < G; ++k) any = any || broad_tile(m, blockIdx.x + k * gridDim.x).plane;
@@ -90,15 +93,15 @@ DEV void broad(const Broad& p, u8* smem) {
     u64* bar = &full[round % DEPTH];
     int bytes = 0;
 #pragma unroll
-    for (int k = 0; k < KS; ++k) bytes += from + mine * k / KS + round < from + mine * (k + 1) / KS ? PIECE : 0;
+    for (int k = 0; k < KS; ++k) bytes += from + mine * k / KS + round < from + mine * (k + 1) / KS ? SHARE : 0;
     if (lane == 0) barrier_expect(bar, bytes);
     sync_warp();
     const int k = lane / 4, quarter = lane % 4, unit = from + mine * k / KS + round;
     if (k >= KS || unit >= from + mine * (k + 1) / KS) return;
     const i64 image = unit < planes ? p.x2 : p.x;
     const int at = (unit < planes ? unit : unit - planes) * 4 + quarter;
-    copy_block(stages + round % DEPTH * STAGE + k * PIECE + quarter * (PIECE / 4),
-               (const u8*)image + ((i64)at * p.padded + first) * 128, PIECE / 4, bar);
+    copy_block(stages + round % DEPTH * STAGE + k * SHARE + quarter * (SHARE / 4),
+               (const u8*)image + ((i64)at * p.padded + first) * 128, SHARE / 4, bar);
   };
 
   uint2 bits[2], next[2];
@@ -132,6 +135,12 @@ DEV void broad(const Broad& p, u8* smem) {
     const i64 slot = slot_of(p.state, first + threadIdx.x);
     rings[threadIdx.x] = (i64)ring_row(p.state, slot, position(p.state, slot));
   }
+  if (p.squares && (int)threadIdx.x < N) {
+    float sum = 0;
+    const i64 v = least(first + threadIdx.x, p.batch - 1);
+    for (int k = 0; k < (int)p.pieces; ++k) sum += load_fresh((const float*)p.squares + v * p.pieces + k);
+    factor[threadIdx.x] = fast_rsqrt(sum / (float)m.cols + param_float(p.eps)) / IMAGE_SCALE;
+  }
 
   float acc[HALF] = {};
   auto skip = [&](int round, int at) {
@@ -142,10 +151,10 @@ DEV void broad(const Broad& p, u8* smem) {
   auto unit = [&](int round, int at) {
     const uint2 lo = bits[0], hi = bits[1];
     skip(round, at);
-    const u8* x = stages + round % DEPTH * STAGE + ks * PIECE;
+    const u8* x = stages + round % DEPTH * STAGE + ks * SHARE;
 #pragma unroll
     for (int quarter = 0; quarter < 4; ++quarter) {
-      const u64 right = operand_at(x + quarter * (PIECE / 4));
+      const u64 right = operand_at(x + quarter * (SHARE / 4));
 #pragma unroll
       for (int two = 0; two < 2; ++two) {
         u32 a[2][4];
@@ -220,7 +229,7 @@ DEV void broad(const Broad& p, u8* smem) {
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
       const int e = ks * EACH + i, v = e / 4 * 8 + 2 * t + e % 2;
-      const float y = fmaf(sum[i], scale[h], bias);
+      const float y = fmaf(p.squares ? sum[i] * factor[v] : sum[i], scale[h], bias);
       if (e / 2 % 2 != h || first + v >= (int)p.batch) continue;
       *(ring ? (float*)rings[v] + (r - (int)out.ring0) : base + (first + v) * stride) = y;
     }

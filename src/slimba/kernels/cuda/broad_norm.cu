@@ -11,7 +11,6 @@ struct BroadNorm {
   i64 residual, parts, part_stride, n_parts;  // n_parts: 0 to 4; residual: 1 where in.x is added to and written
   i64 x, x2, padded;
 };
-#define MOST_PARTS 4
 
 DEV void broad_norm(const BroadNorm& p, u8* smem) {
   const Matrix& m = p.m;

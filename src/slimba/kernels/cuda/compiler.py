@@ -32,7 +32,10 @@ MODULES = {  # apart, because a process needs few; cuda_bake.py adds the kernels
     "bulk": (*BASE, "step.cuh", "bulk.cu", "turn.cu", "expand.cu", "scan.cu", "scan1.cu", "ssd.cu"),
     "mid": (*BASE, "step.cuh", "mid_norm.cu", "mid.cu", "batch.cu", "many.cu"),
     "many": (*BASE, "rows.cuh", "step.cuh", "mid_norm.cu", "mid.cu", "still.cu", "batch.cu"),
-    "broad": (*BASE, "warpgroup.cuh", "broad.cu", "broad_norm.cu"),
+    "broad": (
+        *(*BASE, "rows.cuh", "step.cuh", "mid_norm.cu", "mid.cu", "still.cu", "batch.cu"),
+        *("warpgroup.cuh", "broad.cu", "broad_norm.cu", "steps.cu"),
+    ),
     "sample": (*BASE, "decode.cu", "sample.cu"),
 }
 WARPGROUPS = ("broad",)  # modules for sm_90 alone, with what that has and later ones have not

@@ -40,6 +40,7 @@ MANY = {
     "broad": ("Broad", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
     "broad_codes": ("Broad", "THREADS", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
     "broad_norm": ("BroadNorm", "THREADS", "s", {MATRIX + 9, MATRIX + 13}),
+    "steps": ("Steps", "THREADS, ", "s", RECURRENCE_VARYING),
     "prepare": ("BatchRecurrence", "THREADS", "s", RECURRENCE_VARYING),
     "states": ("BatchRecurrence", "THREADS, ", "s", RECURRENCE_VARYING),
 }
@@ -91,9 +92,9 @@ class Baked:
             return None
         struct, bounds, call, varying = MANY[kind]
         arguments = numbers.split("_") if numbers else []
-        if kind == "states":
+        if kind in ("states", "steps"):
             bounds += "3" if arguments[0] == "2" else "2"
-            call += f", *(StatesShared<{arguments[1]}>*)smem"
+            call += f", *({kind.title()}Shared<{arguments[1]}>*)smem"
         else:
             call += ", smem"
         if kind == "still":

@@ -1,4 +1,4 @@
-"""Products of packed matrices with eight to hundreds of vectors by warpgroups (kernels/cuda/broad.cu): images, launches.
+"""Products of packed matrices with eight to hundreds of vectors by warpgroups (kernels/cuda/broad.cu): launches.
 
     broad = Broad(gpu, batch=128, matrices=[...])     # where gpu.warpgroups, and Broad.fits of each
     broad.norm(m, source)                             # vectors into the image that m wants
@@ -40,19 +40,15 @@ class Shape:
 
     @property
     def shared_bytes(self) -> int:
-        return 1024 + DEPTH * (self.split * UNIT * 2 * self.vectors + 16) + 8 * self.vectors
+        return 1024 + DEPTH * (self.split * UNIT * 2 * self.vectors + 16) + 12 * self.vectors
 
 
-# By how many vectors at most, for matrices with many tiles and for those with few
+# By how many vectors at most, for matrices with many tiles and for those with few: the fastest of docs/log.md
 MANY_TILES = {
-    8: Shape(8, 1, 4),
-    16: Shape(16, 1, 4),
-    32: Shape(32, 1, 4),
-    128: Shape(64, 2, 2),
-    1 << 30: Shape(128, 4, 1),
-}
+    8: Shape(8, 1, 4), 16: Shape(16, 1, 4), 32: Shape(32, 1, 4), 128: Shape(64, 2, 2), 1 << 30: Shape(128, 4, 1),
+}  # fmt: skip
 FEW_TILES = {
-    8: Shape(8, 1, 4, 4), 16: Shape(16, 1, 4, 4), 32: Shape(32, 1, 4, 4), 128: Shape(32, 1, 4),
+    8: Shape(8, 1, 4, 4), 16: Shape(16, 1, 4, 4), 32: Shape(32, 1, 4, 4), 128: Shape(64, 2, 2, 4),
     1 << 30: Shape(128, 2, 1, 2),
 }  # fmt: skip
 
@@ -69,6 +65,15 @@ class Broad:
         half = {"dtype": torch.float16, "device": gpu.device}
         sizes = max(m.kpad for m in matrices), max(m.plane_kpad for m in matrices) or 8
         self._x, self._x2 = (torch.zeros(n, self._padded, **half) for n in sizes)  # type: ignore[call-overload]
+
+    @property
+    def images(self) -> list[int]:
+        """Pointers of both, of x and of the second plane's columns."""
+        return [self._x.data_ptr(), self._x2.data_ptr()]
+
+    @property
+    def padded(self) -> int:
+        return self._padded
 
     @staticmethod
     def fits(m: DeviceMatrix) -> bool:
@@ -87,14 +92,21 @@ class Broad:
         fields = fields_of(m.fields, list(source), list(parts), self._x.data_ptr(), self._x2.data_ptr(), self._padded)
         self._gpu.launch("slimba_broad_norm", (self._batch,), fields, 4 * (m.kpad + WARPS), overlap=True)
 
-    def product(self, m: DeviceMatrix, output: Sequence[int], state: Sequence[int], part_stride: int = 0) -> None:
+    def product(
+        self,
+        m: DeviceMatrix,
+        output: Sequence[int],
+        state: Sequence[int],
+        part_stride: int = 0,
+        squares: Sequence[int] = (0, 0, 0),
+    ) -> None:
         """The product with the vectors that `norm` left, for the same matrix; shape(m).parts results,
-        `part_stride` numbers apart."""
+        `part_stride` numbers apart. squares: pointer, number and eps of the sums that steps.cu left with its images."""
         shape = self.shape(m)
 
         def fields(parts: int) -> list[int]:
             images = self._x.data_ptr(), self._x2.data_ptr(), self._padded
-            return [*m.fields, *output, *state, self._batch, *images, parts, part_stride]
+            return [*m.fields, *output, *state, self._batch, *images, parts, part_stride, *squares]
 
         codes = sum(-(-s.rows // CODES_TILE) for s in m.layout.segments if s.format == "int8")
         if codes:
