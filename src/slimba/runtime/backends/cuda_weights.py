@@ -138,8 +138,9 @@ class DeviceMatrix:
         self._keep, moved, lines = side_by_side(self._keep)
         self.place = [self._keep[0].data_ptr(), lines]
         self.fields = [moved.get(f, f) for f in self.fields]
-        self.plane_inverse, self.input_step, self.col_scale = (
-            moved.get(f, f) for f in (self.plane_inverse, self.input_step, self.col_scale)
+        pointers = self.plane_inverse, self.plane_columns_pointer, self.input_step, self.col_scale
+        self.plane_inverse, self.plane_columns_pointer, self.input_step, self.col_scale = (
+            moved.get(f, f) for f in pointers
         )
 
     @property
