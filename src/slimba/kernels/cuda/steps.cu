@@ -17,7 +17,7 @@ template <int N>
 struct StepsShared {
   float sum[THREADS], scale[THREADS], since[STATE_HEADS][KEPT], now[STATE_HEADS], dots[KEPT], bc[2 * N], part[WARPS];
   u32 slices[3][N / 4];
-  float b[KEPT][N], u[KEPT][THREADS];
+  float b[KEPT][N], u[KEPT][THREADS];  // b: or pairs of tokens in bfloat16, N + 4 words a pair
 };
 
 // A channel of the convolution without the token's own input, which comes last.
@@ -51,6 +51,92 @@ DEV void put_image(const Steps& all, const float* v, int b) {
     const i32 low = ((const i32*)all.plane_index)[place], high = ((const i32*)all.plane_index)[place + 16];
     const u32 two = pack_halves(low < 0 ? 0.0f : v[low - first], high < 0 ? 0.0f : v[high - first]);
     *(u32*)(image_at(all.image2, (int)all.padded, b, place / 256 * 32 + step * 2 + place % 2) + place / 64 % 4 * 4) = two;
+  }
+}
+
+// S <- decay S + u b^T for the rows of a block after the last of KEPT tokens. Float32, one row of four lanes after another.
+template <int N>
+DEV void store_exact(const StepsShared<N>& m, u8* rows) {
+  constexpr int Q = N / 16;
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+#pragma unroll 1
+  for (int k = 0; k < 4; ++k) {
+    const int row = warp * 32 + k * 8 + g;
+    float4* at = (float4*)rows + row * (N / 4);
+#pragma unroll 1
+    for (int q = 0; q < Q; ++q) {
+      float4 v = at[q * 4 + t];
+      v.x *= m.scale[row], v.y *= m.scale[row], v.z *= m.scale[row], v.w *= m.scale[row];
+#pragma unroll 4
+      for (int i = 0; i < KEPT; ++i) {
+        const float* b = &m.b[i][(q * 4 + t) * 4];
+        v.x = fmaf(m.u[i][row], b[0], v.x), v.y = fmaf(m.u[i][row], b[1], v.y);
+        v.z = fmaf(m.u[i][row], b[2], v.z), v.w = fmaf(m.u[i][row], b[3], v.w);
+      }
+      at[q * 4 + t] = v;
+    }
+  }
+}
+// The same in fewer bits, on the tensor cores: KEPT tokens are the columns of the left operand, u in two bfloat16 numbers. The
+// right operand's columns are permuted so that a lane's sums are of the entries that it loads.
+template <int TYPE, int N>
+DEV void store_state(const StepsShared<N>& m, u8* rows, float* scales) {
+  constexpr int SIZE = Stored<TYPE>::SIZE, E = Stored<TYPE>::E, Q = N * SIZE / 64;
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+  const u32* pairs = (const u32*)m.b + t * (N + 4);
+#pragma unroll 1
+  for (int tile = 0; tile < 2; ++tile) {
+    const int row = warp * 32 + tile * TILE + g;  // and 8 below
+    u32 high[4], low[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      u32 h[2], l[2];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const float v = m.u[2 * t + k + i / 2 * 8][row + i % 2 * 8];
+        h[k] = float_to_bfloat(v), l[k] = float_to_bfloat(v - bfloat_to_float((u16)h[k]));
+      }
+      high[i] = h[0] | h[1] << 16, low[i] = l[0] | l[1] << 16;
+    }
+    float v[2][Q][E];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int q = 0; q < Q; ++q) stored_values<TYPE>(((const uint4*)(rows + (row + 8 * h) * N * SIZE))[q * 4 + t], m.scale[row + 8 * h], v[h][q]);
+#pragma unroll
+    for (int q = 0; q < Q; ++q)
+#pragma unroll
+      for (int e = 0; e < E; e += 2) {  // eight columns: those of lane t are its entries e and e + 1
+        const u32* b = pairs + (q * 4 + g / 2) * E + e + g % 2;
+        const u32 b0 = b[0], b1 = b[4 * (N + 4)];
+        float sum[4] = {v[0][q][e], v[0][q][e + 1], v[1][q][e], v[1][q][e + 1]};
+        mma_bf16(sum, low[0], low[1], low[2], low[3], b0, b1);
+        mma_bf16(sum, high[0], high[1], high[2], high[3], b0, b1);
+        v[0][q][e] = sum[0], v[0][q][e + 1] = sum[1], v[1][q][e] = sum[2], v[1][q][e + 1] = sum[3];
+      }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      Int8Scale code = {0, 0};
+      if (TYPE == STATE_INT8) {
+        u32 top = 0;
+#pragma unroll
+        for (int q = 0; q < Q; ++q)
+#pragma unroll
+          for (int e = 0; e < E; ++e) {
+            const u32 bits = float_to_bits(v[h][q][e]) & 0x7fffffffu;
+            top = bits > top ? bits : top;
+          }
+#pragma unroll
+        for (int by = 1; by < 4; by *= 2) {
+          const u32 most = float_to_bits(shuffle_xor(bits_to_float(top), by));
+          top = most > top ? most : top;
+        }
+        code = int8_scale(top);
+        if (t == 0) scales[row + 8 * h] = code.step;
+      }
+#pragma unroll
+      for (int q = 0; q < Q; ++q) ((uint4*)(rows + (row + 8 * h) * N * SIZE))[q * 4 + t] = stored_bits<TYPE>(v[h][q], code.to_code);
+    }
   }
 }
 
@@ -215,49 +301,21 @@ DEV void steps(const Steps& all, StepsShared<N>& m) {
 
 #pragma unroll
   for (int i = 0; i < KEPT; ++i) m.u[i][threadIdx.x] = u[i] * m.since[threadIdx.x / 64][i];
-  for (int i = threadIdx.x; i < KEPT * N; i += THREADS)
-    m.b[i / N][i % N] = i / N == j ? m.bc[i % N] : kept_value(kept, kept.b, ((i64)(i / N) * groups + group) * N + i % N);
   m.scale[threadIdx.x] = expf(now) * scale;
-  __syncthreads();
-#pragma unroll 1
-  for (int k = 0; k < 4; ++k) {  // rows g and g + 8 of both tiles
-    const int row = warp * 32 + k * 8 + g;
-    const float decay = m.scale[row];
-    uint4* at = (uint4*)(ssm + (row0 + row) * N * SIZE);
-    float v[Q][E];
-#pragma unroll
-    for (int q = 0; q < Q; ++q) {
-      stored_values<TYPE>(at[q * 4 + t], 1.0f, v[q]);
-#pragma unroll
-      for (int e = 0; e < E; ++e) v[q][e] *= decay;
+  u8* rows = ssm + row0 * N * SIZE;
+  if constexpr (TYPE == STATE_F32) {
+    for (int i = threadIdx.x; i < KEPT * N; i += THREADS)
+      m.b[i / N][i % N] = i / N == j ? m.bc[i % N] : kept_value(kept, kept.b, ((i64)(i / N) * groups + group) * N + i % N);
+    __syncthreads();
+    store_exact<N>(m, rows);
+  } else {
+    for (int i = threadIdx.x; i < KEPT / 2 * N; i += THREADS) {
+      const int pair = i / N, at = i % N;
+      const u16* b0 = (const u16*)kept.b + ((i64)(2 * pair) * groups + group) * N + at;
+      const u32 low = b0[0], high = 2 * pair + 1 == j ? float_to_bfloat(m.bc[at]) : b0[(i64)groups * N];
+      ((u32*)m.b)[pair * (N + 4) + at] = low | high << 16;
     }
-#pragma unroll 1
-    for (int i = 0; i < KEPT; ++i) {
-      const float of = m.u[i][row];
-#pragma unroll
-      for (int q = 0; q < Q; ++q)
-#pragma unroll
-        for (int e = 0; e < E; ++e) v[q][e] = fmaf(of, m.b[i][(q * 4 + t) * E + e], v[q][e]);
-    }
-    Int8Scale code = {0, 0};
-    if (TYPE == STATE_INT8) {
-      top = 0;
-#pragma unroll
-      for (int q = 0; q < Q; ++q)
-#pragma unroll
-        for (int e = 0; e < E; ++e) {
-          const u32 bits = float_to_bits(v[q][e]) & 0x7fffffffu;
-          top = bits > top ? bits : top;
-        }
-#pragma unroll
-      for (int by = 1; by < 4; by *= 2) {
-        const u32 most = float_to_bits(shuffle_xor(bits_to_float(top), by));
-        top = most > top ? most : top;
-      }
-      code = int8_scale(top);
-      if (t == 0) scales[row0 + row] = code.step;
-    }
-#pragma unroll
-    for (int q = 0; q < Q; ++q) at[q * 4 + t] = stored_bits<TYPE>(v[q], code.to_code);
+    __syncthreads();
+    store_state<TYPE, N>(m, rows, scales + row0);
   }
 }
