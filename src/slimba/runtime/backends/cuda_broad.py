@@ -45,11 +45,12 @@ class Shape:
 
 # By how many vectors at most, for matrices with many tiles and for those with few: the fastest of docs/log.md
 MANY_TILES = {
-    8: Shape(8, 1, 4), 16: Shape(16, 1, 4), 32: Shape(32, 1, 4), 128: Shape(64, 2, 2), 1 << 30: Shape(128, 4, 1),
+    8: Shape(8, 1, 4), 16: Shape(16, 1, 4), 32: Shape(32, 1, 4), 128: Shape(64, 2, 2), 256: Shape(64, 4, 1),
+    1 << 30: Shape(128, 4, 1),
 }  # fmt: skip
 FEW_TILES = {
     8: Shape(8, 1, 4, 4), 16: Shape(16, 1, 4, 4), 32: Shape(32, 1, 4, 4), 128: Shape(64, 2, 2, 4),
-    1 << 30: Shape(128, 2, 1, 2),
+    256: Shape(64, 2, 2, 2), 1 << 30: Shape(128, 2, 1, 2),
 }  # fmt: skip
 
 
@@ -86,10 +87,13 @@ class Broad:
         table = self.MANY if 2 * tiles > self._gpu.blocks else self.FEW
         return next(shape for most, shape in table.items() if self._batch <= most)
 
-    def norm(self, m: DeviceMatrix, source: Sequence[int], parts: Sequence[int] = (0, 0, 0, 0)) -> None:
+    def norm(
+        self, m: DeviceMatrix, source: Sequence[int], parts: Sequence[int] = (0, 0, 0, 0), codes_x: int = 0
+    ) -> None:
         """source: fields of the struct Input, its norm in one group; parts: residual, pointer, stride and number (up to
-        4) of what is added to the source before."""
-        fields = fields_of(m.fields, list(source), list(parts), self._x.data_ptr(), self._x2.data_ptr(), self._padded)
+        4) of what is added to the source before; codes_x: where the vectors go in the order of codes too."""
+        images = self._x.data_ptr(), self._x2.data_ptr(), self._padded
+        fields = fields_of(m.fields, list(source), list(parts), list(images), codes_x)
         self._gpu.launch("slimba_broad_norm", (self._batch,), fields, 4 * (m.kpad + WARPS), overlap=True)
 
     def product(
@@ -99,19 +103,22 @@ class Broad:
         state: Sequence[int],
         part_stride: int = 0,
         squares: Sequence[int] = (0, 0, 0),
+        *,
+        codes: bool = True,
     ) -> None:
-        """The product with the vectors that `norm` left, for the same matrix; shape(m).parts results,
-        `part_stride` numbers apart. squares: pointer, number and eps of the sums that steps.cu left with its images."""
+        """The product with the vectors that `norm` left, for the same matrix; shape(m).parts results, `part_stride`
+        numbers apart. squares: pointer, number and eps of the sums that steps.cu left with its images. codes: with the
+        rows of int8 codes."""
         shape = self.shape(m)
 
         def fields(parts: int) -> list[int]:
             images = self._x.data_ptr(), self._x2.data_ptr(), self._padded
             return [*m.fields, *output, *state, self._batch, *images, parts, part_stride, *squares]
 
-        codes = sum(-(-s.rows // CODES_TILE) for s in m.layout.segments if s.format == "int8")
-        if codes:
+        tiles8 = sum(-(-s.rows // CODES_TILE) for s in m.layout.segments if s.format == "int8")
+        if codes and tiles8:
             eights = 1 if self._batch <= 8 else 2 if self._batch <= 64 else 4
-            grid = codes, -(-self._batch // (8 * eights))
+            grid = tiles8, -(-self._batch // (8 * eights))
             shared = 4 * WARPS * 8 * eights * (CODES_TILE + 1)
             self._gpu.launch(f"slimba_broad_codes_{eights}", grid, fields_of(fields(1)), shared, overlap=True)
         tiles = sum(-(-s.rows // TILE) for s in m.layout.segments if s.format == "sign")
