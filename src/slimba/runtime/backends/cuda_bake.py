@@ -42,7 +42,7 @@ MANY = {
     "broad": ("Broad", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
     "broad_codes": ("Broad", "THREADS", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
     "broad_norm": ("BroadNorm", "THREADS", "s", {MATRIX + 9, MATRIX + 13}),
-    "steps": ("Steps", "THREADS, ", "s", RECURRENCE_VARYING),
+    "steps": ("Steps", "THREADS, ", "s", RECURRENCE_VARYING | {43}),  # how many layers there are
     "prepare": ("BatchRecurrence", "THREADS", "s", RECURRENCE_VARYING),
     "states": ("BatchRecurrence", "THREADS, ", "s", RECURRENCE_VARYING),
 }
