@@ -52,6 +52,15 @@ FEW_TILES = {
     8: Shape(8, 1, 4, 4), 16: Shape(16, 1, 4, 4), 32: Shape(32, 1, 4, 4), 128: Shape(64, 2, 2, 4),
     256: Shape(64, 2, 2, 2), 1 << 30: Shape(128, 2, 1, 2),
 }  # fmt: skip
+INT4_TILES = {8: Shape(8, 1, 4), 32: Shape(32, 2, 2), 64: Shape(64, 4, 1), 1 << 30: Shape(128, 4, 1)}
+
+
+def tiles_of(m: DeviceMatrix) -> int:
+    return sum(-(-s.rows // TILE) for s in m.layout.segments if s.format in ("sign", "int4"))
+
+
+def codes_of(m: DeviceMatrix) -> bool:
+    return any(s.format == "int4" for s in m.layout.segments)
 
 
 class Broad:
@@ -59,6 +68,7 @@ class Broad:
 
     MANY: ClassVar[dict[int, Shape]] = MANY_TILES
     FEW: ClassVar[dict[int, Shape]] = FEW_TILES
+    CODES: ClassVar[dict[int, Shape]] = INT4_TILES
 
     def __init__(self, gpu: Gpu, batch: int, matrices: Sequence[DeviceMatrix]) -> None:
         self._gpu, self._batch = gpu, batch
@@ -78,13 +88,14 @@ class Broad:
 
     @staticmethod
     def fits(m: DeviceMatrix) -> bool:
-        """Whether the kernels take this matrix: signs and int8 rows, perhaps with a second plane, nothing else."""
+        """Whether the kernels take this matrix: signs and int8 rows, perhaps with a second plane, or
+        int4 rows; nothing else."""
         formats = {s.format for s in m.layout.segments}
-        return formats <= {"sign", "int8"} and "sign" in formats and not m.rank and not m.turns
+        signs = formats <= {"sign", "int8"} and "sign" in formats
+        return (signs or formats == {"int4"}) and not m.rank and not m.turns
 
     def shape(self, m: DeviceMatrix) -> Shape:
-        tiles = sum(-(-s.rows // TILE) for s in m.layout.segments if s.format == "sign")
-        table = self.MANY if 2 * tiles > self._gpu.blocks else self.FEW
+        table = self.CODES if codes_of(m) else self.MANY if 2 * tiles_of(m) > self._gpu.blocks else self.FEW
         return next(shape for most, shape in table.items() if self._batch <= most)
 
     def norm(
@@ -121,9 +132,8 @@ class Broad:
             grid = tiles8, -(-self._batch // (8 * eights))
             shared = 4 * WARPS * 8 * eights * (CODES_TILE + 1)
             self._gpu.launch(f"slimba_broad_codes_{eights}", grid, fields_of(fields(1)), shared, overlap=True)
-        tiles = sum(-(-s.rows // TILE) for s in m.layout.segments if s.format == "sign")
-        grid3 = -(-tiles // shape.tiles), -(-self._batch // shape.vectors), shape.parts
-        name = f"slimba_broad_{shape.vectors}_{shape.tiles}_{shape.split}"
+        grid3 = -(-tiles_of(m) // shape.tiles), -(-self._batch // shape.vectors), shape.parts
+        name = f"slimba_broad_{shape.vectors}_{shape.tiles}_{shape.split}" + ("_4" if codes_of(m) else "")
         self._gpu.launch(
             name, grid3, fields_of(fields(shape.parts)), shape.shared_bytes, threads=shape.threads, overlap=True
         )

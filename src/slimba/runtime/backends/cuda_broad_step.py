@@ -30,7 +30,8 @@ CHANNELS = 64 * STATE_HEADS  # of a block of slimba_steps
 
 class BroadStep(Step):
     FEWEST = 2  # sequences
-    WIDE_HEAD_FROM = 256  # sequences from which the head is expanded for cuBLAS
+    BROAD_HEAD_FROM = 64  # sequences from which broad.cu takes an int4 head
+    WIDE_HEAD_FROM = 256  # and from which another is expanded for cuBLAS
     AHEAD = 64  # sequences up to which a layer asks for the next one's weights
     STATES_AHEAD = 32  # and states, which with more would not stay in the L2 cache
 
@@ -40,7 +41,8 @@ class BroadStep(Step):
         spec, zeros = model.spec, self._zeros
         matrices = [m for layer in model.layers for m in layer.matrices.values()]
         recorder: Any = Recorder(gpu)
-        self._broad = Broad(recorder, batch, matrices)
+        self._broad_head = batch >= self.BROAD_HEAD_FROM and Broad.fits(model.head)
+        self._broad = Broad(recorder, batch, [*matrices, model.head] if self._broad_head else matrices)
         self._mid = Mid(recorder, batch, [model.head])
         parts = max(self._broad.shape(layer.matrices["out_proj"]).parts for layer in model.layers)
         self._u = zeros(batch, spec.d_model)
@@ -102,13 +104,17 @@ class BroadStep(Step):
             gpu.launch(self._steps, grid, fields, steps_bytes(spec.d_state), overlap=True)
             self._broad.product(out, to_parts, self._state(i), stride, squares)
             added[3] = self._broad.shape(out).parts
-        wide = self.batch >= self.WIDE_HEAD_FROM
         source = [self._u.data_ptr(), spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, eps]
+        to_logits = [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7]
+        if self._broad_head:
+            self._broad.norm(model.head, source, added)
+            self._broad.product(model.head, to_logits, self._state(0))
+            return
+        wide = self.batch >= self.WIDE_HEAD_FROM
         self._mid.norm(model.head, source, 1, added, natural=wide)
         if wide:
             gpu.call(lambda: self._bulk.head(self._mid.vectors(model.head), self.logits))
         else:
-            to_logits = [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7]
             self._mid.product(model.head, to_logits, self._state(0))
 
     def _ahead(self, i: int) -> list[int]:
