@@ -44,8 +44,6 @@ DEFAULT = {
     "wide": NEVER,
     "broad": NEVER,
     "broad_head": 64,
-    "ahead": 64,
-    "states_ahead": 32,
 }
 ONE: list[tuple[str, str, dict[str, Any]]] = [
     ("dfssm", "float32", {}),
@@ -65,11 +63,7 @@ MANY: list[tuple[int, dict[str, Any]]] = [
     (batch, changes)
     for batch in (8, 512, 128, 32)
     for changes in ({"bakes": False}, {"still": 0}, {"still": 512}, {"wide": 2}, {"still": 512, "warps": 8})
-] + [
-    (batch, {"broad": 2} | changes)
-    for batch in (8, 512, 128, 32)
-    for changes in ({}, {"broad_head": NEVER}, {"ahead": 0, "states_ahead": 0}, {"states_ahead": 0})
-]
+] + [(batch, {"broad": 2} | changes) for batch in (8, 512, 128, 32) for changes in ({}, {"broad_head": NEVER})]
 
 
 def apply(changes: dict[str, Any]) -> None:
@@ -83,7 +77,6 @@ def apply(changes: dict[str, Any]) -> None:
     cuda_lean.DOT_WARPS, Mid.STILL_MOST = c["warps"], c["still"]
     BatchStep.BAKES, BatchStep.WIDE_FROM = c["bakes"], c["wide"]
     BroadStep.FEWEST, BroadStep.BROAD_HEAD_FROM = c["broad"], c["broad_head"]
-    BroadStep.AHEAD, BroadStep.STATES_AHEAD = c["ahead"], c["states_ahead"]
 
 
 def difference(got: np.ndarray, want: np.ndarray) -> str:

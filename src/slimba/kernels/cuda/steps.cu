@@ -11,14 +11,11 @@ struct Steps {
   Recurrence r;
   i64 weight, image, image2, squares, padded;  // image 0: y goes to r.y instead; squares float32 [B][blocks]
   i64 plane_index, plane_kpad;                 // of out_proj: places in groups (plane_slots in cuda_weights.py)
-  i64 codes, codes_scale, vectors, kpad;       // int8 rows of dt and what they multiply, float16 [B][kpad]; 0: dt is in r.dt
-  i64 ahead[4], layers;                        // what the next layer will read: pointers and lines of 128 bytes; layers: 0 or
-};                                             // how many there are, where the next layer's states are asked for too
+};
 
 template <int N>
 struct StepsShared {
   float sum[THREADS], scale[THREADS], since[STATE_HEADS][KEPT], now[STATE_HEADS], dots[KEPT], bc[2 * N], part[WARPS];
-  float dt[WARPS][STATE_HEADS];
   u32 slices[3][N / 4];
   float b[KEPT][N], u[KEPT][THREADS];  // b: or pairs of tokens in bfloat16, N + 4 words a pair
 };
@@ -143,41 +140,6 @@ DEV void store_state(const StepsShared<N>& m, u8* rows, float* scales) {
   }
 }
 
-// Asks for what the next layer reads; with few sequences its kernels are too short to wait for memory.
-DEV void ask_ahead(const Steps& all, const u8* rows, int bytes) {
-  const int block = blockIdx.y * gridDim.x + blockIdx.x, blocks = gridDim.x * gridDim.y;
-#pragma unroll
-  for (int k = 0; k < 4; k += 2)
-    for (int i = block * THREADS + threadIdx.x; i < (int)all.ahead[k + 1]; i += blocks * THREADS)
-      prefetch_far((const u8*)all.ahead[k] + i * 128);
-  if (all.r.state.layer + 1 < all.layers)
-    for (int i = threadIdx.x; i < bytes / 128; i += THREADS) prefetch_far(rows + i * 128);
-}
-
-// The products of dt's rows of a block's heads with its vector: dt[warp][head], to be summed over the warps.
-template <int N>
-DEV void dt_products(const Steps& all, StepsShared<N>& m, const uint2 (&known)[STATE_HEADS], int head0, int b) {
-  float sum[STATE_HEADS] = {};
-#pragma unroll 1
-  for (int c = threadIdx.x * 8; c < (int)all.kpad; c += THREADS * 8) {
-    const uint4 x = load_fresh_four((const u16*)all.vectors + (i64)b * all.kpad + c);
-#pragma unroll
-    for (int r = 0; r < STATE_HEADS; ++r) {
-      const uint2 q = c < THREADS * 8 ? known[r] : load_pair((const u8*)all.codes + (i64)(head0 + r) * all.kpad + c);
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        const u32 two = word(x, k / 2);
-        sum[r] = fmaf((float)(i8)((k < 4 ? q.x : q.y) >> k % 4 * 8), k % 2 ? high_half(two) : low_half(two), sum[r]);
-      }
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < STATE_HEADS; ++r) {
-    sum[r] = warp_sum(sum[r]);
-    if (threadIdx.x % WARP == 0) m.dt[threadIdx.x / WARP][r] = sum[r];
-  }
-}
-
 // Grid: fours of heads, sequences.
 template <int TYPE, int N>
 DEV void steps(const Steps& all, StepsShared<N>& m) {
@@ -224,29 +186,11 @@ DEV void steps(const Steps& all, StepsShared<N>& m) {
   const float weight = all.image ? ((const float*)all.weight)[channel] : 0.0f;
   const int of_head = threadIdx.x / KEPT % STATE_HEADS, of_token = threadIdx.x % KEPT;
   const float l_before = of_token < j ? kept.l[of_token * heads + head0 + of_head] : 0.0f;
-  uint2 codes[STATE_HEADS];
-  const float code_scale = all.codes ? half_bits_to_float(((const u16*)all.codes_scale)[head]) : 0.0f;
-#pragma unroll
-  for (int r = 0; r < STATE_HEADS; ++r) {
-    const bool there = all.codes && (int)threadIdx.x * 8 < (int)all.kpad;
-    codes[r] = there ? load_pair((const u8*)all.codes + (i64)(head0 + r) * all.kpad + threadIdx.x * 8) : uint2{0, 0};
-  }
   release_next();
-  ask_ahead(all, ssm + (row0 + state_array(p.state, 4) * inner) * N * SIZE, THREADS * N * SIZE);
   await_previous();
-  const float in = load_fresh(newest + channel);
+  const float raw_dt = load_fresh((const float*)p.dt + b * (int)p.dt_stride + head), in = load_fresh(newest + channel);
   const float in_bc = load_fresh(newest + (of_bc ? bc_channel : inner));
   const float z = p.gated ? load_fresh((const float*)p.z + b * (int)p.z_stride + channel) : 0.0f;
-  float raw_dt = 0;
-  if (all.codes) {
-    dt_products(all, m, codes, head0, b);
-    __syncthreads();
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) raw_dt += m.dt[w][threadIdx.x / 64];
-    raw_dt *= code_scale;
-  } else {
-    raw_dt = load_fresh((const float*)p.dt + b * (int)p.dt_stride + head);
-  }
   const float x = silu(fmaf(own.last, in, own.sum)), dt = softplus(raw_dt + dt_bias, param_float(p.dt_low), param_float(p.dt_high));
   const float of_bc_value = silu(fmaf(other.last, in_bc, other.sum)), now = last + dt * a, of_now = as_kept(TYPE, dt * x);
   keep_value(kept, kept.u, (i64)j * inner + channel, of_now);

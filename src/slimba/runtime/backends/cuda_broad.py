@@ -98,13 +98,10 @@ class Broad:
         table = self.CODES if codes_of(m) else self.MANY if 2 * tiles_of(m) > self._gpu.blocks else self.FEW
         return next(shape for most, shape in table.items() if self._batch <= most)
 
-    def norm(
-        self, m: DeviceMatrix, source: Sequence[int], parts: Sequence[int] = (0, 0, 0, 0), codes_x: int = 0
-    ) -> None:
+    def norm(self, m: DeviceMatrix, source: Sequence[int], parts: Sequence[int] = (0, 0, 0, 0)) -> None:
         """source: fields of the struct Input, its norm in one group; parts: residual, pointer, stride and number (up to
-        4) of what is added to the source before; codes_x: where the vectors go in the order of codes too."""
-        images = self._x.data_ptr(), self._x2.data_ptr(), self._padded
-        fields = fields_of(m.fields, list(source), list(parts), list(images), codes_x)
+        4) of what is added to the source before."""
+        fields = fields_of(m.fields, list(source), list(parts), self._x.data_ptr(), self._x2.data_ptr(), self._padded)
         self._gpu.launch("slimba_broad_norm", (self._batch,), fields, 4 * (m.kpad + WARPS), overlap=True)
 
     def product(
@@ -114,22 +111,19 @@ class Broad:
         state: Sequence[int],
         part_stride: int = 0,
         squares: Sequence[int] = (0, 0, 0),
-        *,
-        codes: bool = True,
     ) -> None:
-        """The product with the vectors that `norm` left, for the same matrix; shape(m).parts results, `part_stride`
-        numbers apart. squares: pointer, number and eps of the sums that steps.cu left with its images. codes: with the
-        rows of int8 codes."""
+        """The product with the vectors that `norm` left, for the same matrix; shape(m).parts results,
+        `part_stride` numbers apart. squares: pointer, number and eps of the sums that steps.cu left with its images."""
         shape = self.shape(m)
 
         def fields(parts: int) -> list[int]:
             images = self._x.data_ptr(), self._x2.data_ptr(), self._padded
             return [*m.fields, *output, *state, self._batch, *images, parts, part_stride, *squares]
 
-        tiles8 = sum(-(-s.rows // CODES_TILE) for s in m.layout.segments if s.format == "int8")
-        if codes and tiles8:
+        codes = sum(-(-s.rows // CODES_TILE) for s in m.layout.segments if s.format == "int8")
+        if codes:
             eights = 1 if self._batch <= 8 else 2 if self._batch <= 64 else 4
-            grid = tiles8, -(-self._batch // (8 * eights))
+            grid = codes, -(-self._batch // (8 * eights))
             shared = 4 * WARPS * 8 * eights * (CODES_TILE + 1)
             self._gpu.launch(f"slimba_broad_codes_{eights}", grid, fields_of(fields(1)), shared, overlap=True)
         grid3 = -(-tiles_of(m) // shape.tiles), -(-self._batch // shape.vectors), shape.parts
