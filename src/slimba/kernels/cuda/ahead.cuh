@@ -21,6 +21,7 @@ DEV void fetch_state_ahead(const QuickRecurrence& p) {
   const int inner = (int)p.inner, n = (int)p.d_state, per_sequence = inner / (int)p.span, unit = blockIdx.x;
   const int b = unit / per_sequence, first = unit % per_sequence * (int)p.span;
   const int entry = p.state_type == STATE_F32 ? 4 : p.state_type == STATE_BF16 ? 2 : 1, kept_entry = entry < 4 ? 2 : 4;
+  if (b >= (int)p.batch) return;
   const i64 slot = slot_of(s, b);
   const u8* rows = (const u8*)state_array(s, 0) + ((s.layer * state_array(s, 4) + slot) * inner + first) * n * entry;
   for (int i = threadIdx.x; i < (int)p.span * n * entry / 128; i += blockDim.x) prefetch_far(rows + i * 128);

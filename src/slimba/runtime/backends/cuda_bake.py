@@ -51,7 +51,7 @@ MANY = {
 class Baked:
     """Collects kernels; `source` is their text."""
 
-    ORDER = "InOrder()"
+    ORDER = "AtOnce()"  # of the kernels for one vector: when they let the next one begin
     QUICK_RESIDENT = 2  # blocks for which a multiprocessor should have registers
 
     def __init__(self) -> None:
@@ -73,10 +73,11 @@ class Baked:
             return self._add("slimba_codes", kernel(struct, f"{lean.threads}, 1", sets, ahead + call))
         if lean is not None:
             call = f"{lean.name}(s, smem, {self.ORDER});"
+            ahead = self._first() + ahead
             return self._add("slimba_lean", kernel(struct, f"{lean.threads}, {lean.resident}", sets, ahead + call))
         bounds = "THREADS, 2" if tokens == 1 else "THREADS"
         first = "0" if tokens == 1 else f"{tokens} * blockIdx.y"
-        call = f"product<{tokens}>(s, smem, {first}, blockIdx.x, gridDim.x, {self.ORDER});"
+        call = f"product<{tokens}>(s, smem, {first}, blockIdx.x, gridDim.x, InOrder());"
         return self._add(f"slimba_product_{tokens}", kernel("Product", bounds, sets, call))
 
     def recurrence(self, fields: np.ndarray, instance: str) -> str:
@@ -84,13 +85,13 @@ class Baked:
         sets = constants(fields, RECURRENCE_POINTERS, RECURRENCE_VARYING)
         if instance == QUICK:
             call = f"quick_recur(s, smem, {self.ORDER});"
-            struct, ahead = "Recurrence", ""
+            struct, ahead = "Recurrence", self._first()
             if len(fields) > RECURRENCE:
                 struct = "QuickRecurrence"
-                ahead = "fetch_ahead(s.ahead, s.ahead_lines); fetch_state_ahead(s); "
+                ahead += "fetch_ahead(s.ahead, s.ahead_lines); fetch_state_ahead(s); "
             bounds = f"{QUICK_THREADS}, {self.QUICK_RESIDENT}"
             return self._add("slimba_quick", kernel(struct, bounds, sets, ahead + call))
-        call = f"recur<{instance}>(s, smem, blockIdx.x, gridDim.x, {self.ORDER});"
+        call = f"recur<{instance}>(s, smem, blockIdx.x, gridDim.x, InOrder());"
         return self._add("slimba_recur", kernel("Recurrence", "THREADS, 2", sets, call))
 
     def of_many(self, name: str, fields: np.ndarray) -> str | None:
@@ -114,6 +115,9 @@ class Baked:
         sets = " ".join(f"f[{i}] = {v};" for i, v in fixed)
         text = kernel(struct, bounds, sets, f"{kind}{template}({call});")
         return self._add(f"slimba_{kind}", text)
+
+    def _first(self) -> str:
+        return "release_next(); " if self.ORDER == "AtOnce()" else ""
 
     def _add(self, name: str, text: str) -> str:
         return self._names.setdefault((name, text), f"{name}_{len(self._names)}")

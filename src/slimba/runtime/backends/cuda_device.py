@@ -50,7 +50,7 @@ class Gpu:
     ) -> None:
         self.device, self.blocks, self.shared, self.bakes = device, blocks, shared, bakes
         self.warpgroups = warpgroups
-        self._overlap = overlap
+        self._overlap = self.overlaps = overlap
         self.module_builder = build
         self._modules: dict[tuple[str, str], Any] = {}
 

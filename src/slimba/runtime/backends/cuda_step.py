@@ -181,6 +181,9 @@ class FusedStep(Step):
 
     arithmetic = "23-bit fixed point"
     DOTS = QUICK = AHEAD = True
+    # Shared memory that kernels ask for so that their blocks spread over the multiprocessors: neighbours fit beside
+    # each other, but never two blocks of one kernel.
+    SPREAD, BESIDE = 164 * 1024, {"in_proj": 0.485, "recur": 0.378, "out_proj": 0.5005}
 
     def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str) -> None:
         super().__init__(model, gpu, batch)
@@ -237,9 +240,11 @@ class FusedStep(Step):
     def product(self, m: DeviceMatrix, i: int, groups: int, overlap: bool) -> None:
         """Launches the i-th product; `groups` of its input's norm."""
         if lean := self._lean.get(i):
+            last = i == len(self.products) - 1
+            room = 0 if last else self._room("in_proj" if i % 2 == 0 else "out_proj")
             self._gpu.launch(
                 self._kernels[i], (self._gpu.blocks,), self.products[i],
-                lean.shared_bytes, threads=lean.threads, overlap=overlap, module=self._own,
+                max(lean.shared_bytes, room), threads=lean.threads, overlap=overlap, module=self._own,
             )  # fmt: skip
             return
         blocks = self._gpu.blocks * (2 if m.items >= 2 * WARPS * self._gpu.blocks else 1)  # two fit a multiprocessor
@@ -254,9 +259,9 @@ class FusedStep(Step):
         if self._quick:
             self._gpu.launch(
                 name,
-                (units,),
+                (max(units, self._gpu.blocks),),
                 self.recurrences[i],
-                QUICK_BYTES,
+                max(QUICK_BYTES, self._room("recur")),
                 threads=QUICK_THREADS,
                 overlap=overlap,
                 module=self._own,
@@ -265,6 +270,11 @@ class FusedStep(Step):
         shared = recur_bytes(spec)
         grid = (min(units, 8 * self._gpu.blocks),)
         self._gpu.launch(name, grid, self.recurrences[i], shared, overlap=overlap, module=self._own)
+
+    def _room(self, kernel: str) -> int:
+        """Shared memory to ask for, whatever a kernel uses. Without it the blocks of the next kernel go in pairs to
+        where there is room first, and half of the GPU has nothing to do."""
+        return int(self.BESIDE[kernel] * self.SPREAD) // 128 * 128 if self._gpu.overlaps and self.batch == 1 else 0
 
     def _generic(self) -> tuple[list[str], Any]:
         """Names of the kernels of products and recurrences, and their module: kernels for any shape."""
