@@ -76,7 +76,7 @@ Model::Input Model::make_input(InputBuffers& b, const bool (&wanted)[kFormats], 
     if (!wanted[f]) continue;
     if (int8 && quantised(Format(f))) {
       const QuantFormat& k = *kernels_.quant[f];
-      const std::int64_t bytes = tokens <= k.few_tokens ? k.prepared_bytes(cols) : 0;
+      const std::int64_t bytes = tokens <= k.few_tokens || k.many_prepared ? k.prepared_bytes(cols) : 0;
       if (bytes) in.q_prepared[f] = elements<std::uint8_t>(b.prepared[f], tokens * bytes);
     } else {
       in.floats[f] = b.floats[f].at_least(tokens * kernels_.format[f]->prepared_floats(cols));

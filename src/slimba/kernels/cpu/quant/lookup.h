@@ -14,7 +14,8 @@ constexpr int64_t kLookupRows = 32;
 constexpr int64_t kLookupOffset = 508;
 constexpr int64_t kWidenColumns = 256;  // whose sums of 32 h + l fit 16 bits without a sign
 
-inline int64_t lookup_bytes(int64_t cols) { return round_up(cols, 64) * 8; }  // 16 low and 16 high parts for 4 columns
+// 16 low and 16 high parts for 4 columns, and a line more: or tokens would fight for the same cache sets
+inline int64_t lookup_bytes(int64_t cols) { return round_up(cols, 64) * 8 + 64; }
 
 void lookup_prepare(const int8_t* x, int64_t cols, uint8_t* out) {
   const vi first = _mm256_setr_epi32(0, 1, 0x100, 0x101, 0x10000, 0x10001, 0x10100, 0x10101);
