@@ -91,8 +91,9 @@ inline vi widened(const vi (&wide)[2], int i) {
   return _mm256_cvtepu16_epi32(i < 2 ? _mm256_castsi256_si128(v) : _mm256_extracti128_si256(v, 1));
 }
 
-// Sums of the chosen activations of 32 transposed rows: sum[i] holds the rows 8 i .. 8 i + 8.
-inline void look_up(const uint8_t* columns, int64_t row_bytes, const uint8_t* tables, vi (&sum)[4]) {
+// Sums of the chosen activations of 32 transposed rows: sum[i] holds the rows 8 i .. 8 i + 8. fetch(k) before eight bytes.
+template <class Fetch>
+inline void look_up(const uint8_t* columns, int64_t row_bytes, const uint8_t* tables, const Fetch& fetch, vi (&sum)[4]) {
   const vi nibble = ibytes(15);
   for (int i = 0; i < 4; ++i) sum[i] = iset(int(-kLookupOffset * 2 * row_bytes));
   for (int64_t from = 0; from < row_bytes; from += kWidenColumns / 8) {
@@ -100,6 +101,7 @@ inline void look_up(const uint8_t* columns, int64_t row_bytes, const uint8_t* ta
     const int64_t to = min64(from + kWidenColumns / 8, row_bytes);
     for (int64_t k = from; k < to; k += 8) {  // 64 columns: eight parts in every byte of a sum
       vi low[2] = {izero(), izero()}, high[2] = {izero(), izero()};
+      fetch(k);
 #pragma GCC unroll 8
       for (int64_t j = k; j < k + 8; ++j) {
         const vi v = iload(columns + j * 32), a = iand(v, nibble), b = iand(ishr16<4>(v), nibble);
@@ -122,11 +124,15 @@ void lookup_few(const QuantArgs& a) {
   for (int64_t row = a.row_begin; row < a.row_end; row += kLookupRows) {
     const int64_t n = min64(kLookupRows, a.row_end - row);
     transpose_bytes(a.data + row * row_bytes, row_bytes, n, 0, row_bytes, a.scratch);
-    for (int64_t b = 0; b < kLookupRows * row_bytes; b += 64)
-      _mm_prefetch((const char*)a.data + (row + kLookupRows) * row_bytes + b, _MM_HINT_T1);
+    const uint8_t* ahead = a.data + row * row_bytes + kAhead;
+    const auto fetch = [&](int64_t k) {  // of eight bytes of every row
+      for (int64_t i = 0; i < 8 * kLookupRows; i += 64) fetch_line(ahead + k * kLookupRows + i, a.once);
+    };
     for (int64_t t = 0; t < a.tokens; ++t) {
       vi sum[4];
-      look_up(a.scratch, row_bytes, a.prepared + t * lookup_bytes(a.cols), sum);
+      const uint8_t* tables = a.prepared + t * lookup_bytes(a.cols);
+      if (t == 0) look_up(a.scratch, row_bytes, tables, fetch, sum);
+      else look_up(a.scratch, row_bytes, tables, [](int64_t) {}, sum);
       const int total = finish.total(t);
       for (int i = 0; i < 4 && i * W < n; ++i) {
         const int64_t first = row + i * W, count = min64(W, n - i * W);
