@@ -76,6 +76,8 @@ inline void add_looked_up(vi& sum, vi table, vi index) {
   asm("vpshufb %3, %2, %1\n\tvpaddb %1, %0, %0" : "+x"(sum), "=x"(found) : "x"(table), "x"(index));
 }
 
+inline void looked_up(vi& sum, vi table, vi index) { asm("vpshufb %2, %1, %0" : "=x"(sum) : "x"(table), "x"(index)); }
+
 inline vi table_at(const uint8_t* p) { return irepeat(_mm_loadu_si128((const __m128i*)p)); }
 
 // low + 32 high of 32 rows, added to 16-bit sums: wide[0] has the rows 0 .. 7 and 16 .. 23, wide[1] the others.

@@ -43,20 +43,22 @@ inline void lookup_tile(const uint8_t* nibbles, int64_t bytes, const uint8_t* ta
     for (int r = 0; r < 2; ++r) wide[t][r][0] = wide[t][r][1] = izero();
   for (int64_t k = 0; k < 2 * bytes; k += 8) {  // 32 columns: eight parts in every byte of a sum
     vi low[TK][2], high[TK][2];
-#pragma GCC unroll 2
-    for (int t = 0; t < TK; ++t)
-#pragma GCC unroll 2
-      for (int r = 0; r < 2; ++r) low[t][r] = high[t][r] = izero();
 #pragma GCC unroll 8
-    for (int64_t j = k; j < k + 8; ++j) {
+    for (int i = 0; i < 8; ++i) {
+      const int64_t j = k + i;
       const vi index[2] = {iload(nibbles + j * kPairRows), iload(nibbles + j * kPairRows + kLookupRows)};
 #pragma GCC unroll 2
       for (int t = 0; t < TK; ++t) {
         const vi table = table_at(tables + t * stride + j * 32), above = table_at(tables + t * stride + j * 32 + 16);
 #pragma GCC unroll 2
         for (int r = 0; r < 2; ++r) {
-          add_looked_up(low[t][r], table, index[r]);
-          add_looked_up(high[t][r], above, index[r]);
+          if (i == 0) {
+            looked_up(low[t][r], table, index[r]);
+            looked_up(high[t][r], above, index[r]);
+          } else {
+            add_looked_up(low[t][r], table, index[r]);
+            add_looked_up(high[t][r], above, index[r]);
+          }
         }
       }
     }
