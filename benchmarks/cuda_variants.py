@@ -28,6 +28,7 @@ from slimba.runtime.backends import cuda_lean
 from slimba.runtime.backends.cuda import CudaEngine
 from slimba.runtime.backends.cuda_bake import Baked
 from slimba.runtime.backends.cuda_batch import BatchStep
+from slimba.runtime.backends.cuda_broad_step import BroadStep
 from slimba.runtime.backends.cuda_mid import Mid
 from slimba.runtime.backends.cuda_step import FusedStep
 
@@ -41,6 +42,10 @@ DEFAULT = {
     "bakes": True,
     "still": 128,
     "wide": NEVER,
+    "broad": NEVER,
+    "broad_head": 64,
+    "ahead": 64,
+    "states_ahead": 32,
 }
 ONE: list[tuple[str, str, dict[str, Any]]] = [
     ("dfssm", "float32", {}),
@@ -60,6 +65,10 @@ MANY: list[tuple[int, dict[str, Any]]] = [
     (batch, changes)
     for batch in (8, 512, 128, 32)
     for changes in ({"bakes": False}, {"still": 0}, {"still": 512}, {"wide": 2}, {"still": 512, "warps": 8})
+] + [
+    (batch, {"broad": 2} | changes)
+    for batch in (8, 512, 128, 32)
+    for changes in ({}, {"broad_head": NEVER}, {"ahead": 0, "states_ahead": 0}, {"states_ahead": 0})
 ]
 
 
@@ -73,6 +82,8 @@ def apply(changes: dict[str, Any]) -> None:
     )
     cuda_lean.DOT_WARPS, Mid.STILL_MOST = c["warps"], c["still"]
     BatchStep.BAKES, BatchStep.WIDE_FROM = c["bakes"], c["wide"]
+    BroadStep.FEWEST, BroadStep.BROAD_HEAD_FROM = c["broad"], c["broad_head"]
+    BroadStep.AHEAD, BroadStep.STATES_AHEAD = c["ahead"], c["states_ahead"]
 
 
 def difference(got: np.ndarray, want: np.ndarray) -> str:

@@ -24,6 +24,8 @@ LAYOUTS: dict[str, MatrixLayout] = {
     "plane": MatrixLayout(530, (Segment(270, "sign"), Segment(9, "int8")), plane=Plane(100, 205, 261)),
     "planes": MatrixLayout(2048, (Segment(70, "sign"), Segment(67, "sign")), plane=Plane(683, 64, 137)),
     "long": MatrixLayout(4096, (Segment(66, "sign"), Segment(17, "int8")), plane=Plane(1365, 0, 66)),
+    "int4": MatrixLayout(391, (Segment(150, "int4"),), col_scale=True),
+    "int4-long": MatrixLayout(1030, (Segment(67, "int4"), Segment(5, "int4"))),
 }
 SHAPES = ((8, 1, 4, 1), (8, 2, 1, 3), (16, 1, 2, 2), (32, 1, 4, 4), (64, 2, 2, 1), (128, 4, 1, 2))
 
@@ -36,7 +38,7 @@ def broad_product(gpu: Any, matrix: Matrix, x: np.ndarray, shape: tuple[int, int
     from slimba.runtime.backends.cuda_weights import DeviceMatrix
 
     fixed = {1 << 30: Shape(*shape)}
-    Fixed: Any = type("Fixed", (Broad,), {"MANY": fixed, "FEW": fixed})
+    Fixed: Any = type("Fixed", (Broad,), {"MANY": fixed, "FEW": fixed, "CODES": fixed})
     m, recorder = DeviceMatrix(matrix, gpu.device, gpu.blocks), Recorder(gpu)
     assert Broad.fits(m)
     given = torch.from_numpy(x).to(gpu.device)

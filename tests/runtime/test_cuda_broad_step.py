@@ -17,10 +17,11 @@ torch = pytest.importorskip("torch")
 
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(("d_state", "groups"), [(64, 2), (128, 1)])
-def test_steps_are_the_recurrence(d_state: int, groups: int, state_dtype: str) -> None:
+def test_steps_are_the_recurrence(d_state: int, groups: int, state_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sequence elsewhere in its buffer, past the token that stores the state; batch.cu's too."""
     from slimba.runtime.backends.cuda import CudaEngine
 
+    monkeypatch.setattr("slimba.runtime.backends.cuda_broad_step.BroadStep.BROAD_HEAD_FROM", 2 if groups == 1 else 99)
     spec = mamba2_spec(
         d_model=64, headdim=64, d_inner=2048, d_state=d_state, n_groups=groups, n_layer=1, norm_group_size=2048
     )

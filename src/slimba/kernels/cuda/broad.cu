@@ -1,4 +1,4 @@
-// Products of a packed matrix with eight to hundreds of vectors on the tensor cores of sm_90: a warpgroup expands 64 rows of signs
+// Products of a packed matrix with eight to hundreds of vectors on the tensor cores of sm_90: a warpgroup expands 64 rows of signs (or int4)
 // in its registers, the vectors come through shared memory, and nothing else is read or written of either.
 //
 // Naive twin: `Matrix.matmul` of formats/matrix.py. Tests: tests/kernels/test_cuda_broad.py.
@@ -29,22 +29,23 @@ struct Broad {
 };
 #define IMAGE_SCALE 0.0625f  // of such vectors
 
-struct BroadTile {  // 64 rows of signs
+struct BroadTile {  // 64 rows of signs or int4 codes
   const u8 *data, *plane_data;
   const u16* scale;
-  int stride, local, rows, first, in_plane, plane_rows;
+  int stride, local, rows, first, in_plane, plane_rows, groups;
   bool there, plane;
 };
+template <int FORMAT>
 DEV BroadTile broad_tile(const Matrix& m, int at) {
-  BroadTile out = {nullptr, (const u8*)m.plane_data, nullptr, 0, 0, 0, 0, 0, 0, false, false};
+  BroadTile out = {nullptr, (const u8*)m.plane_data, nullptr, 0, 0, 0, 0, 0, 0, 0, false, false};
 #pragma unroll
   for (int k = 0; k < MAX_SEGMENTS; ++k) {
-    if (k >= (int)m.segments || m.segment[k].format != SIGN) continue;
+    if (k >= (int)m.segments || m.segment[k].format != FORMAT) continue;
     const Segment& s = m.segment[k];
     const int count = ((int)s.rows + 63) / 64;
     if (at >= 0 && at < count) {
       out.data = (const u8*)s.data, out.scale = (const u16*)s.scale, out.stride = (int)s.stride;
-      out.local = at * 64, out.rows = (int)s.rows, out.first = (int)s.first, out.there = true;
+      out.local = at * 64, out.rows = (int)s.rows, out.first = (int)s.first, out.groups = (int)s.groups, out.there = true;
     }
     at -= count;
   }
@@ -58,8 +59,42 @@ DEV void sign_left(u32 w0, u32 w1, int jj, u32 (&a)[4]) {
   a[2] = sign_pair(w0, 14 - 2 * jj), a[3] = sign_pair(w1, 14 - 2 * jj);
 }
 
+// A lane's weights of a unit: rows lane / 4 and 8 below of its warp's sixteen.
+template <int FORMAT>
+struct BroadBits {
+  uint2 row[2];
+};
+template <>
+struct BroadBits<INT4> {
+  uint4 row[2][2];
+  u32 scale[2];
+};
+DEV void left_operand(const BroadBits<SIGN>& w, int step, u32 (&a)[4]) {
+  sign_left(step / 8 ? w.row[0].y : w.row[0].x, step / 8 ? w.row[1].y : w.row[1].x, step % 8, a);
+}
+DEV void left_operand(const BroadBits<INT4>& w, int step, u32 (&a)[4]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const u32 codes = word(w.row[h][step / 8], step % 4);
+    a[h] = int4_pair(codes, step % 8 < 4 ? 0 : 8, w.scale[h]);
+    a[2 + h] = int4_pair(codes, step % 8 < 4 ? 4 : 12, w.scale[h]);
+  }
+}
+DEV void load_codes(const BroadTile& tile, int row, int unit, BroadBits<INT4>& to) {
+  const int t = threadIdx.x % 4, group = unit * 2 + t / 2;  // of 128 columns
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int local = tile.local + row + 8 * h;
+    const bool there = tile.there && local < tile.rows && group < tile.groups;
+    const u8* at = tile.data + (i64)local * tile.stride + unit * 128 + t * 32;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) to.row[h][i] = there ? load_weights(at + 16 * i) : uint4{0, 0, 0, 0};
+    to.scale[h] = there ? tile.scale[(i64)local * tile.groups + group] * 0x10001u : 0;
+  }
+}
+
 // N vectors of a block; G tiles, a warpgroup each, whose units of columns are divided among KS warpgroups.
-template <int N, int G, int KS>
+template <int N, int G, int KS, int FORMAT = SIGN>
 DEV void broad(const Broad& p, u8* smem) {
   constexpr int WARPGROUPS = G * KS, SHARE = UNIT * 2 * N, STAGE = KS * SHARE, HALF = N / 2, EACH = HALF / KS;
   static_assert(HALF % KS == 0, "a warpgroup finishes its share of the sums");
@@ -72,8 +107,8 @@ DEV void broad(const Broad& p, u8* smem) {
   float* factor = (float*)(rings + N);  // of the sums of a vector
   bool any = false;
 #pragma unroll
-  for (int k = 0; k < G; ++k) any = any || broad_tile(m, blockIdx.x + k * gridDim.x).plane;
-  const BroadTile tile = broad_tile(m, blockIdx.x + own * gridDim.x);
+  for (int k = 0; k < G; ++k) any = any || broad_tile<FORMAT>(m, blockIdx.x + k * gridDim.x).plane;
+  const BroadTile tile = broad_tile<FORMAT>(m, blockIdx.x + own * gridDim.x);
   const int planes = any ? (int)m.plane_kpad / UNIT : 0, all = planes + (int)m.kpad / UNIT;
   const int from = all * part / (int)p.parts, mine = all * (part + 1) / (int)p.parts - from;
   const int begin = from + mine * ks / KS, end = from + mine * (ks + 1) / KS, rounds = (mine + KS - 1) / KS;
@@ -104,9 +139,11 @@ DEV void broad(const Broad& p, u8* smem) {
                (const u8*)image + ((i64)at * p.padded + first) * 128, SHARE / 4, bar);
   };
 
-  uint2 bits[2], next[2];
-  load(begin, bits);
-  load(begin + 1, next);
+  BroadBits<SIGN> bits, next;  // of signs two units are in registers, of codes only the one that is multiplied
+  if constexpr (FORMAT == SIGN) {
+    load(begin, bits.row);
+    load(begin + 1, next.row);
+  }
   if (threadIdx.x == 0) {
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i) {
@@ -120,7 +157,7 @@ DEV void broad(const Broad& p, u8* smem) {
   for (int h = 0; h < 2; ++h) {
     const int local = tile.local + row + 8 * h, in_plane = tile.in_plane + row + 8 * h;
     const bool there = tile.there && local < tile.rows, in = there && tile.plane && in_plane >= 0 && in_plane < tile.plane_rows;
-    scale[h] = there ? fmaxf(half_bits_to_float(tile.scale[local]), 5.9e-8f) : 1.0f;  // never 0, the plane's is divided by it
+    scale[h] = there && FORMAT == SIGN ? fmaxf(half_bits_to_float(tile.scale[local]), 5.9e-8f) : 1.0f;  // never 0, the plane's is divided by it
     scale2[h] = in ? half_bits_to_float(((const u16*)m.plane_scale)[in_plane]) : 0.0f;
   }
   release_next();
@@ -145,11 +182,15 @@ DEV void broad(const Broad& p, u8* smem) {
   float acc[HALF] = {};
   auto skip = [&](int round, int at) {
     barrier_wait(&full[round % DEPTH], round / DEPTH & 1);
-    bits[0] = next[0], bits[1] = next[1];
-    load(at + 2, next);
+    if constexpr (FORMAT == SIGN) {
+      bits = next;
+      load(at + 2, next.row);
+    }
   };
   auto unit = [&](int round, int at) {
-    const uint2 lo = bits[0], hi = bits[1];
+    BroadBits<FORMAT> w;
+    if constexpr (FORMAT == SIGN) w = bits;
+    else load_codes(tile, row, at - planes, w);
     skip(round, at);
     const u8* x = stages + round % DEPTH * STAGE + ks * SHARE;
 #pragma unroll
@@ -159,10 +200,7 @@ DEV void broad(const Broad& p, u8* smem) {
       for (int two = 0; two < 2; ++two) {
         u32 a[2][4];
 #pragma unroll
-        for (int s = 0; s < 2; ++s) {
-          const int step = quarter * 4 + two * 2 + s;
-          sign_left(step / 8 ? lo.y : lo.x, step / 8 ? hi.y : hi.x, step % 8, a[s]);
-        }
+        for (int s = 0; s < 2; ++s) left_operand(w, quarter * 4 + two * 2 + s, a[s]);
 #pragma unroll
         for (int i = 0; i < 8; ++i) refresh(a[i / 4][i % 4]);
         products_wait<1>();  // here and not before they are made, or the assembler runs one product after another

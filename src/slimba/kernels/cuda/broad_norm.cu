@@ -10,6 +10,7 @@ struct BroadNorm {
   Input in;
   i64 residual, parts, part_stride, n_parts;  // n_parts: 0 to 4; residual: 1 where in.x is added to and written
   i64 x, x2, padded;
+  i64 codes_x;  // float16 [B][kpad] in the order of codes too, or 0
 };
 
 DEV void broad_norm(const BroadNorm& p, u8* smem) {
@@ -67,6 +68,14 @@ DEV void broad_norm(const BroadNorm& p, u8* smem) {
     for (int i = 0; i < 4; ++i)
       w[i] = pack_halves(e[image_column(eight, 2 * i)] * inverse, e[image_column(eight, 2 * i + 1)] * inverse);
     *(uint4*)image_at(p.x, (int)p.padded, b, eight) = uint4{w[0], w[1], w[2], w[3]};
+  }
+#pragma unroll 1
+  for (int eight = threadIdx.x; p.codes_x && eight < (int)m.kpad / 8; eight += THREADS) {
+    const float* from = e + eight / 4 * 32 + eight % 4 * 2;
+    u32 w[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) w[i] = pack_halves(from[i % 2 * 16 + i / 2] * inverse, from[i % 2 * 16 + 8 + i / 2] * inverse);
+    *(uint4*)((u16*)p.codes_x + (i64)b * m.kpad + eight * 8) = uint4{w[0], w[1], w[2], w[3]};
   }
 #pragma unroll 1
   for (int eight = threadIdx.x; eight < places; eight += THREADS) {

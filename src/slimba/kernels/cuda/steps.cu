@@ -11,13 +11,16 @@ struct Steps {
   Recurrence r;
   i64 weight, image, image2, squares, padded;  // image 0: y goes to r.y instead; squares float32 [B][blocks]
   i64 plane_index, plane_kpad;                 // of out_proj: places in groups (plane_slots in cuda_weights.py)
-};
+  i64 codes, codes_scale, vectors, kpad;       // int8 rows of dt and what they multiply, float16 [B][kpad]; 0: dt is in r.dt
+  i64 ahead[4], layers;                        // what the next layer will read: pointers and lines of 128 bytes; layers: 0 or
+};                                             // how many there are, where the next layer's states are asked for too
 
 template <int N>
 struct StepsShared {
   float sum[THREADS], scale[THREADS], since[STATE_HEADS][KEPT], now[STATE_HEADS], dots[KEPT], bc[2 * N], part[WARPS];
+  float dt[WARPS][STATE_HEADS];
   u32 slices[3][N / 4];
-  float b[KEPT][N], u[KEPT][THREADS];
+  float b[KEPT][N], u[KEPT][THREADS];  // b: or pairs of tokens in bfloat16, N + 4 words a pair
 };
 
 // A channel of the convolution without the token's own input, which comes last.
@@ -51,6 +54,127 @@ DEV void put_image(const Steps& all, const float* v, int b) {
     const i32 low = ((const i32*)all.plane_index)[place], high = ((const i32*)all.plane_index)[place + 16];
     const u32 two = pack_halves(low < 0 ? 0.0f : v[low - first], high < 0 ? 0.0f : v[high - first]);
     *(u32*)(image_at(all.image2, (int)all.padded, b, place / 256 * 32 + step * 2 + place % 2) + place / 64 % 4 * 4) = two;
+  }
+}
+
+// S <- decay S + u b^T for the rows of a block after the last of KEPT tokens. Float32, one row of four lanes after another.
+template <int N>
+DEV void store_exact(const StepsShared<N>& m, u8* rows) {
+  constexpr int Q = N / 16;
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+#pragma unroll 1
+  for (int k = 0; k < 4; ++k) {
+    const int row = warp * 32 + k * 8 + g;
+    float4* at = (float4*)rows + row * (N / 4);
+#pragma unroll 1
+    for (int q = 0; q < Q; ++q) {
+      float4 v = at[q * 4 + t];
+      v.x *= m.scale[row], v.y *= m.scale[row], v.z *= m.scale[row], v.w *= m.scale[row];
+#pragma unroll 4
+      for (int i = 0; i < KEPT; ++i) {
+        const float* b = &m.b[i][(q * 4 + t) * 4];
+        v.x = fmaf(m.u[i][row], b[0], v.x), v.y = fmaf(m.u[i][row], b[1], v.y);
+        v.z = fmaf(m.u[i][row], b[2], v.z), v.w = fmaf(m.u[i][row], b[3], v.w);
+      }
+      at[q * 4 + t] = v;
+    }
+  }
+}
+// The same in fewer bits, on the tensor cores: KEPT tokens are the columns of the left operand, u in two bfloat16 numbers. The
+// right operand's columns are permuted so that a lane's sums are of the entries that it loads.
+template <int TYPE, int N>
+DEV void store_state(const StepsShared<N>& m, u8* rows, float* scales) {
+  constexpr int SIZE = Stored<TYPE>::SIZE, E = Stored<TYPE>::E, Q = N * SIZE / 64;
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+  const u32* pairs = (const u32*)m.b + t * (N + 4);
+#pragma unroll 1
+  for (int tile = 0; tile < 2; ++tile) {
+    const int row = warp * 32 + tile * TILE + g;  // and 8 below
+    u32 high[4], low[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      u32 h[2], l[2];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const float v = m.u[2 * t + k + i / 2 * 8][row + i % 2 * 8];
+        h[k] = float_to_bfloat(v), l[k] = float_to_bfloat(v - bfloat_to_float((u16)h[k]));
+      }
+      high[i] = h[0] | h[1] << 16, low[i] = l[0] | l[1] << 16;
+    }
+    float v[2][Q][E];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int q = 0; q < Q; ++q) stored_values<TYPE>(((const uint4*)(rows + (row + 8 * h) * N * SIZE))[q * 4 + t], m.scale[row + 8 * h], v[h][q]);
+#pragma unroll
+    for (int q = 0; q < Q; ++q)
+#pragma unroll
+      for (int e = 0; e < E; e += 2) {  // eight columns: those of lane t are its entries e and e + 1
+        const u32* b = pairs + (q * 4 + g / 2) * E + e + g % 2;
+        const u32 b0 = b[0], b1 = b[4 * (N + 4)];
+        float sum[4] = {v[0][q][e], v[0][q][e + 1], v[1][q][e], v[1][q][e + 1]};
+        mma_bf16(sum, low[0], low[1], low[2], low[3], b0, b1);
+        mma_bf16(sum, high[0], high[1], high[2], high[3], b0, b1);
+        v[0][q][e] = sum[0], v[0][q][e + 1] = sum[1], v[1][q][e] = sum[2], v[1][q][e + 1] = sum[3];
+      }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      Int8Scale code = {0, 0};
+      if (TYPE == STATE_INT8) {
+        u32 top = 0;
+#pragma unroll
+        for (int q = 0; q < Q; ++q)
+#pragma unroll
+          for (int e = 0; e < E; ++e) {
+            const u32 bits = float_to_bits(v[h][q][e]) & 0x7fffffffu;
+            top = bits > top ? bits : top;
+          }
+#pragma unroll
+        for (int by = 1; by < 4; by *= 2) {
+          const u32 most = float_to_bits(shuffle_xor(bits_to_float(top), by));
+          top = most > top ? most : top;
+        }
+        code = int8_scale(top);
+        if (t == 0) scales[row + 8 * h] = code.step;
+      }
+#pragma unroll
+      for (int q = 0; q < Q; ++q) ((uint4*)(rows + (row + 8 * h) * N * SIZE))[q * 4 + t] = stored_bits<TYPE>(v[h][q], code.to_code);
+    }
+  }
+}
+
+// Asks for what the next layer reads; with few sequences its kernels are too short to wait for memory.
+DEV void ask_ahead(const Steps& all, const u8* rows, int bytes) {
+  const int block = blockIdx.y * gridDim.x + blockIdx.x, blocks = gridDim.x * gridDim.y;
+#pragma unroll
+  for (int k = 0; k < 4; k += 2)
+    for (int i = block * THREADS + threadIdx.x; i < (int)all.ahead[k + 1]; i += blocks * THREADS)
+      prefetch_far((const u8*)all.ahead[k] + i * 128);
+  if (all.r.state.layer + 1 < all.layers)
+    for (int i = threadIdx.x; i < bytes / 128; i += THREADS) prefetch_far(rows + i * 128);
+}
+
+// The products of dt's rows of a block's heads with its vector: dt[warp][head], to be summed over the warps.
+template <int N>
+DEV void dt_products(const Steps& all, StepsShared<N>& m, const uint2 (&known)[STATE_HEADS], int head0, int b) {
+  float sum[STATE_HEADS] = {};
+#pragma unroll 1
+  for (int c = threadIdx.x * 8; c < (int)all.kpad; c += THREADS * 8) {
+    const uint4 x = load_fresh_four((const u16*)all.vectors + (i64)b * all.kpad + c);
+#pragma unroll
+    for (int r = 0; r < STATE_HEADS; ++r) {
+      const uint2 q = c < THREADS * 8 ? known[r] : load_pair((const u8*)all.codes + (i64)(head0 + r) * all.kpad + c);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const u32 two = word(x, k / 2);
+        sum[r] = fmaf((float)(i8)((k < 4 ? q.x : q.y) >> k % 4 * 8), k % 2 ? high_half(two) : low_half(two), sum[r]);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < STATE_HEADS; ++r) {
+    sum[r] = warp_sum(sum[r]);
+    if (threadIdx.x % WARP == 0) m.dt[threadIdx.x / WARP][r] = sum[r];
   }
 }
 
@@ -100,11 +224,29 @@ DEV void steps(const Steps& all, StepsShared<N>& m) {
   const float weight = all.image ? ((const float*)all.weight)[channel] : 0.0f;
   const int of_head = threadIdx.x / KEPT % STATE_HEADS, of_token = threadIdx.x % KEPT;
   const float l_before = of_token < j ? kept.l[of_token * heads + head0 + of_head] : 0.0f;
+  uint2 codes[STATE_HEADS];
+  const float code_scale = all.codes ? half_bits_to_float(((const u16*)all.codes_scale)[head]) : 0.0f;
+#pragma unroll
+  for (int r = 0; r < STATE_HEADS; ++r) {
+    const bool there = all.codes && (int)threadIdx.x * 8 < (int)all.kpad;
+    codes[r] = there ? load_pair((const u8*)all.codes + (i64)(head0 + r) * all.kpad + threadIdx.x * 8) : uint2{0, 0};
+  }
   release_next();
+  ask_ahead(all, ssm + (row0 + state_array(p.state, 4) * inner) * N * SIZE, THREADS * N * SIZE);
   await_previous();
-  const float raw_dt = load_fresh((const float*)p.dt + b * (int)p.dt_stride + head), in = load_fresh(newest + channel);
+  const float in = load_fresh(newest + channel);
   const float in_bc = load_fresh(newest + (of_bc ? bc_channel : inner));
   const float z = p.gated ? load_fresh((const float*)p.z + b * (int)p.z_stride + channel) : 0.0f;
+  float raw_dt = 0;
+  if (all.codes) {
+    dt_products(all, m, codes, head0, b);
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) raw_dt += m.dt[w][threadIdx.x / 64];
+    raw_dt *= code_scale;
+  } else {
+    raw_dt = load_fresh((const float*)p.dt + b * (int)p.dt_stride + head);
+  }
   const float x = silu(fmaf(own.last, in, own.sum)), dt = softplus(raw_dt + dt_bias, param_float(p.dt_low), param_float(p.dt_high));
   const float of_bc_value = silu(fmaf(other.last, in_bc, other.sum)), now = last + dt * a, of_now = as_kept(TYPE, dt * x);
   keep_value(kept, kept.u, (i64)j * inner + channel, of_now);
@@ -215,49 +357,21 @@ DEV void steps(const Steps& all, StepsShared<N>& m) {
 
 #pragma unroll
   for (int i = 0; i < KEPT; ++i) m.u[i][threadIdx.x] = u[i] * m.since[threadIdx.x / 64][i];
-  for (int i = threadIdx.x; i < KEPT * N; i += THREADS)
-    m.b[i / N][i % N] = i / N == j ? m.bc[i % N] : kept_value(kept, kept.b, ((i64)(i / N) * groups + group) * N + i % N);
   m.scale[threadIdx.x] = expf(now) * scale;
-  __syncthreads();
-#pragma unroll 1
-  for (int k = 0; k < 4; ++k) {  // rows g and g + 8 of both tiles
-    const int row = warp * 32 + k * 8 + g;
-    const float decay = m.scale[row];
-    uint4* at = (uint4*)(ssm + (row0 + row) * N * SIZE);
-    float v[Q][E];
-#pragma unroll
-    for (int q = 0; q < Q; ++q) {
-      stored_values<TYPE>(at[q * 4 + t], 1.0f, v[q]);
-#pragma unroll
-      for (int e = 0; e < E; ++e) v[q][e] *= decay;
+  u8* rows = ssm + row0 * N * SIZE;
+  if constexpr (TYPE == STATE_F32) {
+    for (int i = threadIdx.x; i < KEPT * N; i += THREADS)
+      m.b[i / N][i % N] = i / N == j ? m.bc[i % N] : kept_value(kept, kept.b, ((i64)(i / N) * groups + group) * N + i % N);
+    __syncthreads();
+    store_exact<N>(m, rows);
+  } else {
+    for (int i = threadIdx.x; i < KEPT / 2 * N; i += THREADS) {
+      const int pair = i / N, at = i % N;
+      const u16* b0 = (const u16*)kept.b + ((i64)(2 * pair) * groups + group) * N + at;
+      const u32 low = b0[0], high = 2 * pair + 1 == j ? float_to_bfloat(m.bc[at]) : b0[(i64)groups * N];
+      ((u32*)m.b)[pair * (N + 4) + at] = low | high << 16;
     }
-#pragma unroll 1
-    for (int i = 0; i < KEPT; ++i) {
-      const float of = m.u[i][row];
-#pragma unroll
-      for (int q = 0; q < Q; ++q)
-#pragma unroll
-        for (int e = 0; e < E; ++e) v[q][e] = fmaf(of, m.b[i][(q * 4 + t) * E + e], v[q][e]);
-    }
-    Int8Scale code = {0, 0};
-    if (TYPE == STATE_INT8) {
-      top = 0;
-#pragma unroll
-      for (int q = 0; q < Q; ++q)
-#pragma unroll
-        for (int e = 0; e < E; ++e) {
-          const u32 bits = float_to_bits(v[q][e]) & 0x7fffffffu;
-          top = bits > top ? bits : top;
-        }
-#pragma unroll
-      for (int by = 1; by < 4; by *= 2) {
-        const u32 most = float_to_bits(shuffle_xor(bits_to_float(top), by));
-        top = most > top ? most : top;
-      }
-      code = int8_scale(top);
-      if (t == 0) scales[row0 + row] = code.step;
-    }
-#pragma unroll
-    for (int q = 0; q < Q; ++q) at[q * 4 + t] = stored_bits<TYPE>(v[q], code.to_code);
+    __syncthreads();
+    store_state<TYPE, N>(m, rows, scales + row0);
   }
 }

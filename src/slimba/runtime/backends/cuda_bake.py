@@ -42,7 +42,7 @@ MANY = {
     "broad": ("Broad", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
     "broad_codes": ("Broad", "THREADS", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
     "broad_norm": ("BroadNorm", "THREADS", "s", {MATRIX + 9, MATRIX + 13}),
-    "steps": ("Steps", "THREADS, ", "s", RECURRENCE_VARYING),
+    "steps": ("Steps", "THREADS, ", "s", RECURRENCE_VARYING | {43}),  # how many layers there are
     "prepare": ("BatchRecurrence", "THREADS", "s", RECURRENCE_VARYING),
     "states": ("BatchRecurrence", "THREADS, ", "s", RECURRENCE_VARYING),
 }
@@ -109,7 +109,9 @@ class Baked:
         if kind == "still":
             bounds = f"{32 * int(arguments[0])}, 1"
         if kind == "broad":
-            bounds = f"{128 * int(arguments[1]) * int(arguments[2])}, 1"
+            # few vectors need few registers, and then the kernel after finds room to begin
+            threads, fit = 128 * int(arguments[1]) * int(arguments[2]), 2 if int(arguments[0]) <= 16 else 1
+            bounds = f"{threads}, {fit}"
         template = f"<{', '.join(arguments)}>" if arguments else ""
         fixed = [(i, v) for i, v in enumerate(fields.tolist()) if 0 <= v < 1 << 32 and i not in varying]
         sets = " ".join(f"f[{i}] = {v};" for i, v in fixed)

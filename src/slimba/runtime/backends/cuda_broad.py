@@ -45,12 +45,22 @@ class Shape:
 
 # By how many vectors at most, for matrices with many tiles and for those with few: the fastest of docs/log.md
 MANY_TILES = {
-    8: Shape(8, 1, 4), 16: Shape(16, 1, 4), 32: Shape(32, 1, 4), 128: Shape(64, 2, 2), 1 << 30: Shape(128, 4, 1),
+    8: Shape(8, 1, 4), 16: Shape(16, 1, 4), 32: Shape(32, 1, 4), 128: Shape(64, 2, 2), 256: Shape(64, 4, 1),
+    1 << 30: Shape(128, 4, 1),
 }  # fmt: skip
 FEW_TILES = {
     8: Shape(8, 1, 4, 4), 16: Shape(16, 1, 4, 4), 32: Shape(32, 1, 4, 4), 128: Shape(64, 2, 2, 4),
-    1 << 30: Shape(128, 2, 1, 2),
+    256: Shape(64, 2, 2, 2), 1 << 30: Shape(128, 2, 1, 2),
 }  # fmt: skip
+INT4_TILES = {8: Shape(8, 1, 4), 32: Shape(32, 2, 2), 64: Shape(64, 4, 1), 1 << 30: Shape(128, 4, 1)}
+
+
+def tiles_of(m: DeviceMatrix) -> int:
+    return sum(-(-s.rows // TILE) for s in m.layout.segments if s.format in ("sign", "int4"))
+
+
+def codes_of(m: DeviceMatrix) -> bool:
+    return any(s.format == "int4" for s in m.layout.segments)
 
 
 class Broad:
@@ -58,6 +68,7 @@ class Broad:
 
     MANY: ClassVar[dict[int, Shape]] = MANY_TILES
     FEW: ClassVar[dict[int, Shape]] = FEW_TILES
+    CODES: ClassVar[dict[int, Shape]] = INT4_TILES
 
     def __init__(self, gpu: Gpu, batch: int, matrices: Sequence[DeviceMatrix]) -> None:
         self._gpu, self._batch = gpu, batch
@@ -77,19 +88,23 @@ class Broad:
 
     @staticmethod
     def fits(m: DeviceMatrix) -> bool:
-        """Whether the kernels take this matrix: signs and int8 rows, perhaps with a second plane, nothing else."""
+        """Whether the kernels take this matrix: signs and int8 rows, perhaps with a second plane, or
+        int4 rows; nothing else."""
         formats = {s.format for s in m.layout.segments}
-        return formats <= {"sign", "int8"} and "sign" in formats and not m.rank and not m.turns
+        signs = formats <= {"sign", "int8"} and "sign" in formats
+        return (signs or formats == {"int4"}) and not m.rank and not m.turns
 
     def shape(self, m: DeviceMatrix) -> Shape:
-        tiles = sum(-(-s.rows // TILE) for s in m.layout.segments if s.format == "sign")
-        table = self.MANY if 2 * tiles > self._gpu.blocks else self.FEW
+        table = self.CODES if codes_of(m) else self.MANY if 2 * tiles_of(m) > self._gpu.blocks else self.FEW
         return next(shape for most, shape in table.items() if self._batch <= most)
 
-    def norm(self, m: DeviceMatrix, source: Sequence[int], parts: Sequence[int] = (0, 0, 0, 0)) -> None:
+    def norm(
+        self, m: DeviceMatrix, source: Sequence[int], parts: Sequence[int] = (0, 0, 0, 0), codes_x: int = 0
+    ) -> None:
         """source: fields of the struct Input, its norm in one group; parts: residual, pointer, stride and number (up to
-        4) of what is added to the source before."""
-        fields = fields_of(m.fields, list(source), list(parts), self._x.data_ptr(), self._x2.data_ptr(), self._padded)
+        4) of what is added to the source before; codes_x: where the vectors go in the order of codes too."""
+        images = self._x.data_ptr(), self._x2.data_ptr(), self._padded
+        fields = fields_of(m.fields, list(source), list(parts), list(images), codes_x)
         self._gpu.launch("slimba_broad_norm", (self._batch,), fields, 4 * (m.kpad + WARPS), overlap=True)
 
     def product(
@@ -99,24 +114,26 @@ class Broad:
         state: Sequence[int],
         part_stride: int = 0,
         squares: Sequence[int] = (0, 0, 0),
+        *,
+        codes: bool = True,
     ) -> None:
-        """The product with the vectors that `norm` left, for the same matrix; shape(m).parts results,
-        `part_stride` numbers apart. squares: pointer, number and eps of the sums that steps.cu left with its images."""
+        """The product with the vectors that `norm` left, for the same matrix; shape(m).parts results, `part_stride`
+        numbers apart. squares: pointer, number and eps of the sums that steps.cu left with its images. codes: with the
+        rows of int8 codes."""
         shape = self.shape(m)
 
         def fields(parts: int) -> list[int]:
             images = self._x.data_ptr(), self._x2.data_ptr(), self._padded
             return [*m.fields, *output, *state, self._batch, *images, parts, part_stride, *squares]
 
-        codes = sum(-(-s.rows // CODES_TILE) for s in m.layout.segments if s.format == "int8")
-        if codes:
+        tiles8 = sum(-(-s.rows // CODES_TILE) for s in m.layout.segments if s.format == "int8")
+        if codes and tiles8:
             eights = 1 if self._batch <= 8 else 2 if self._batch <= 64 else 4
-            grid = codes, -(-self._batch // (8 * eights))
+            grid = tiles8, -(-self._batch // (8 * eights))
             shared = 4 * WARPS * 8 * eights * (CODES_TILE + 1)
             self._gpu.launch(f"slimba_broad_codes_{eights}", grid, fields_of(fields(1)), shared, overlap=True)
-        tiles = sum(-(-s.rows // TILE) for s in m.layout.segments if s.format == "sign")
-        grid3 = -(-tiles // shape.tiles), -(-self._batch // shape.vectors), shape.parts
-        name = f"slimba_broad_{shape.vectors}_{shape.tiles}_{shape.split}"
+        grid3 = -(-tiles_of(m) // shape.tiles), -(-self._batch // shape.vectors), shape.parts
+        name = f"slimba_broad_{shape.vectors}_{shape.tiles}_{shape.split}" + ("_4" if codes_of(m) else "")
         self._gpu.launch(
             name, grid3, fields_of(fields(shape.parts)), shape.shared_bytes, threads=shape.threads, overlap=True
         )

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
-from slimba.runtime.backends.cuda_bake import Baked
+from slimba.runtime.backends.cuda_bake import SEGMENT, SEGMENT0, Baked
 from slimba.runtime.backends.cuda_batch import STATE_HEADS, Launch, Recorder, states_fit
 from slimba.runtime.backends.cuda_broad import Broad
 from slimba.runtime.backends.cuda_bulk import Bulk
@@ -29,7 +30,10 @@ CHANNELS = 64 * STATE_HEADS  # of a block of slimba_steps
 
 class BroadStep(Step):
     FEWEST = 2  # sequences
-    WIDE_HEAD_FROM = 256  # sequences from which the head is expanded for cuBLAS
+    BROAD_HEAD_FROM = 64  # sequences from which broad.cu takes an int4 head
+    WIDE_HEAD_FROM = 256  # and from which another is expanded for cuBLAS
+    AHEAD = 64  # sequences up to which a layer asks for the next one's weights
+    STATES_AHEAD = 32  # and states, which with more would not stay in the L2 cache
 
     def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str, bulk: Bulk) -> None:
         super().__init__(model, gpu, batch)
@@ -37,12 +41,14 @@ class BroadStep(Step):
         spec, zeros = model.spec, self._zeros
         matrices = [m for layer in model.layers for m in layer.matrices.values()]
         recorder: Any = Recorder(gpu)
-        self._broad = Broad(recorder, batch, matrices)
+        self._broad_head = batch >= self.BROAD_HEAD_FROM and Broad.fits(model.head)
+        self._broad = Broad(recorder, batch, [*matrices, model.head] if self._broad_head else matrices)
         self._mid = Mid(recorder, batch, [model.head])
         parts = max(self._broad.shape(layer.matrices["out_proj"]).parts for layer in model.layers)
         self._u = zeros(batch, spec.d_model)
         self._z, self._dt = zeros(batch, spec.d_inner), zeros(batch, spec.n_heads)
         self._parts = zeros(parts, batch, spec.d_model)  # results of out_proj, each of some of its columns
+        self._codes_x = zeros(batch, model.layers[0].matrices["in_proj"].kpad, dtype=torch.float16)
         self._squares = zeros(batch, spec.d_inner // CHANNELS)
         self._embed = fields_of(
             model.embedding.fields, self._state(0), batch, self.ids.data_ptr(), self._u.data_ptr()
@@ -85,24 +91,40 @@ class BroadStep(Step):
         added = [RESIDUAL, self._parts.data_ptr(), stride, 0]
         for i, layer in enumerate(model.layers):
             m, out = layer.matrices["in_proj"], layer.matrices["out_proj"]
-            self._broad.norm(m, [self._u.data_ptr(), spec.d_model, 0, 0, layer.norm.data_ptr(), 1, eps], added)
-            self._broad.product(m, to_state, self._state(i))
+            codes = codes_of(m, spec.n_heads)
+            source = [self._u.data_ptr(), spec.d_model, 0, 0, layer.norm.data_ptr(), 1, eps]
+            self._broad.norm(m, source, added, self._codes_x.data_ptr() if codes else 0)
+            self._broad.product(m, to_state, self._state(i), codes=not codes)
             weight = layer.gated_norm.data_ptr() if layer.gated_norm is not None else 0
             fields = fields_of(
-                self._recurrences[i].tolist(), weight, self._broad.images, squares[0], self._broad.padded, plane_of(out)
+                self._recurrences[i].tolist(), weight, self._broad.images, squares[0], self._broad.padded,
+                plane_of(out), [*codes, self._codes_x.data_ptr(), m.kpad] if codes else [0] * 4, self._ahead(i),
             )  # fmt: skip
             grid = spec.n_heads // STATE_HEADS, self.batch
             gpu.launch(self._steps, grid, fields, steps_bytes(spec.d_state), overlap=True)
             self._broad.product(out, to_parts, self._state(i), stride, squares)
             added[3] = self._broad.shape(out).parts
-        wide = self.batch >= self.WIDE_HEAD_FROM
         source = [self._u.data_ptr(), spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, eps]
+        to_logits = [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7]
+        if self._broad_head:
+            self._broad.norm(model.head, source, added)
+            self._broad.product(model.head, to_logits, self._state(0))
+            return
+        wide = self.batch >= self.WIDE_HEAD_FROM
         self._mid.norm(model.head, source, 1, added, natural=wide)
         if wide:
             gpu.call(lambda: self._bulk.head(self._mid.vectors(model.head), self.logits))
         else:
-            to_logits = [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7]
             self._mid.product(model.head, to_logits, self._state(0))
+
+    def _ahead(self, i: int) -> list[int]:
+        """What layer i should ask for of the next: pointers and lines, and how many layers have states to ask for."""
+        layers = self._model.layers
+        states = len(layers) if self.batch <= self.STATES_AHEAD else 0
+        if i + 1 == len(layers) or self.batch > self.AHEAD:
+            return [0, 0, 0, 0, states]
+        matrices = layers[i + 1].matrices
+        return [*matrices["in_proj"].place, *matrices["out_proj"].place, states]
 
 
 def made(gpu: Gpu, launches: list[Launch]) -> list[Launch]:
@@ -125,6 +147,15 @@ def plane_of(m: DeviceMatrix) -> list[int]:
     return [m.plane_columns_pointer, m.plane_kpad]
 
 
+def codes_of(m: DeviceMatrix, heads: int) -> list[int]:
+    """Pointers to the codes and scales of dt's rows, where slimba_steps may multiply by them."""
+    *others, last = m.layout.segments
+    if last.format != "int8" or last.rows != heads or m.bias is not None or any(s.format == "int8" for s in others):
+        return []
+    at = SEGMENT0 + SEGMENT * len(others)
+    return [m.fields[at + 8], m.fields[at + 5]]
+
+
 def by_blocks(m: DeviceMatrix) -> bool:
     """Whether the places of the second plane are divided among the blocks of slimba_steps as the columns are."""
     if m.plane_kpad == 0:
@@ -138,5 +169,16 @@ def by_blocks(m: DeviceMatrix) -> bool:
 
 def steps_bytes(n: int) -> int:
     """Shared memory of slimba_steps: StepsShared in kernels/cuda/steps.cu."""
-    floats = 2 * 256 + STATE_HEADS * KEPT + STATE_HEADS + KEPT + 2 * n + 8 + 3 * n // 4 + KEPT * n + KEPT * 256
+    floats = (
+        2 * 256
+        + STATE_HEADS * KEPT
+        + STATE_HEADS
+        + KEPT
+        + 2 * n
+        + 8
+        + 8 * STATE_HEADS
+        + 3 * n // 4
+        + KEPT * n
+        + KEPT * 256
+    )
     return 4 * floats

@@ -102,6 +102,8 @@ class DeviceMatrix:
         self.rows, self.cols = layout.rows, layout.cols
         self.kpad = up_to(layout.cols, 512)
         self._keep: list[torch.Tensor] = []
+        self.plane_inverse: int = 0
+        self.plane_columns_pointer: int = 0
         self._device = device
         self._blocks = blocks
         self.segment_rows = [s.rows for s in layout.segments]
@@ -138,9 +140,8 @@ class DeviceMatrix:
         self._keep, moved, lines = side_by_side(self._keep)
         self.place = [self._keep[0].data_ptr(), lines]
         self.fields = [moved.get(f, f) for f in self.fields]
-        pointers = self.plane_inverse, self.plane_columns_pointer, self.input_step, self.col_scale
-        self.plane_inverse, self.plane_columns_pointer, self.input_step, self.col_scale = (
-            moved.get(f, f) for f in pointers
+        self.plane_inverse, self.input_step, self.col_scale, self.plane_columns_pointer = (
+            moved.get(f, f) for f in (self.plane_inverse, self.input_step, self.col_scale, self.plane_columns_pointer)
         )
 
     @property
