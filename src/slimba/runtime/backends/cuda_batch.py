@@ -59,9 +59,9 @@ class Recorder:
 
 
 class BatchStep(Step):
-    # What benchmarks/cuda_variants.py compares; neither has been timed on a GPU yet (docs/log.md)
-    BAKES = False  # kernels made for the model, those of still.cu among them
-    WIDE_FROM = 1 << 30  # sequences from which a matrix is expanded for cuBLAS
+    # What benchmarks/cuda_variants.py compares (docs/log.md)
+    BAKES = True  # kernels made for the model, those of still.cu among them
+    WIDE_FROM = 256  # sequences from which a matrix is expanded for cuBLAS
 
     def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str, bulk: Bulk) -> None:
         super().__init__(model, gpu, batch)

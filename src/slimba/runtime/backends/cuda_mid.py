@@ -29,7 +29,7 @@ CHUNK_COLS = 512
 class Mid:
     """Scratch and launches for the products of `batch` vectors with any of `matrices`."""
 
-    STILL_MOST = 128  # vectors for which still.cu is taken
+    STILL_MOST = 32  # vectors for which still.cu is taken; at 128 it took 52 us for in_proj, mid.cu 49 (docs/log.md)
 
     def __init__(self, gpu: Gpu, batch: int, matrices: Sequence[DeviceMatrix], *, bakes: bool = False) -> None:
         """bakes: the launches will be by kernels made for a model, among them those of still.cu."""
