@@ -303,7 +303,8 @@ DEV float fast_rsqrt(float v) { return 1.0f / std::sqrt(v); }
 DEV void refresh(u32&) {}
 DEV float fast_reciprocal(float v) { return 1.0f / v; }
 // Element (r, k) of A: lane r % 8 * 4 + k % 8 / 2, register r / 8 + k / 8 * 2, half k % 2; (k, n) of B alike.
-DEV void mma_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+template <typename Open>
+DEV void host_mma_16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, Open open) {
   host::Exchange e(a0, a1, a2, a3, b0, b1);
   const int g = host::current->lane / 4, t = host::current->lane % 4;
   for (int i = 0; i < 4; ++i) {
@@ -311,9 +312,15 @@ DEV void mma_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) 
     for (int k = 0; k < 16; ++k) {
       const u32 a = e.at(row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2) >> k % 2 * 16;
       const u32 b = e.at(col * 4 + k % 8 / 2, 4 + k / 8) >> k % 2 * 16;
-      d[i] += half_bits_to_float(u16(a)) * half_bits_to_float(u16(b));
+      d[i] += open(u16(a)) * open(u16(b));
     }
   }
+}
+DEV void mma_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  host_mma_16(d, a0, a1, a2, a3, b0, b1, half_bits_to_float);
+}
+DEV void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  host_mma_16(d, a0, a1, a2, a3, b0, b1, [](u16 v) { return __uint_as_float(u32(v) << 16); });
 }
 DEV void host_matrices(u32 (&r)[4], const u16* row, bool transposed) {
   if (std::uintptr_t(row) % 16) std::abort();
