@@ -10,6 +10,7 @@
 // of value 2^j or 0, the left operand, with no shift: 2^j X = 128 S x for every j. y = 2 sum of the chosen x - sum of all x.
 template <int CW, int X, int TW, int RW, int P, int LR>
 struct DotShared {
+  float x[CW][160 * X + 4];  // a warp's columns, 32 at a time with a gap of 8: they are written four by four and read 8 apart
   u32 q[CW][4][32 * X + 2], q2[P ? CW : 1][4][8 * P + 2];  // slices; words of the plane's
   float2 part[CW][TW * TILE], part2[P ? CW : 1][P ? TW * TILE : 1], rank[LR ? CW : 1][TILE];
   float row8[RW ? RW : 1][CW], of_rank[CW][TILE];
@@ -49,7 +50,6 @@ DEV void dot(const Product& p, u8* smem, Ready ready) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
   const int block = blockIdx.x, blocks = gridDim.x, plane_rows = (int)(m.plane_stop - m.plane_start);
   const float *weight = (const float*)p.in.weight, *col_scale = (const float*)m.col_scale;
-  auto weight_of = [&](int c) { return (weight ? weight[c] : 1.0f) * (col_scale ? col_scale[c] : 1.0f); };
 
   u32 bits[TW][2][X], bits2[TW][2][XP];
   bool planes[TW], last_there = true;
@@ -84,21 +84,23 @@ DEV void dot(const Product& p, u8* smem, Ready ready) {
   for (int i = 0; i < (LR ? 4 * X : 0); ++i)
     right[i & 1][i >> 1 & (X - 1)][i / (2 * X)] = load_weights(
         (const u8*)m.lr_b + (i64)(g + 8 * (i & 1)) * m.kpad + warp * COLUMNS + 32 * (t * X + (i >> 1 & (X - 1))) + 16 * (i / (2 * X)));
-  const int own = warp * COLUMNS + lane / 8 * 32 + lane % 8;  // the lane's columns: own + 128 x + 8 b
-  float w[X][4];
+  const int own = warp * COLUMNS + 4 * lane;  // the columns that the lane reads: own + 128 x + 0 to 3
+  float4 w[X];
 #pragma unroll
-  for (int x = 0; x < X; ++x)
+  for (int x = 0; x < X; ++x) {
+    w[x] = weight ? *(const float4*)(weight + own + 128 * x) : float4{1, 1, 1, 1};
+    if (!col_scale) continue;
+    const float4 c = *(const float4*)(col_scale + own + 128 * x);
+    w[x].x *= c.x, w[x].y *= c.y, w[x].z *= c.z, w[x].w *= c.w;
+  }
+  int chosen[XP][4];  // where the columns of the plane lie in v.x; the last place holds 0
 #pragma unroll
-    for (int b = 0; b < 4; ++b) w[x][b] = weight_of(own + 128 * x + 8 * b);
-  int chosen[XP][4];
-  float w2[XP][4];
-#pragma unroll
-  for (int x = 0; x < XP; ++x)
+  for (int x = 0; x < (P ? XP : 0); ++x)
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
       const int place = (warp * P + lane / 8 + 4 * x) * 32 + lane % 8 + 8 * b;
-      chosen[x][b] = lane + 32 * x < 8 * P ? ((const i32*)m.plane_index)[place] : -1;
-      w2[x][b] = chosen[x][b] >= 0 ? weight_of(chosen[x][b]) : 0.0f;
+      const int column = lane + 32 * x < 8 * P ? ((const i32*)m.plane_index)[place] - warp * COLUMNS : -1;
+      chosen[x][b] = column >= 0 ? column + column / 32 * 8 : 160 * X;
     }
   // what finishing a row takes: threads K r + k have a K-th of the sums of row r of the tiles, then of the int8 rows
   const int unit = threadIdx.x / K, k = lane % K;
@@ -125,30 +127,35 @@ DEV void dot(const Product& p, u8* smem, Ready ready) {
   }
   ready();
 
-  const float* input = (const float*)p.in.x;
-  float e[X][4], e2[XP][4];
+  // All blocks want all of the input at once: few wide requests for it take a third of the time of many narrow ones.
+  float4 in[X];
 #pragma unroll
-  for (int x = 0; x < X; ++x)
-#pragma unroll
-    for (int b = 0; b < 4; ++b) e[x][b] = load_fresh(input + own + 128 * x + 8 * b);
-#pragma unroll
-  for (int x = 0; x < XP; ++x)
-#pragma unroll
-    for (int b = 0; b < 4; ++b) e2[x][b] = chosen[x][b] >= 0 ? load_fresh(input + chosen[x][b]) : 0.0f;
+  for (int x = 0; x < X; ++x) in[x] = load_fresh_quad((const float*)p.in.x + own + 128 * x);
   const float residual = r.there && k == 0 && p.out.mode == ADD ? load_fresh((const float*)p.out.y + row) : 0.0f;
   float squares = 0, total = 0, total2 = 0;
   u32 top = 0;
 #pragma unroll
+  for (int x = 0; x < X; ++x) {
+    squares = fmaf(in[x].x, in[x].x, fmaf(in[x].y, in[x].y, fmaf(in[x].z, in[x].z, fmaf(in[x].w, in[x].w, squares))));
+    in[x].x *= w[x].x, in[x].y *= w[x].y, in[x].z *= w[x].z, in[x].w *= w[x].w;
+    *(float4*)&v.x[warp][own % 128 + own % 128 / 32 * 8 + 160 * x] = in[x];
+    total += (in[x].x + in[x].y) + (in[x].z + in[x].w);
+    const float most = fmaxf(fmaxf(fabsf(in[x].x), fabsf(in[x].y)), fmaxf(fabsf(in[x].z), fabsf(in[x].w)));
+    const u32 bits = total - total == 0.0f ? float_to_bits(most) : INF_BITS;  // the largest of a NaN is the other number
+    top = bits > top ? bits : top;
+  }
+  if (P && lane == 0) v.x[warp][160 * X] = 0.0f;
+  sync_warp();
+  top = warp_max_bits(top) >> 23;  // exponent
+  float e[X][4], e2[XP][4];
+#pragma unroll
   for (int x = 0; x < X; ++x)
 #pragma unroll
-    for (int b = 0; b < 4; ++b) {
-      squares = fmaf(e[x][b], e[x][b], squares);
-      e[x][b] *= w[x][b];
-      total += e[x][b];
-      const u32 size = float_to_bits(e[x][b]) & 0x7fffffffu;
-      top = size > top ? size : top;
-    }
-  top = warp_max_bits(top) >> 23;  // exponent
+    for (int b = 0; b < 4; ++b) e[x][b] = v.x[warp][lane / 8 * 40 + lane % 8 + 8 * b + 160 * x];
+#pragma unroll
+  for (int x = 0; x < (P ? XP : 0); ++x)
+#pragma unroll
+    for (int b = 0; b < 4; ++b) e2[x][b] = v.x[warp][chosen[x][b]];
   const bool damaged = top == 255;
   const u32 exponent = top > 30 ? top : 30;
   const float fixed = bits_to_float((damaged ? 1 : 276 - exponent) << 23);  // S
@@ -158,9 +165,9 @@ DEV void dot(const Product& p, u8* smem, Ready ready) {
   for (int x = 0; x < X; ++x) dot_slices(e[x], by, &v.q[warp][0][lane + 32 * x], 32 * X + 2);
   const float by_plane = fixed * bits_to_float((134 - lane % BITS) << 23);
 #pragma unroll
-  for (int x = 0; x < XP; ++x) {
+  for (int x = 0; x < (P ? XP : 0); ++x) {
 #pragma unroll
-    for (int b = 0; b < 4; ++b) e2[x][b] *= w2[x][b], total2 += e2[x][b];
+    for (int b = 0; b < 4; ++b) total2 += e2[x][b];
     if (lane + 32 * x < 8 * P) dot_slices(e2[x], by_plane, &v.q2[warp][0][lane + 32 * x], 8 * P + 2);
   }
   sync_warp();

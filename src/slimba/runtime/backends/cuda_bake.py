@@ -17,7 +17,7 @@ import numpy as np
 from slimba.runtime.backends.cuda_codes import Codes
 from slimba.runtime.backends.cuda_lean import Dot, Lean
 
-__all__ = ["QUICK", "QUICK_THREADS", "Baked"]
+__all__ = ["PRODUCT", "QUICK", "QUICK_THREADS", "RECURRENCE", "Baked"]
 
 QUICK, QUICK_THREADS = "quick", 288  # the kernel of kernels/cuda/quick.cuh, threads of its block
 
@@ -26,10 +26,12 @@ SEGMENT0, SEGMENT, SEGMENTS = 18, 9, 6
 POINTERS = {
     *(SEGMENT0 + SEGMENT * k + i for k in range(SEGMENTS) for i in (5, 8)), *range(MATRIX - 10, MATRIX),
     *(MATRIX + i for i in (0, 2, 4)), *(MATRIX + 7 + i for i in (1, 5)), MATRIX + 17, MATRIX + 18, MATRIX + 23,
+    MATRIX + 24,
 }  # fmt: skip
-VARYING = {MATRIX + 19, MATRIX + 22}  # layer, batch
-RECURRENCE_POINTERS = {0, 1, 15, 16, 17, 18, 19, 20, 22, 24}
-RECURRENCE_VARYING = {2, 5}
+PRODUCT, RECURRENCE = MATRIX + 24, 28  # fields of the structs, without what ahead.cuh adds
+VARYING = {MATRIX + 19, MATRIX + 22, MATRIX + 25}  # layer, batch, lines ahead
+RECURRENCE_POINTERS = {0, 1, 15, 16, 17, 18, 19, 20, 22, 24, 28}
+RECURRENCE_VARYING = {2, 5, 29}
 
 # Kernels for many sequences: struct, bounds, arguments, fields that differ between launches. Fields of 2^32 and more
 # are pointers.
@@ -59,12 +61,15 @@ class Baked:
         """The kernel for a struct Product and 1 or 8 tokens a block, or for one token that of dot.cuh, lean.cuh or
         codes.cuh."""
         sets = constants(fields, POINTERS, VARYING)
+        struct, ahead = (
+            ("Then<Product>", "fetch_ahead(s.ahead, s.ahead_lines); ") if len(fields) > PRODUCT else ("Product", "")
+        )
         if isinstance(lean, Codes):
             call = f"{lean.name}(s, smem, Early());"
-            return self._add("slimba_codes", kernel("Product", f"{lean.threads}, 1", sets, call))
+            return self._add("slimba_codes", kernel(struct, f"{lean.threads}, 1", sets, ahead + call))
         if lean is not None:
             call = f"{lean.name}(s, smem, {self.ORDER});"
-            return self._add("slimba_lean", kernel("Product", f"{lean.threads}, {lean.resident}", sets, call))
+            return self._add("slimba_lean", kernel(struct, f"{lean.threads}, {lean.resident}", sets, ahead + call))
         bounds = "THREADS, 2" if tokens == 1 else "THREADS"
         first = "0" if tokens == 1 else f"{tokens} * blockIdx.y"
         call = f"product<{tokens}>(s, smem, {first}, blockIdx.x, gridDim.x, {self.ORDER});"
@@ -75,9 +80,12 @@ class Baked:
         sets = constants(fields, RECURRENCE_POINTERS, RECURRENCE_VARYING)
         if instance == QUICK:
             call = f"quick_recur(s, smem, {self.ORDER});"
-            return self._add(
-                "slimba_quick", kernel("Recurrence", f"{QUICK_THREADS}, {self.QUICK_RESIDENT}", sets, call)
-            )
+            struct, ahead = "Recurrence", ""
+            if len(fields) > RECURRENCE:
+                struct = "QuickRecurrence"
+                ahead = "fetch_ahead(s.ahead, s.ahead_lines); fetch_state_ahead(s); "
+            bounds = f"{QUICK_THREADS}, {self.QUICK_RESIDENT}"
+            return self._add("slimba_quick", kernel(struct, bounds, sets, ahead + call))
         call = f"recur<{instance}>(s, smem, blockIdx.x, gridDim.x, {self.ORDER});"
         return self._add("slimba_recur", kernel("Recurrence", "THREADS, 2", sets, call))
 

@@ -98,9 +98,10 @@ class Dot:
     def shared_bytes(self) -> int:
         """DotShared."""
         w, tile = self.warps, 8 * TILE
+        inputs = w * 4 * (160 * self.words + 4)
         main, plane = w * 16 * (32 * self.words + 2), (w if self.plane else 1) * 16 * (8 * self.plane + 2)
         parts = w * self.tiles * tile, w * self.tiles * tile if self.plane else 8, (w if self.rank else 1) * tile
-        return main + plane + sum(parts) + max(1, self.rows) * w * 4 + w * TILE * 4 + w * 16 + 16
+        return inputs + main + plane + sum(parts) + max(1, self.rows) * w * 4 + w * TILE * 4 + w * 16 + 16
 
     def still_bytes(self, eights: int) -> int:
         """StillShared."""

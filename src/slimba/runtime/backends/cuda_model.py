@@ -10,7 +10,7 @@ import torch
 from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.models.spec import ModelSpec
 from slimba.runtime.backends.cuda_device import Gpu
-from slimba.runtime.backends.cuda_weights import DeviceMatrix
+from slimba.runtime.backends.cuda_weights import DeviceMatrix, side_by_side
 
 __all__ = ["CudaModel", "LayerWeights", "entries_of", "span_of"]
 
@@ -29,7 +29,8 @@ def entries_of(d_state: int) -> str:
 
 @dataclass(slots=True)
 class LayerWeights:
-    """Matrices by short name, and small vectors in float32; conv is [K][channels], a is -exp(A_log)."""
+    """Matrices by short name, and small vectors in float32; conv is [K][channels], a is -exp(A_log). place: where the
+    vectors lie side by side, and lines of the L2 cache that they take."""
 
     matrices: dict[str, DeviceMatrix]
     norm: torch.Tensor
@@ -39,6 +40,7 @@ class LayerWeights:
     d: torch.Tensor
     dt_bias: torch.Tensor
     gated_norm: torch.Tensor | None
+    place: list[int]
 
 
 class CudaModel:
@@ -71,16 +73,21 @@ class CudaModel:
             matrices[short] = self._matrix(mixer + short, bias)
         # exp in float64: the decay is a power of it, so its error would grow with the length
         a = -np.exp(self._checkpoint.vector(mixer + "A_log").astype(np.float64))
-        return LayerWeights(
-            matrices,
-            norm=self._vector(at + "norm.weight"),
-            conv=self._upload(self._checkpoint.vector(mixer + "conv1d.weight")[:, 0, :].T),
-            conv_bias=self._vector(mixer + "conv1d.bias") if spec.conv_bias else None,
-            a=self._upload(a),
-            d=self._vector(mixer + "D"),
-            dt_bias=self._vector(mixer + ("dt_bias" if mamba2 else "dt_proj.bias")),
-            gated_norm=self._vector(mixer + "norm.weight") if mamba2 and spec.gated_norm else None,
-        )
+        vectors = {
+            "norm": self._vector(at + "norm.weight"),
+            "conv": self._upload(self._checkpoint.vector(mixer + "conv1d.weight")[:, 0, :].T),
+            "a": self._upload(a),
+            "d": self._vector(mixer + "D"),
+            "dt_bias": self._vector(mixer + ("dt_bias" if mamba2 else "dt_proj.bias")),
+        }
+        if spec.conv_bias:
+            vectors["conv_bias"] = self._vector(mixer + "conv1d.bias")
+        if mamba2 and spec.gated_norm:
+            vectors["gated_norm"] = self._vector(mixer + "norm.weight")
+        together, _, lines = side_by_side(list(vectors.values()))
+        named: dict[str, torch.Tensor | None] = dict(zip(vectors, together, strict=True))
+        absent = {name: None for name in ("conv_bias", "gated_norm") if name not in vectors}
+        return LayerWeights(matrices, **named, **absent, place=[together[0].data_ptr(), lines])  # type: ignore[arg-type]
 
     def _matrix(self, name: str, bias: np.ndarray | None = None) -> DeviceMatrix:
         matrix = self._checkpoint.matrix(name)

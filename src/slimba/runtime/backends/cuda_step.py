@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from slimba.models.spec import ModelSpec
-from slimba.runtime.backends.cuda_bake import QUICK, QUICK_THREADS, Baked
+from slimba.runtime.backends.cuda_bake import PRODUCT, QUICK, QUICK_THREADS, RECURRENCE, Baked
 from slimba.runtime.backends.cuda_bulk import Bulk
 from slimba.runtime.backends.cuda_codes import Codes, codes_of
 from slimba.runtime.backends.cuda_device import Gpu
@@ -36,6 +36,7 @@ MOST_KERNELS = 16  # of one model: a layout a layer would take minutes to compil
 LARGEST_BATCH = 8  # of the fused kernels: the tokens that one holds
 SETTINGS, SAMPLE_BYTES = 7, 8 * (4096 + 1024 + 32 + 1) + 4 * (2048 + 4)  # structs in kernels/cuda/sample.cu
 CHOICE_BLOCKS = 32  # that look at the logits of a sequence
+NOTHING = [0, 0]  # is asked for ahead
 QUICK_STATE, QUICK_SPAN = 128, 32  # d_state and channels of a block of kernels/cuda/quick.cuh
 QUICK_BYTES = 4 * (QUICK_SPAN + 2 * QUICK_STATE + KEPT)
 LARGEST_STATE = 256  # entries of a row of the state that a warp holds
@@ -179,7 +180,7 @@ class FusedStep(Step):
     """One token for each of up to LARGEST_BATCH sequences by the fused kernels."""
 
     arithmetic = "23-bit fixed point"
-    DOTS = QUICK = True
+    DOTS = QUICK = AHEAD = True
 
     def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str) -> None:
         super().__init__(model, gpu, batch)
@@ -193,7 +194,9 @@ class FusedStep(Step):
         for i, layer in enumerate(model.layers):
             self.products += [self._in_proj(layer, i), self._out_proj(layer, i)]
             tensors = self._dt, self._z, self._y
-            self.recurrences.append(recurrence(spec, layer, self._state(i), batch, state_dtype, *tensors))
+            fields = recurrence(spec, layer, self._state(i), batch, state_dtype, *tensors)
+            after = model.layers[i + 1].place if self.AHEAD and i + 1 < spec.n_layer else NOTHING
+            self.recurrences.append(fields_of(fields.tolist(), after, spec.n_layer if self.AHEAD else 0))
         self.products.append(self._head())
         self._lean: dict[int, Codes | Dot | Lean] = {}
         self._quick = False
@@ -265,6 +268,7 @@ class FusedStep(Step):
 
     def _generic(self) -> tuple[list[str], Any]:
         """Names of the kernels of products and recurrences, and their module: kernels for any shape."""
+        self._trim()
         recur = "slimba_recur_" + entries_of(self._model.spec.d_state)
         names = [f"slimba_product_{self._tokens}"] * len(self.products) + [recur] * len(self.recurrences)
         return names, self._gpu.module("generic")
@@ -275,12 +279,18 @@ class FusedStep(Step):
         self._quick = self.QUICK and spec.d_state == QUICK_STATE and span_of(spec.headdim) == QUICK_SPAN
         baked, instance = Baked(), QUICK if self._quick else RECUR[entries_of(spec.d_state)]
         self._lean = self._lean_products()
+        self._trim()
         names = [baked.product(fields, self._tokens, self._lean.get(i)) for i, fields in enumerate(self.products)]
         names += [baked.recurrence(fields, instance) for fields in self.recurrences]
         if len(set(names)) > MOST_KERNELS:
             self._lean, self._quick = {}, False
             return self._generic()
         return names, self._gpu.module("decode", baked.source)
+
+    def _trim(self) -> None:
+        """Takes off what kernels for any shape do not know: what to ask for ahead."""
+        self.products = [f if i in self._lean else f[:PRODUCT] for i, f in enumerate(self.products)]
+        self.recurrences = [f if self._quick else f[:RECURRENCE] for f in self.recurrences]
 
     def _lean_products(self) -> dict[int, Codes | Dot | Lean]:
         """The products that dot.cuh, lean.cuh or codes.cuh takes, by their number."""
@@ -303,7 +313,7 @@ class FusedStep(Step):
         source = [self.u.data_ptr(), spec.d_model, 0, 0, layer.norm.data_ptr(), 1, float_bits(spec.norm_eps)]
         out = [IN_PROJ, self._dt.data_ptr(), spec.n_heads, 0, inner, self._z.data_ptr(), inner, inner, ring, ring]
         m = layer.matrices["in_proj"]
-        return fields_of(m.fields, source, out, self._state(i), self.batch, m.plane_inverse)
+        return fields_of(m.fields, source, out, self._state(i), self.batch, m.plane_inverse, self._next("in_proj", i))
 
     def _out_proj(self, layer: LayerWeights, i: int) -> np.ndarray:
         spec = self._model.spec
@@ -315,10 +325,19 @@ class FusedStep(Step):
         ]  # fmt: skip
         out = [ADD, self.u.data_ptr(), spec.d_model, *[0] * 7]
         m = layer.matrices["out_proj"]
-        return fields_of(m.fields, source, out, self._state(i), self.batch, m.plane_inverse)
+        return fields_of(m.fields, source, out, self._state(i), self.batch, m.plane_inverse, self._next("out_proj", i))
+
+    def _next(self, name: str, i: int) -> list[int]:
+        """Where the matrix of that name of the layer after layer i is, for the kernel to ask for it ahead."""
+        return (
+            self._model.layers[i + 1].matrices[name].place
+            if self.AHEAD and i + 1 < len(self._model.layers)
+            else NOTHING
+        )
 
     def _head(self) -> np.ndarray:
         spec, model = self._model.spec, self._model
         source = [self.u.data_ptr(), spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, float_bits(spec.norm_eps)]
         out = [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7]
-        return fields_of(model.head.fields, source, out, self._state(0), self.batch, model.head.plane_inverse)
+        state = self._state(0)
+        return fields_of(model.head.fields, source, out, state, self.batch, model.head.plane_inverse, NOTHING)

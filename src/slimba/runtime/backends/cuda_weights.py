@@ -24,6 +24,7 @@ __all__ = ["WARPS", "DeviceMatrix", "float_bits", "up_to"]
 FORMAT_CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4, "sign": 5}  # enum Format in common.cuh
 KEEP_FLOAT, ROUND_TOKEN, ROUND_FIXED = 0, 1, 2  # enum Rounding in turn.cuh
 TILE, WARPS, MAX_SEGMENTS, GROUP = 16, 8, 6, 128  # of matrix.cuh; columns that share an int4 scale
+LINE = 128  # bytes that the L2 cache fetches at once
 ROWS_AT_ONCE = 8192  # rows put in order at a time, which bounds the memory of loading
 
 
@@ -60,6 +61,23 @@ def int4_words(packed: torch.Tensor, cols: int, kpad: int) -> torch.Tensor:
     codes = torch.stack([packed & 15, packed >> 4], dim=2).view(packed.shape[0], -1)[:, :cols]
     words = in_order(padded(codes, kpad, 8)).view(packed.shape[0], kpad // 32, 4, 2, 4)
     return ((words[:, :, :, 0] | words[:, :, :, 1] << 4) ^ 0x88).reshape(packed.shape[0], kpad // 2)
+
+
+def side_by_side(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], dict[int, int], int]:
+    """Copies of the tensors in one piece of memory, each at a multiple of LINE; where each went by where it was; and
+    how many lines they take. A single tensor stays where it is."""
+    lines = [up_to(t.numel() * t.element_size(), LINE) // LINE for t in tensors]
+    if len(tensors) == 1:
+        return [*tensors], {}, lines[0]
+    room = torch.empty(sum(lines) * LINE, dtype=torch.uint8, device=tensors[0].device)
+    out, moved, at = [], {}, 0
+    for t, n in zip(tensors, lines, strict=True):
+        copy = room[at : at + t.numel() * t.element_size()].view(t.dtype).view(t.shape)
+        out.append(copy.copy_(t))
+        if t.numel():
+            moved[t.data_ptr()] = copy.data_ptr()
+        at += n * LINE
+    return out, moved, sum(lines)
 
 
 class DeviceMatrix:
@@ -103,8 +121,6 @@ class DeviceMatrix:
         self.input_step, self.col_scale = step, col_scale
         self.rank = rank
         self.items = items
-        plain = [s.format for s in layout.segments] == ["float16"] and not (rank or layout.plane or layout.col_scale)
-        self.half = self._keep[0][:, : self.cols] if plain else None  # the matrix itself, where it is stored in float16
         self.bias = tensor(bias.astype(np.float32), device) if bias is not None else None
         self.split = split_of(items, blocks, self.kpad // 512)
         codes = {FORMAT_CODES[s.format] for s in layout.segments}
@@ -113,6 +129,18 @@ class DeviceMatrix:
             int(self.has_float), sum(1 << c for c in codes), self.hadamard, self.rounding, *segments,
             *lowrank[3:], *plane[5:], col_scale, self.bias.data_ptr() if self.bias is not None else 0, step,
         ]  # fmt: skip
+        self._gather()
+        plain = [s.format for s in layout.segments] == ["float16"] and not (rank or layout.plane or layout.col_scale)
+        self.half = self._keep[0][:, : self.cols] if plain else None  # the matrix itself, where it is stored in float16
+
+    def _gather(self) -> None:
+        """Puts the parts side by side, so that a kernel can ask for all of them ahead (kernels/cuda/ahead.cuh)."""
+        self._keep, moved, lines = side_by_side(self._keep)
+        self.place = [self._keep[0].data_ptr(), lines]
+        self.fields = [moved.get(f, f) for f in self.fields]
+        self.plane_inverse, self.input_step, self.col_scale = (
+            moved.get(f, f) for f in (self.plane_inverse, self.input_step, self.col_scale)
+        )
 
     @property
     def turns(self) -> bool:
