@@ -23,7 +23,7 @@ DEV float float_input(const float* x, const float4 (&w)[2], u16 (&to)[3][256], f
   float e[8], back = 1;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float4 v = load_fresh_quad(x + 4 * h);
+    const float4 v = load_fresh_quad(x + 128 * h);
     e[4 * h] = v.x, e[4 * h + 1] = v.y, e[4 * h + 2] = v.z, e[4 * h + 3] = v.w;
   }
   float mine = 0;
@@ -56,7 +56,8 @@ DEV float float_input(const float* x, const float4 (&w)[2], u16 (&to)[3][256], f
       e[2 * i] -= FORMAT == F16 ? low_half(two[i]) : bits_to_float(two[i] << 16);
       e[2 * i + 1] -= FORMAT == F16 ? high_half(two[i]) : bits_to_float(two[i] & 0xffff0000u);
     }
-    *(uint4*)(to[part] + lane * 8) = uint4{two[0], two[1], two[2], two[3]};
+    *(uint2*)(to[part] + lane * 4) = uint2{two[0], two[1]};
+    *(uint2*)(to[part] + 128 + lane * 4) = uint2{two[2], two[3]};
   }
   sync_warp();
   return back;
@@ -75,13 +76,13 @@ DEV void stream(const Product& p, u8* smem, Ready ready) {
   Weights ring;
   ring.start(s, cg);
   const float* norm_weight = (const float*)p.in.weight;
-  const int column = CODES ? cg * 256 + g * 32 + t * 2 : cg * 256 + lane * 8;
+  const int column = CODES ? cg * 256 + g * 32 + t * 2 : cg * 256 + lane * 4;
   float2 pairs[4];
   float4 quads[2];
 #pragma unroll
   for (int b = 0; b < 4; ++b)
     if (CODES) pairs[b] = norm_weight ? *(const float2*)(norm_weight + column + 8 * b) : float2{1, 1};
-    else if (b < 2) quads[b] = norm_weight ? *(const float4*)(norm_weight + column + 4 * b) : float4{1, 1, 1, 1};
+    else if (b < 2) quads[b] = norm_weight ? *(const float4*)(norm_weight + column + 128 * b) : float4{1, 1, 1, 1};
   int row = ((int)blockIdx.x + (int)threadIdx.x / SLIM * blocks) * SLIM + (int)threadIdx.x % SLIM;  // that this thread finishes
   bool finishes = (int)threadIdx.x < TILES * SLIM && row < rows;
   float scale = CODES && finishes ? half_bits_to_float(((const u16*)s.scale)[row]) : 1.0f;

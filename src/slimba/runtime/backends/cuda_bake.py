@@ -16,6 +16,7 @@ import numpy as np
 
 from slimba.runtime.backends.cuda_codes import Codes
 from slimba.runtime.backends.cuda_lean import Dot, Lean
+from slimba.runtime.backends.cuda_stream import Stream
 
 __all__ = ["PRODUCT", "QUICK", "QUICK_THREADS", "RECURRENCE", "Baked"]
 
@@ -39,6 +40,7 @@ MANY = {
     "mid_norm": ("MidNorm", "THREADS", "s", {MATRIX + 9}),
     "mid": ("Mid", "THREADS, 2", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 20}),
     "still": ("Mid", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 20}),
+    "few": ("Mid", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 20}),
     "prepare": ("BatchRecurrence", "THREADS", "s", RECURRENCE_VARYING),
     "states": ("BatchRecurrence", "THREADS, ", "s", RECURRENCE_VARYING),
 }
@@ -57,16 +59,16 @@ class Baked:
     def source(self) -> str:
         return "\n".join(text.replace("NAME", name) for (_, text), name in self._names.items())
 
-    def product(self, fields: np.ndarray, tokens: int, lean: Codes | Dot | Lean | None = None) -> str:
-        """The kernel for a struct Product and 1 or 8 tokens a block, or for one token that of dot.cuh, lean.cuh or
-        codes.cuh."""
+    def product(self, fields: np.ndarray, tokens: int, lean: Codes | Dot | Lean | Stream | None = None) -> str:
+        """The kernel for a struct Product and 1 or 8 tokens a block, or for one token that of dot.cuh, lean.cuh,
+        codes.cuh or stream.cuh."""
         sets = constants(fields, POINTERS, VARYING)
         struct, ahead = (
             ("Then<Product>", "fetch_ahead(s.ahead, s.ahead_lines); ") if len(fields) > PRODUCT else ("Product", "")
         )
-        if isinstance(lean, Codes):
-            call = f"{lean.name}(s, smem, Early());"
-            return self._add("slimba_codes", kernel(struct, f"{lean.threads}, 1", sets, ahead + call))
+        if isinstance(lean, Codes | Stream):
+            call, kind = f"{lean.name}(s, smem, Early());", type(lean).__name__.lower()
+            return self._add(f"slimba_{kind}", kernel(struct, f"{lean.threads}, 1", sets, ahead + call))
         if lean is not None:
             call = f"{lean.name}(s, smem, {self.ORDER});"
             return self._add("slimba_lean", kernel(struct, f"{lean.threads}, {lean.resident}", sets, ahead + call))
@@ -101,8 +103,8 @@ class Baked:
             call += f", *(StatesShared<{arguments[1]}>*)smem"
         else:
             call += ", smem"
-        if kind == "still":
-            bounds = f"{32 * int(arguments[0])}, 1"
+        if kind in ("still", "few"):
+            bounds = f"{32 * int(arguments[kind == 'few'])}, 1"
         template = f"<{', '.join(arguments)}>" if arguments else ""
         fixed = [(i, v) for i, v in enumerate(fields.tolist()) if 0 <= v < 1 << 32 and i not in varying]
         sets = " ".join(f"f[{i}] = {v};" for i, v in fixed)

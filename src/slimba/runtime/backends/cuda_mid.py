@@ -15,6 +15,7 @@ import torch
 
 from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_lean import Dot, dot_of
+from slimba.runtime.backends.cuda_stream import MOST_FEW, Stream, few_of
 from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of
 
 __all__ = ["Mid"]
@@ -57,6 +58,7 @@ class Mid:
         """source: fields of the struct Input; groups: of its norm; parts: residual, pointer, stride and number of what
         is added to the source before. natural: for a product with the expanded matrix, see `vectors`."""
         matrix = list(m.fields)
+        natural = natural or m.has_float
         if natural:
             for i in NOT_EXPANDED:
                 matrix[i] = 0
@@ -81,6 +83,10 @@ class Mid:
             m.fields, list(output), list(state), self._batch, self._x.data_ptr(), self._x2.data_ptr(),
             self._factors.data_ptr(), parts, part_stride,
         )  # fmt: skip
+        if few := self._few(m):
+            name = "slimba_few_" + "_".join(map(str, few.few_numbers))
+            self._gpu.launch(name, (self._gpu.blocks,), fields, few.few_bytes, threads=few.threads, overlap=True)
+            return
         if still := self._still(m):
             eights = 1 if self._batch <= 8 else 2
             name = "slimba_still_" + "_".join(map(str, (*still.numbers, eights)))
@@ -96,11 +102,16 @@ class Mid:
 
     def parts_of(self, m: DeviceMatrix) -> int:
         """In how many parts the columns of a matrix should be divided so that the GPU is busy."""
-        if self._still(m):
+        if self._few(m) or self._still(m):
             return 1
         _, _, rows = self._shape(m, 1)
         blocks = rows * -(-self._batch // (8 * self._tiles))
         return 2 if 2 * blocks <= 1.1 * self._gpu.blocks and m.kpad >= 4 * CHUNK_COLS else 1
+
+    def _few(self, m: DeviceMatrix) -> Stream | None:
+        """The kernel of few.cu for a matrix."""
+        few = few_of(m, self._gpu.blocks) if self._bakes and self._batch <= MOST_FEW else None
+        return few if few and few.few_bytes <= self._gpu.shared else None
 
     def _still(self, m: DeviceMatrix) -> Dot | None:
         """The kernel of still.cu for a matrix."""
