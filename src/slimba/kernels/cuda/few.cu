@@ -13,14 +13,14 @@ struct FewShared {
   i64 rings[FEW];
 };
 
-template <int FORMAT, int CG, int TILES, int DEPTH, int LOOP>
+template <int FORMAT, int CG, int TILES, int GROUP, int DEPTH, int LOOP>
 DEV void few(const Mid& p, u8* smem) {
   typedef FewShared<FORMAT, CG, TILES, LOOP> Shared;
   Shared& v = *(Shared*)smem;
   const Segment& s = p.m.segment[0];
   const int lane = threadIdx.x % WARP, cg = threadIdx.x / WARP, g = lane / 4, t = lane % 4, batch = (int)p.batch;
   const int blocks = gridDim.x, rows = (int)s.rows, tiles = (rows + SLIM - 1) / SLIM;
-  typedef Ring<FORMAT, TILES, DEPTH, LOOP> Weights;
+  typedef Ring<FORMAT, GROUP, DEPTH> Weights;
   Weights ring;
   ring.start(s, cg);
   if (p.out.mode == IN_PROJ && (int)threadIdx.x < batch) {
@@ -54,10 +54,11 @@ DEV void few(const Mid& p, u8* smem) {
 #pragma unroll 1
   for (int round = 0; (int)blockIdx.x + round * TILES * blocks < tiles; ++round) {
     float(*parts)[TILES * SLIM * FEW] = v.part[LOOP ? round & 1 : 0];
+    int first = 0;
     const auto put = [&](int tile, const float (&acc)[4]) {
       const bool both = FORMAT == BF16;
       const float2 sum = {both ? acc[0] + acc[2] : acc[0], both ? acc[1] + acc[3] : acc[1]};
-      *(float2*)(parts[cg] + (tile * FEW + g) * SLIM + 2 * t) = sum;
+      *(float2*)(parts[cg] + ((first + tile) * FEW + g) * SLIM + 2 * t) = sum;
     };
     const u8* from = v.x[cg][g];
     const auto multiply = [&](int step, const auto& w, auto& acc) {
@@ -65,7 +66,7 @@ DEV void few(const Mid& p, u8* smem) {
         const u8* at = from + (2 * step + t / 2) * 64 + t % 2 * 16;  // words of codes 4 (t % 2) .. of 32 columns
         const uint4 low = *(const uint4*)at, high = *(const uint4*)(at + 32);
 #pragma unroll
-        for (int q = 0; q < Weights::PAIR; ++q)
+        for (int q = 0; q < GROUP; ++q)
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const u32 a = word(w[q], 2 * h), b = word(w[q], 2 * h + 1);
@@ -77,10 +78,11 @@ DEV void few(const Mid& p, u8* smem) {
         uint4 lo = {0, 0, 0, 0};
         if constexpr (FORMAT == BF16) lo = *(const uint4*)(v.x[cg][g + FEW] + step * 64 + t * 16);
 #pragma unroll
-        for (int q = 0; q < Weights::PAIR; ++q) multiply_floats<FORMAT>(acc[q], hi, lo, w[q]);
+        for (int q = 0; q < GROUP; ++q) multiply_floats<FORMAT>(acc[q], hi, lo, w[q]);
       }
     };
-    ring.template round_of<float>(round, multiply, put);
+#pragma unroll 1
+    for (; first < TILES; first += GROUP) ring.template group<float>(multiply, put);
     __syncthreads();
 #pragma unroll 1
     for (int o = threadIdx.x; o < TILES * SLIM * FEW; o += CG * WARP) {  // a vector after the other

@@ -63,8 +63,8 @@ DEV float float_input(const float* x, const float4 (&w)[2], u16 (&to)[3][256], f
   return back;
 }
 
-// CG warps; TILES of a round, all there are of the block unless LOOP; HW and ROUND as in codes.cuh, for int8 rows.
-template <int FORMAT, int CG, int TILES, int DEPTH, int HW, int ROUND, int LOOP, typename Ready>
+// CG warps; TILES of a round in groups, all there are of the block unless LOOP; HW and ROUND as in codes.cuh, for int8 rows.
+template <int FORMAT, int CG, int TILES, int GROUP, int DEPTH, int HW, int ROUND, int LOOP, typename Ready>
 DEV void stream(const Product& p, u8* smem, Ready ready) {
   typedef StreamShared<FORMAT, CG, TILES, ROUND> Shared;
   constexpr bool CODES = Shared::CODES;
@@ -72,7 +72,7 @@ DEV void stream(const Product& p, u8* smem, Ready ready) {
   const Segment& s = p.m.segment[0];
   const int lane = threadIdx.x % WARP, cg = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
   const int blocks = gridDim.x, rows = (int)s.rows, tiles = (rows + SLIM - 1) / SLIM;
-  typedef Ring<FORMAT, TILES, DEPTH, LOOP> Weights;
+  typedef Ring<FORMAT, GROUP, DEPTH> Weights;
   Weights ring;
   ring.start(s, cg);
   const float* norm_weight = (const float*)p.in.weight;
@@ -102,47 +102,48 @@ DEV void stream(const Product& p, u8* smem, Ready ready) {
     by = float_input<FORMAT>((const float*)p.in.x + column, quads, v.x[cg], squares);
     if (lane == 0) v.squares[cg] = squares;
   }
+  const u8* slice = v.q[CODES ? cg : 0][g < v.SLICES ? g : v.SLICES - 1] + t * 16;
+  const float of_slice = ROUND ? 1.0f : g == 0 ? 65536.0f : g == 1 ? 256.0f : g == 2 ? 1.0f : 0.0f;
+  // the parts of x are rows 0, 8 and 4 of the left operand; the others repeat them and are not looked at
+  const u16 *hi = v.x[CODES ? 0 : cg][FORMAT == BF16 && g >= 4 ? 2 : 0] + t * 8, *lo = v.x[CODES ? 0 : cg][1] + t * 8;
 #pragma unroll 1
   for (int round = 0; (int)blockIdx.x + round * TILES * blocks < tiles; ++round) {
-    float* part = v.part[round & 1][cg];
-    if constexpr (CODES) {
-      const u8* slice = v.q[cg][g < v.SLICES ? g : v.SLICES - 1] + t * 16;
-      const float of_slice = ROUND ? 1.0f : g == 0 ? 65536.0f : g == 1 ? 256.0f : g == 2 ? 1.0f : 0.0f;
-      ring.template round_of<int>(
-          round,
-          [&](int step, const auto& w, auto& acc) {
-            const uint4 x = *(const uint4*)(slice + step * 64);
+#pragma unroll 1
+    for (int first = 0; first < TILES; first += GROUP) {
+      float* part = v.part[round & 1][cg] + first * SLIM + 2 * t;
+      if constexpr (CODES) {
+        ring.template group<int>(
+            [&](int step, const auto& w, auto& acc) {
+              const uint4 x = *(const uint4*)(slice + step * 64);
 #pragma unroll
-            for (int q = 0; q < Weights::PAIR; ++q) {
-              mma_s8s8(acc[q], x.x, 0, x.y, 0, w[q].x, w[q].y);
-              mma_s8s8(acc[q], x.z, 0, x.w, 0, w[q].z, w[q].w);
-            }
-          },
-          [&](int tile, const int (&acc)[4]) {
-            float sum[2];
+              for (int q = 0; q < GROUP; ++q) {
+                mma_s8s8(acc[q], x.x, 0, x.y, 0, w[q].x, w[q].y);
+                mma_s8s8(acc[q], x.z, 0, x.w, 0, w[q].z, w[q].w);
+              }
+            },
+            [&](int tile, const int (&acc)[4]) {
+              float sum[2];
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              sum[i] = (float)acc[i] * of_slice;
-              if (!ROUND) sum[i] += shuffle_xor(sum[i], 4), sum[i] += shuffle_xor(sum[i], 8);
-            }
-            if (g == 0) *(float2*)(part + tile * SLIM + 2 * t) = float2{sum[0], sum[1]};
-          });
-    } else {
-      // the parts of x are rows 0, 8 and 4 of the left operand; the others repeat them and are not looked at
-      const u16 *hi = v.x[cg][FORMAT == BF16 && g >= 4 ? 2 : 0] + t * 8, *lo = v.x[cg][1] + t * 8;
-      ring.template round_of<float>(
-          round,
-          [&](int step, const auto& w, auto& acc) {
-            const uint4 x0 = *(const uint4*)(hi + step * 32), x1 = *(const uint4*)(lo + step * 32);
+              for (int i = 0; i < 2; ++i) {
+                sum[i] = (float)acc[i] * of_slice;
+                if (!ROUND) sum[i] += shuffle_xor(sum[i], 4), sum[i] += shuffle_xor(sum[i], 8);
+              }
+              if (g == 0) *(float2*)(part + tile * SLIM) = float2{sum[0], sum[1]};
+            });
+      } else {
+        ring.template group<float>(
+            [&](int step, const auto& w, auto& acc) {
+              const uint4 x0 = *(const uint4*)(hi + step * 32), x1 = *(const uint4*)(lo + step * 32);
 #pragma unroll
-            for (int q = 0; q < Weights::PAIR; ++q) multiply_floats<FORMAT>(acc[q], x0, x1, w[q]);
-          },
-          [&](int tile, const float (&acc)[4]) {
-            float sum[2];
+              for (int q = 0; q < GROUP; ++q) multiply_floats<FORMAT>(acc[q], x0, x1, w[q]);
+            },
+            [&](int tile, const float (&acc)[4]) {
+              float sum[2];
 #pragma unroll
-            for (int i = 0; i < 2; ++i) sum[i] = acc[i] + acc[2 + i] + (FORMAT == BF16 ? shuffle_xor(acc[i], 16) : 0.0f);
-            if (g == 0) *(float2*)(part + tile * SLIM + 2 * t) = float2{sum[0] * by, sum[1] * by};
-          });
+              for (int i = 0; i < 2; ++i) sum[i] = acc[i] + acc[2 + i] + (FORMAT == BF16 ? shuffle_xor(acc[i], 16) : 0.0f);
+              if (g == 0) *(float2*)(part + tile * SLIM) = float2{sum[0] * by, sum[1] * by};
+            });
+      }
     }
     __syncthreads();
     if (finishes) {

@@ -12,7 +12,8 @@ __all__ = ["MOST_FEW", "Stream", "few_of", "stream_of"]
 
 COLUMNS, SLIM = 256, 8  # columns of a warp, rows of a tile in kernels/cuda/ring.cuh
 STEPS = {"float16": 8, "bfloat16": 8, "int8": 4}  # 16-byte loads of a lane for a tile
-MOST_TILES = 16  # of a round, which is unrolled
+MOST_TILES = 16  # of a round
+PIECES = 16  # loads of a lane in the loop's body
 MOST_GROUPS = 24  # warps of a block
 MOST_FEW = 8  # vectors of few.cu
 RING_REGISTERS = 64  # of a lane for what is on its way: 16 loads
@@ -21,13 +22,14 @@ OTHER_REGISTERS, ALL_REGISTERS = 56, 65536  # of a lane for all else; of a multi
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Arguments of the templates `stream` and `few`: format, groups of 256 columns, a warp each, tiles of a round, loads
-    of a lane on their way, whether a block has more tiles than a round; for one vector, groups of a block of the
+    """Arguments of the templates `stream` and `few`: format, groups of 256 columns, a warp each, tiles of a round
+    and of those that are multiplied side by side, loads of a lane on their way, whether a block has more tiles than a round; for one vector, groups of a block of the
     transform and the kind of rounding."""
 
     format: str
     groups: int
     tiles: int
+    group: int
     depth: int
     loop: bool
     turned: int = 0
@@ -41,7 +43,7 @@ class Stream:
 
     @property
     def name(self) -> str:
-        numbers = FORMAT_CODES[self.format], self.groups, self.tiles, self.depth, self.turned, self.rounding
+        numbers = FORMAT_CODES[self.format], self.groups, self.tiles, self.group, self.depth, self.turned, self.rounding
         return f"stream<{', '.join(map(str, numbers))}, {int(self.loop)}>"
 
     @property
@@ -54,7 +56,7 @@ class Stream:
 
     @property
     def few_numbers(self) -> tuple[int, ...]:
-        return FORMAT_CODES[self.format], self.groups, self.tiles, self.depth, int(self.loop)
+        return FORMAT_CODES[self.format], self.groups, self.tiles, self.group, self.depth, int(self.loop)
 
     @property
     def few_bytes(self) -> int:
@@ -86,15 +88,12 @@ def _shape(m: DeviceMatrix, blocks: int, turned: int, rounding: int) -> Stream |
     if m.cols % COLUMNS or not 1 <= groups <= MOST_GROUPS or (turned and groups % turned):
         return None
     steps = STEPS[formats[0]]
-    spare = ALL_REGISTERS // (32 * groups) - OTHER_REGISTERS
-    deepest = min(RING_REGISTERS, spare) // 4
-    tiles = math.ceil(math.ceil(m.rows / SLIM) / blocks)
-    most = min(MOST_TILES, 4 * groups)  # a thread finishes a row
+    deepest = min(RING_REGISTERS, ALL_REGISTERS // (32 * groups) - OTHER_REGISTERS) // 4
+    tiles, most = math.ceil(math.ceil(m.rows / SLIM) / blocks), min(MOST_TILES, 4 * groups)  # a thread finishes a row
     loop = tiles > most
     if loop:
         tiles = math.ceil(tiles / math.ceil(tiles / most))
-    tiles += tiles % 2 if tiles > 1 else 0
-    tiles = min(tiles, most)
-    pieces = tiles * steps
-    depth = max(d for d in range(1, min(deepest, pieces) + 1) if not loop or pieces % d == 0)
-    return Stream(formats[0], groups, tiles, depth, loop, turned, rounding)
+    group = min(PIECES // steps, 1 << (tiles - 1).bit_length(), most)
+    tiles = math.ceil(tiles / group) * group
+    depth = max(d for d in (1, 2, 4, 8, 16) if d <= min(deepest, group * steps))
+    return Stream(formats[0], groups, tiles, group, depth, loop, turned, rounding)
