@@ -234,7 +234,7 @@ class CudaEngine:
         """The step for this batch size, pointed to `state`."""
         batch = state.batch
         if batch not in self._steps:
-            if batch > 1 and BatchStep.fits(self.model) and not self._exact:
+            if batch > 1 and BatchStep.fits(self.model, self.gpu, batch) and not self._exact:
                 self._steps[batch] = BatchStep(self.model, self.gpu, batch, self.state_dtype, self._bulk)
             elif FusedStep.fits(self.model, self.gpu, batch):
                 self._steps[batch] = FusedStep(self.model, self.gpu, batch, self.state_dtype)

@@ -68,7 +68,8 @@ class Baked:
         )
         if isinstance(lean, Codes | Stream):
             call, kind = f"{lean.name}(s, smem, Early());", type(lean).__name__.lower()
-            return self._add(f"slimba_{kind}", kernel(struct, f"{lean.threads}, 1", sets, ahead + call))
+            bounds = f"{lean.threads}, {lean.resident}"
+            return self._add(f"slimba_{kind}", kernel(struct, bounds, sets, ahead + call))
         if lean is not None:
             call = f"{lean.name}(s, smem, {self.ORDER});"
             return self._add("slimba_lean", kernel(struct, f"{lean.threads}, {lean.resident}", sets, ahead + call))
