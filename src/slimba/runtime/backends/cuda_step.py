@@ -24,8 +24,8 @@ from slimba.runtime.backends.cuda_codes import Codes, codes_of
 from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_lean import Dot, Lean, dot_of, lean_of
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
-from slimba.runtime.backends.cuda_stream import Stream, stream_of
 from slimba.runtime.backends.cuda_state import KEPT, POINTERS, STATE_CODES, CudaState, StatePointers
+from slimba.runtime.backends.cuda_stream import Stream, stream_of
 from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of, float_bits
 from slimba.runtime.engine import SamplingParams
 

@@ -22,9 +22,9 @@ OTHER_REGISTERS, ALL_REGISTERS = 56, 65536  # of a lane for all else; of a multi
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Arguments of the templates `stream` and `few`: format, groups of 256 columns, a warp each, tiles of a round
-    and of those that are multiplied side by side, loads of a lane on their way, whether a block has more tiles than a round; for one vector, groups of a block of the
-    transform and the kind of rounding."""
+    """Arguments of the templates `stream` and `few`: format, groups of 256 columns, a warp each, tiles of a round and
+    of those that are multiplied side by side, loads of a lane on their way, whether a block has more tiles than a
+    round; for one vector, groups of a block of the transform and the kind of rounding."""
 
     format: str
     groups: int
