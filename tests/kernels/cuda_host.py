@@ -48,7 +48,8 @@ def host_module(module: str = "main", extra: str = "") -> HostModule:
     if not compiler or platform.machine() != "x86_64":
         pytest.skip("needs g++ on x86-64")
     text = '#define SLIMBA_HOST\n#include "host_cuda.h"\n' + source(module, extra)
-    key = hashlib.sha256((text + (HERE / "host_cuda.h").read_text()).encode()).hexdigest()[:16]
+    headers = "".join(h.read_text() for h in sorted(HERE.glob("host_*.h")))
+    key = hashlib.sha256((text + headers).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"slimba-host-cuda-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{module}-{key}.so"
@@ -64,8 +65,8 @@ def host_module(module: str = "main", extra: str = "") -> HostModule:
 
 
 @cache
-def host_gpu(blocks: int = 3, shared: int = 227 * 1024, bakes: bool = False) -> Any:
+def host_gpu(blocks: int = 3, shared: int = 227 * 1024, bakes: bool = False, warpgroups: bool = False) -> Any:
     torch = pytest.importorskip("torch")
     from slimba.runtime.backends.cuda_device import Gpu
 
-    return Gpu(torch.device("cpu"), host_module, blocks, shared, bakes=bakes)
+    return Gpu(torch.device("cpu"), host_module, blocks, shared, bakes=bakes, warpgroups=warpgroups)

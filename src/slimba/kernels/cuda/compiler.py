@@ -32,8 +32,13 @@ MODULES = {  # apart, because a process needs few; cuda_bake.py adds the kernels
     "bulk": (*BASE, "step.cuh", "bulk.cu", "turn.cu", "expand.cu", "scan.cu", "scan1.cu", "ssd.cu"),
     "mid": (*BASE, "step.cuh", "mid_norm.cu", "mid.cu", "batch.cu", "many.cu"),
     "many": (*BASE, "rows.cuh", "step.cuh", "mid_norm.cu", "mid.cu", "still.cu", "ring.cuh", "few.cu", "batch.cu"),
+    "broad": (
+        *(*BASE, "rows.cuh", "step.cuh", "mid_norm.cu", "mid.cu", "still.cu", "batch.cu"),
+        *("warpgroup.cuh", "broad.cu", "broad_norm.cu", "steps.cu"),
+    ),
     "sample": (*BASE, "decode.cu", "sample.cu"),
 }
+WARPGROUPS = ("broad",)  # modules for sm_90 alone, with what that has and later ones have not
 OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
 
 
@@ -52,6 +57,7 @@ def compiled(arch: str, module: str = "main", extra: str = "", cache: Path | Non
     """The kernels of a module as a cubin for `arch`, such as sm_90. CudaUnavailable where that cannot be had."""
     nvrtc = load_nvrtc()
     text = source(module, extra)
+    arch = "sm_90a" if arch == "sm_90" and module in WARPGROUPS else arch
     key = hashlib.sha256("\0".join((text, arch, nvrtc_version(nvrtc), *OPTIONS)).encode()).hexdigest()
     folder = cache or cache_directory()
     file = folder / f"{arch}-{key[:40]}.cubin"

@@ -13,8 +13,8 @@ struct DotShared {
   float x[CW][160 * X + 4];  // a warp's columns, 32 at a time with a gap of 8: they are written four by four and read 8 apart
   u32 q[CW][4][32 * X + 2], q2[P ? CW : 1][4][8 * P + 2];  // slices; words of the plane's
   float2 part[CW][TW * TILE], part2[P ? CW : 1][P ? TW * TILE : 1], rank[LR ? CW : 1][TILE];
-  float row8[RW ? RW : 1][CW], of_rank[CW][TILE];
-  float4 sums[CW];  // of squares, of x, of the plane's x
+  float of_rank[CW][TILE];
+  alignas(16) float sums[CW][8];  // of squares, of x, of the plane's x, of the int8 rows
 };
 
 // Four columns that share j: their slices to q[s], `stride` words apart.
@@ -28,19 +28,43 @@ DEV void dot_slices(const float (&e)[4], float to_fixed, u32* q, int stride) {
   q[2 * stride] = byte_perm(hi01, hi23, 0x5410u), q[3 * stride] = byte_perm(hi01, hi23, 0x7632u);
 }
 
-// Adds rows g and g + 8 of a tile, lanes t < 2 with two slices each: low and high are the values of a unit of them.
-DEV void dot_put(const int (&acc)[4], float low, float high, float2* out) {
+// Adds rows g and g + 8 of a tile, lanes t < 2 with two slices each; unit: the value of one in the lower. Of signs both together are below
+// 2^30, because a slice is at most 2^7 and what it meets 255 / 8 on average over the columns of a word; of CODES they are not.
+template <bool CODES = false>
+DEV void dot_put(const int (&acc)[4], float unit, float2* out) {
   const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float v = fmaf((float)acc[2 * h], low, (float)acc[2 * h + 1] * high);
-    if (t < 2) ((float*)(out + g + 8 * h))[t] = v;
-  }
+  for (int h = 0; h < 2; ++h)
+    if (t < 2) {
+      const int low = acc[2 * h], high = acc[2 * h + 1];
+      ((float*)(out + g + 8 * h))[t] = unit * (CODES ? fmaf((float)high, 256.0f, (float)low) : (float)(low + high * 256));
+    }
+}
+
+// Sums over the warp of up to eight numbers at once: lanes give away halves of what they have. v[i] is in lane 4 i, of up to four in 8 i.
+template <int N>
+DEV float dot_sums(const float (&v)[N]) {
+  const int lane = threadIdx.x % WARP;
+  float a[4] = {}, b[2];
+  auto of = [&](int i) { return i < N ? v[i < N ? i : 0] : 0.0f; };
+  auto fold = [&](float low, float high, int by) {
+    const bool upper = lane & by;
+    return (upper ? high : low) + shuffle_xor(upper ? low : high, by);
+  };
+  if (N > 4)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = fold(of(i), of(i + 4), 16);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) b[i] = N > 4 ? fold(a[i], a[i + 2], 8) : fold(of(i), of(i + 2), 16);
+  float sum = fold(b[0], b[1], N > 4 ? 4 : 8);
+#pragma unroll
+  for (int by = N > 4 ? 2 : 4; by; by /= 2) sum += shuffle_xor(sum, by);
+  return sum;
 }
 
 // CW warps, X words of 32 columns a lane, TW tiles and RW int8 rows a block, P words of a second plane a warp (those of its columns
-// that the plane has, filled up), PM: which of the tiles may have the plane, LR: 16 ranks of a correction, or 0.
-template <int CW, int X, int TW, int RW, int P, int PM, int LR, typename Ready>
+// that the plane has, filled up), PM: which of the tiles may have the plane, B: blocks, LR: 16 ranks of a correction, or 0.
+template <int CW, int X, int TW, int RW, int P, int PM, int B, int LR, typename Ready>
 DEV void dot(const Product& p, u8* smem, Ready ready) {
   constexpr u32 ONES = 0x01010101u;
   constexpr int COLUMNS = 128 * X, K = 4 * (TW * TILE + RW) <= CW * WARP ? 4 : 2;  // K threads finish a row
@@ -48,33 +72,46 @@ DEV void dot(const Product& p, u8* smem, Ready ready) {
   DotShared<CW, X, TW, RW, P, LR>& v = *(DotShared<CW, X, TW, RW, P, LR>*)smem;
   const Matrix& m = p.m;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-  const int block = blockIdx.x, blocks = gridDim.x, plane_rows = (int)(m.plane_stop - m.plane_start);
+  const int block = blockIdx.x, plane_rows = (int)(m.plane_stop - m.plane_start);
+  ASSUME(block < B);
+  // With one segment of signs, in whole tiles, what a lane reads of them lies at constant distances.
+  int signs = 0, only = 0;
+#pragma unroll
+  for (int k = 0; k < MAX_SEGMENTS; ++k)
+    if (k < (int)m.segments && m.segment[k].format == SIGN) ++signs, only = k;
+  const Segment& s = m.segment[only];
+  const bool plain = signs == 1 && s.rows % TILE == 0 && m.plane_start % TILE == 0 && plane_rows % TILE == 0 && s.first % TILE == 0;
+  const i64 first_row = (i64)block * TILE + g;
+  const u8* lane_bits = (const u8*)s.data + first_row * s.stride + warp * (COLUMNS / 8) + 4 * t * X;
+  const u8* lane_plane = (const u8*)m.plane_data + (first_row + s.first - m.plane_start) * m.plane_stride + 4 * (warp * P + t % SPAN * XP);
   const float *weight = (const float*)p.in.weight, *col_scale = (const float*)m.col_scale;
 
   u32 bits[TW][2][X], bits2[TW][2][XP];
   bool planes[TW], last_there = true;
 #pragma unroll
   for (int i = 0; i < TW; ++i) {
-    const LeanRows r = lean_rows<SIGN>(m, block + i * blocks);
+    const LeanRows r = lean_rows<SIGN>(m, block + i * B);
     last_there = r.there;
     const int in_plane = r.first + r.local - (int)m.plane_start;
     planes[i] = (PM >> i & 1) && r.there && in_plane + TILE > 0 && in_plane < plane_rows;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = r.local + g + 8 * h, at = in_plane + g + 8 * h;
-      const bool there = r.there && row < r.rows;
-      const u32* from = (const u32*)(r.data + (i64)row * r.stride + warp * (COLUMNS / 8)) + t * X;
-      load_words<X>(there, from, bits[i][h]);
+      const i64 further = i * B * TILE + 8 * h;
+      const bool there = r.there && (plain || row < r.rows);
+      const u8* from = plain ? lane_bits + further * s.stride : r.data + (i64)row * r.stride + warp * (COLUMNS / 8) + 4 * t * X;
+      load_words<X>(there, (const u32*)from, bits[i][h]);
       if (!(PM >> i & 1)) continue;
-      const u32* plane = (const u32*)((const u8*)m.plane_data + (i64)at * m.plane_stride) + warp * P + t % SPAN * XP;
-      load_words<XP>(planes[i] && there && at >= 0 && at < plane_rows, plane, bits2[i][h]);
+      const u8* plane = plain ? lane_plane + further * m.plane_stride
+                              : (const u8*)m.plane_data + (i64)at * m.plane_stride + 4 * (warp * P + t % SPAN * XP);
+      load_words<XP>(planes[i] && there && (plain || (at >= 0 && at < plane_rows)), (const u32*)plane, bits2[i][h]);
       if (SPAN < 4) bits2[i][h][0] >>= t / SPAN * BITS;
     }
   }
   u32 codes[RW ? RW : 1][X];
 #pragma unroll
   for (int i = 0; i < RW; ++i) {
-    const LeanRows r = lean_rows<INT8>(m, block + i * blocks);
+    const LeanRows r = lean_rows<INT8>(m, block + i * B);
 #pragma unroll
     for (int x = 0; x < X; ++x)
       codes[i][x] = r.there ? ((const u32*)(r.data + (i64)r.local * r.stride + warp * COLUMNS))[lane + 32 * x] : 0;
@@ -105,8 +142,8 @@ DEV void dot(const Product& p, u8* smem, Ready ready) {
   // what finishing a row takes: threads K r + k have a K-th of the sums of row r of the tiles, then of the int8 rows
   const int unit = threadIdx.x / K, k = lane % K;
   const bool of_tile = unit < TW * TILE;
-  LeanRows r = of_tile ? lean_rows<SIGN>(m, block + unit / TILE * blocks)
-                       : lean_rows<INT8>(m, unit - TW * TILE < RW ? block + (unit - TW * TILE) * blocks : -1);
+  LeanRows r = of_tile ? lean_rows<SIGN>(m, block + unit / TILE * B)
+                       : lean_rows<INT8>(m, unit - TW * TILE < RW ? block + (unit - TW * TILE) * B : -1);
   if (of_tile) r.local += unit % TILE;
   r.there = r.there && r.local < r.rows;
   const int row = r.first + r.local, lr_row = row - (int)m.lr_start, plane_row = row - (int)m.plane_start;
@@ -186,28 +223,19 @@ DEV void dot(const Product& p, u8* smem, Ready ready) {
       const uint2 two = *(const uint2*)&v.q2[warp][g % 4][(t % SPAN * XP + x) * 8 + (SPAN < 4 ? t / SPAN * BITS : 0) + i];
       xs2[x][i] = two.x, xs2[x][i + 1] = two.y;
     }
-  float row8[RW ? RW : 1];
+  float sums[3 + RW] = {squares, total, total2};
 #pragma unroll
   for (int i = 0; i < RW; ++i) {
-    row8[i] = 0;
+    sums[3 + i] = 0;
 #pragma unroll
     for (int x = 0; x < X; ++x)
 #pragma unroll
-      for (int b = 0; b < 4; ++b) row8[i] = fmaf((float)(i8)(codes[i][x] >> 8 * b), e[x][b], row8[i]);
+      for (int b = 0; b < 4; ++b) sums[3 + i] = fmaf((float)(i8)(codes[i][x] >> 8 * b), e[x][b], sums[3 + i]);
   }
-#pragma unroll
-  for (int by2 = 16; by2; by2 /= 2) {
-    squares += shuffle_xor(squares, by2), total += shuffle_xor(total, by2);
-    if (P) total2 += shuffle_xor(total2, by2);
-#pragma unroll
-    for (int i = 0; i < RW; ++i) row8[i] += shuffle_xor(row8[i], by2);
-  }
-  if (lane == 0) {
-    v.sums[warp] = float4{squares, total, total2, 0};
-#pragma unroll
-    for (int i = 0; i < RW; ++i) v.row8[i][warp] = row8[i];
-  }
-  const float low = t & 1 ? one * 65536.0f : one, high = low * 256.0f;
+  constexpr int APART = RW > 1 ? 4 : 8;
+  const float summed = dot_sums(sums);
+  if (lane % APART == 0) v.sums[warp][lane / APART] = summed;
+  const float by_slice = t & 1 ? one * 65536.0f : one;
 #pragma unroll
   for (int i = 0; i < TW; ++i) {
     if (i == TW - 1 && !last_there) break;
@@ -218,7 +246,7 @@ DEV void dot(const Product& p, u8* smem, Ready ready) {
       for (int j = 0; j < 8; j += 2)
         mma_u8s8(acc, bits[i][0][x] & ONES << j, bits[i][1][x] & ONES << j, bits[i][0][x] & ONES << (j + 1),
                  bits[i][1][x] & ONES << (j + 1), xs[x][j], xs[x][j + 1]);
-    dot_put(acc, low, high, v.part[warp] + i * TILE);
+    dot_put(acc, by_slice, v.part[warp] + i * TILE);
   }
 #pragma unroll
   for (int i = 0; i < TW; ++i) {
@@ -232,7 +260,7 @@ DEV void dot(const Product& p, u8* smem, Ready ready) {
         mma_u8s8(acc, one_row[x] & ONES << j, other[x] & ONES << j, one_row[x] & ONES << (j + 1), other[x] & ONES << (j + 1),
                  xs2[x][j], xs2[x][j + 1]);
       }
-    dot_put(acc, low, high, v.part2[P ? warp : 0] + (P ? i * TILE : 0));
+    dot_put(acc, by_slice, v.part2[P ? warp : 0] + (P ? i * TILE : 0));
   }
   if (LR) {  // the columns of a j have the unit of 2^j
     int acc[4] = {};
@@ -247,7 +275,7 @@ DEV void dot(const Product& p, u8* smem, Ready ready) {
         mma_s8s8(acc, code(0, x), code(1, x), X > 1 ? code(0, y) : 0, X > 1 ? code(1, y) : 0, xs[x][j], X > 1 ? xs[y][j] : 0);
       }
     }
-    dot_put(acc, low, high, v.rank[LR ? warp : 0]);
+    dot_put<true>(acc, by_slice, v.rank[LR ? warp : 0]);
   }
   __syncthreads();
 
@@ -256,8 +284,8 @@ DEV void dot(const Product& p, u8* smem, Ready ready) {
   squares = total = total2 = 0;
 #pragma unroll
   for (int i = 0; i < CW; i += K) {
-    const float4 s = v.sums[i + k];
-    squares += s.x, total += s.y, total2 += s.z;
+    const float4 part = *(const float4*)v.sums[i + k];
+    squares += part.x, total += part.y, total2 += part.z;
   }
   if (of_tile) {
     float sum = 0, sum2 = 0;
@@ -273,7 +301,7 @@ DEV void dot(const Product& p, u8* smem, Ready ready) {
     y = scale * (2 * sum - total);
     if (P) y = fmaf(scale2, 2 * sum2 - total2, y);
   } else if (RW && unit < TW * TILE + RW) {
-    for (int i = 0; i < CW; i += K) y = fmaf(scale, v.row8[unit - TW * TILE][i + k], y);
+    for (int i = 0; i < CW; i += K) y = fmaf(scale, v.sums[i + k][3 + unit - TW * TILE], y);
   }
   if (LR) {  // B x, two lanes a rank
     float sum = 0;

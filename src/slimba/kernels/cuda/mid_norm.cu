@@ -1,6 +1,7 @@
 // Vectors for the products of mid.cu: normed, in float16, in the order of their operands.
 //
 // Naive twin: the norms of tests/runtime/numpy_reference.py. Tests: tests/kernels/test_cuda_kernels.py.
+#define MOST_PARTS 4              // results of a product that was divided by columns
 #define NORM_AHEAD 8              // numbers of a vector that a thread loads together
 
 // Where column c lies, within its 32.
@@ -11,7 +12,7 @@ DEV int place_of(int c) { return (c & ~31) | (c & 15) >> 1 << 2 | (c & 1) << 1 |
 struct MidNorm {
   Matrix m;  // that will multiply the vectors
   Input in;
-  i64 residual, parts, part_stride, n_parts;  // n_parts: 0 to 2; residual: 1 where in.x is added to and written
+  i64 residual, parts, part_stride, n_parts;  // n_parts: 0 to 4; residual: 1 where in.x is added to and written
   i64 out, out2, factors, plane_inverse;      // float16 [B][kpad], [B][plane_kpad], [B][rank]
   i64 natural;                                // 1: out in the order of the columns
 };
@@ -44,8 +45,7 @@ DEV void mid_norm(const MidNorm& p, u8* smem) {
   }
   await_previous();
   release_next();
-  const float* added = (const float*)p.parts + b * (i64)cols;  // at most two results of the product before
-  const int second = (int)p.part_stride;
+  const float* added = (const float*)p.parts + b * (i64)cols;  // the results of the product before
   float squares = 0;
 #pragma unroll 1
   for (int first = threadIdx.x; first < kpad; first += NORM_AHEAD * THREADS) {
@@ -54,8 +54,9 @@ DEV void mid_norm(const MidNorm& p, u8* smem) {
     for (int k = 0; k < NORM_AHEAD; ++k) {
       const int i = first + k * THREADS;
       v[k] = i < cols ? load_fresh(x + i) : 0.0f;
-      if (i < cols && p.n_parts > 0) v[k] += load_fresh(added + i);
-      if (i < cols && p.n_parts > 1) v[k] += load_fresh(added + second + i);
+#pragma unroll
+      for (int part = 0; part < MOST_PARTS; ++part)
+        if (i < cols && part < (int)p.n_parts) v[k] += load_fresh(added + part * p.part_stride + i);
     }
 #pragma unroll
     for (int k = 0; k < NORM_AHEAD; ++k) {

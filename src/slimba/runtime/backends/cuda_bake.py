@@ -41,6 +41,10 @@ MANY = {
     "mid": ("Mid", "THREADS, 2", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 20}),
     "still": ("Mid", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 20}),
     "few": ("Mid", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 20}),
+    "broad": ("Broad", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
+    "broad_codes": ("Broad", "THREADS", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
+    "broad_norm": ("BroadNorm", "THREADS", "s", {MATRIX + 9, MATRIX + 13}),
+    "steps": ("Steps", "THREADS, ", "s", RECURRENCE_VARYING),
     "prepare": ("BatchRecurrence", "THREADS", "s", RECURRENCE_VARYING),
     "states": ("BatchRecurrence", "THREADS, ", "s", RECURRENCE_VARYING),
 }
@@ -99,13 +103,15 @@ class Baked:
             return None
         struct, bounds, call, varying = MANY[kind]
         arguments = numbers.split("_") if numbers else []
-        if kind == "states":
+        if kind in ("states", "steps"):
             bounds += "3" if arguments[0] == "2" else "2"
-            call += f", *(StatesShared<{arguments[1]}>*)smem"
+            call += f", *({kind.title()}Shared<{arguments[1]}>*)smem"
         else:
             call += ", smem"
         if kind in ("still", "few"):
             bounds = f"{32 * int(arguments[kind == 'few'])}, 1"
+        if kind == "broad":
+            bounds = f"{128 * int(arguments[1]) * int(arguments[2])}, 1"
         template = f"<{', '.join(arguments)}>" if arguments else ""
         fixed = [(i, v) for i, v in enumerate(fields.tolist()) if 0 <= v < 1 << 32 and i not in varying]
         sets = " ".join(f"f[{i}] = {v};" for i, v in fixed)

@@ -126,7 +126,7 @@ class Bulk:
     def logits(self, u: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of the residual stream [n, D] -> float32 [n, V], in `out` where it is given."""
         model = self._model
-        if len(u) <= FEW and self.dtype == torch.float16 and Mid.fits(model.head, self._gpu, len(u)):
+        if len(u) <= FEW and self.dtype == torch.float16 and Mid.fits(model.head):
             return self._logits_of_few(u.contiguous(), out)
         x = self._empty(*u.shape)
         self._add_norm(u.contiguous(), None, x, model.norm_f)

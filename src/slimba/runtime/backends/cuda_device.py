@@ -27,12 +27,14 @@ MODULE_OF = {  # where a kernel is, by how its name begins; else in "main"
     "slimba_conv": "bulk", "slimba_push": "bulk", "slimba_scan": "bulk", "slimba_ssd": "bulk", "slimba_gate": "bulk",
     "slimba_turn": "bulk",
 }  # fmt: skip
+WARPGROUPS = (9, 0)  # the only one with products of warpgroups as we use them
 OVERLAPS = (9, 0)  # first with programmatic dependent launch
 
 
 class Gpu:
     """One device with its kernels. `blocks`: multiprocessors; `shared`: bytes of shared memory for a block; `build`
-    makes a module of kernels from its name and text behind it; `bakes`: whether a model gets kernels of its own.
+    makes a module of kernels from its name and text behind it; `bakes`: whether a model gets kernels of its own;
+    `warpgroups`: whether it has what kernels/cuda/warpgroup.cuh wants.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class Gpu:
         *,
         overlap: bool = False,
         bakes: bool = False,
+        warpgroups: bool = False,
     ) -> None:
         self.device, self.blocks, self.shared, self.bakes = device, blocks, shared, bakes
+        self.warpgroups = warpgroups
         self._overlap = overlap
         self.module_builder = build
         self._modules: dict[tuple[str, str], Any] = {}
@@ -120,6 +124,9 @@ def open_gpu(index: int = 0) -> Gpu:
     def build(module: str, extra: str) -> Module:
         return Module(compiled(arch, module, extra))
 
-    gpu = Gpu(device, build, about.multi_processor_count, shared, overlap=capability >= OVERLAPS, bakes=True)
+    gpu = Gpu(
+        device, build, about.multi_processor_count, shared, overlap=capability >= OVERLAPS, bakes=True,
+        warpgroups=capability == WARPGROUPS,
+    )  # fmt: skip
     gpu.module("main")
     return gpu

@@ -64,7 +64,7 @@ def lean_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool, fewest:
 
 
 DOT_WARPS = 16  # of a block of kernels/cuda/dot.cuh
-DOT_TILES = 5  # of a block, likewise in registers
+DOT_TILES, DOT_ROWS = 5, 5  # of a block, likewise in registers; int8 rows of a block
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,7 @@ class Dot:
     plane: int
     with_plane: int
     rank: int
+    blocks: int
 
     resident = 2  # blocks for which a multiprocessor should have registers
 
@@ -92,7 +93,7 @@ class Dot:
 
     @property
     def name(self) -> str:
-        return f"dot<{', '.join(map(str, self.numbers))}, {self.rank}>"
+        return f"dot<{', '.join(map(str, self.numbers))}, {self.blocks}, {self.rank}>"
 
     @property
     def shared_bytes(self) -> int:
@@ -101,7 +102,7 @@ class Dot:
         inputs = w * 4 * (160 * self.words + 4)
         main, plane = w * 16 * (32 * self.words + 2), (w if self.plane else 1) * 16 * (8 * self.plane + 2)
         parts = w * self.tiles * tile, w * self.tiles * tile if self.plane else 8, (w if self.rank else 1) * tile
-        return inputs + main + plane + sum(parts) + max(1, self.rows) * w * 4 + w * TILE * 4 + w * 16 + 16
+        return inputs + main + plane + sum(parts) + w * TILE * 4 + w * 32 + 16
 
     def still_bytes(self, eights: int) -> int:
         """StillShared."""
@@ -126,7 +127,7 @@ def dot_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool) -> Dot |
     at = {i // blocks for i, row in enumerate(starts) if p and row + TILE > p.start and row < p.stop}
     tiles = math.ceil(len(starts) / blocks)
     words, planes = m.cols // (128 * DOT_WARPS), sum(1 << i for i in at)
-    dot = Dot(DOT_WARPS, words, tiles, math.ceil(rows / blocks), plane, planes, int(m.rank > 0))
-    if not 1 <= dot.tiles <= DOT_TILES or 2 * (dot.tiles * TILE + dot.rows) > dot.threads:
+    dot = Dot(DOT_WARPS, words, tiles, math.ceil(rows / blocks), plane, planes, int(m.rank > 0), blocks)
+    if not 1 <= dot.tiles <= DOT_TILES or dot.rows > DOT_ROWS or 2 * (dot.tiles * TILE + dot.rows) > dot.threads:
         return None
     return dot

@@ -42,10 +42,12 @@ class Mid:
         self._factors = torch.zeros(batch, max(m.rank for m in matrices) or 16, **half)  # type: ignore[call-overload]
 
     @staticmethod
-    def fits(m: DeviceMatrix, gpu: Gpu, batch: int, *, bakes: bool = False) -> bool:
+    def fits(m: DeviceMatrix, gpu: Gpu | None = None, batch: int = 0, *, bakes: bool = False) -> bool:
         """Whether the kernels take this matrix: signs, int8 and int4, with any correction; floats for few vectors."""
-        few = few_of(m, gpu.blocks) if m.has_float and bakes and batch <= MOST_FEW else None
-        return not m.has_float or bool(few and few.few_bytes <= gpu.shared)
+        if not m.has_float:
+            return True
+        few = few_of(m, gpu.blocks) if gpu and bakes and batch <= MOST_FEW else None
+        return bool(gpu and few and few.few_bytes <= gpu.shared)
 
     def norm(
         self,

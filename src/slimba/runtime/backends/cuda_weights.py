@@ -105,8 +105,8 @@ class DeviceMatrix:
         self._device = device
         self._blocks = blocks
         self.segment_rows = [s.rows for s in layout.segments]
-        self._slots, self.plane_kpad = plane_slots(matrix)
-        self.plane_by_groups = self.plane_kpad == 0 or len(self._slots) == self.plane_kpad
+        self.slots, self.plane_kpad = plane_slots(matrix)
+        self.plane_by_groups = self.plane_kpad == 0 or len(self.slots) == self.plane_kpad
         self.has_float = any(s.format in ("float32", "float16", "bfloat16") for s in layout.segments)
         segments, items = self._segments(matrix)
         rank, lowrank = self._lowrank(matrix)
@@ -138,8 +138,9 @@ class DeviceMatrix:
         self._keep, moved, lines = side_by_side(self._keep)
         self.place = [self._keep[0].data_ptr(), lines]
         self.fields = [moved.get(f, f) for f in self.fields]
-        self.plane_inverse, self.input_step, self.col_scale = (
-            moved.get(f, f) for f in (self.plane_inverse, self.input_step, self.col_scale)
+        pointers = self.plane_inverse, self.plane_columns_pointer, self.input_step, self.col_scale
+        self.plane_inverse, self.plane_columns_pointer, self.input_step, self.col_scale = (
+            moved.get(f, f) for f in pointers
         )
 
     @property
@@ -222,10 +223,10 @@ class DeviceMatrix:
 
     def _plane(self, matrix: Matrix) -> list[int]:
         p = matrix.layout.plane
-        self.plane_inverse = 0
+        self.plane_inverse = self.plane_columns_pointer = 0
         if not p:
             return [0] * 8
-        slots, kpad = self._slots, self.plane_kpad  # the column that lies in each place, or -1
+        slots, kpad = self.slots, self.plane_kpad  # the column that lies in each place, or -1
         there = slots >= 0
         inverse = np.full(self.cols, -1, np.int32)
         inverse[slots[there]] = np.flatnonzero(there)
@@ -237,7 +238,8 @@ class DeviceMatrix:
             packed = np.packbits(bits, axis=1, bitorder="little")
         data = padded(tensor(packed, self._device), kpad // 8)
         scale = self._upload(matrix.arrays["plane_scale"])
-        return [len(slots), kpad, p.start, p.stop, kpad // 8, self._hold(data), scale, self._upload(slots)]
+        self.plane_columns_pointer = self._upload(slots)
+        return [len(slots), kpad, p.start, p.stop, kpad // 8, self._hold(data), scale, self.plane_columns_pointer]
 
 
 def plane_slots(matrix: Matrix) -> tuple[np.ndarray, int]:

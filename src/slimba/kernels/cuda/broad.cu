@@ -1,0 +1,237 @@
+// Products of a packed matrix with eight to hundreds of vectors on the tensor cores of sm_90: a warpgroup expands 64 rows of signs
+// in its registers, the vectors come through shared memory, and nothing else is read or written of either.
+//
+// Naive twin: `Matrix.matmul` of formats/matrix.py. Tests: tests/kernels/test_cuda_broad.py.
+//
+// Vectors lie in float16 as their image: 64 places of all vectors after 64 places, a vector's 128 bytes in the swizzle of
+// warpgroup.cuh, so that a block's share of 64 is one copy. Of 256 columns, lane t of four has the 64 from 64 t on, two words of
+// signs h; bits 2 jj + odd and 16 above are a pair of halves of the left operand of step 8 h + jj. place_in_image says where a column lies.
+#define UNIT 256  // columns of a stage
+#define DEPTH 3   // stages
+#define GROUP 128  // threads of a warpgroup
+
+DEV int image_column(int eight, int i) {  // the column of place 8 eight + i
+  const int step = eight / 2, t = i / 2, high = i % 2;
+  return (step & ~15) * 16 + 64 * t + (step >> 3 & 1) * 32 + 16 * high + (step & 7) * 2 + (eight & 1);
+}
+// Eights of places of vector v in an image of `padded` vectors.
+DEV u8* image_at(i64 image, int padded, int v, int eight) {
+  return (u8*)image + ((i64)(eight >> 3) * padded + v) * 128 + (((eight & 7) ^ (v & 7)) << 4);
+}
+
+struct Broad {
+  Matrix m;
+  Output out;
+  StateRef state;
+  i64 batch, x, x2, padded;  // images of `padded` vectors
+  i64 parts, part_stride;    // the units are divided among so many blocks, each with its own result
+  i64 squares, pieces, eps;  // squares: float32 [B][pieces], of vectors that steps.cu has not divided by their RMS; or 0
+};
+#define IMAGE_SCALE 0.0625f  // of such vectors
+
+struct BroadTile {  // 64 rows of signs
+  const u8 *data, *plane_data;
+  const u16* scale;
+  int stride, local, rows, first, in_plane, plane_rows;
+  bool there, plane;
+};
+DEV BroadTile broad_tile(const Matrix& m, int at) {
+  BroadTile out = {nullptr, (const u8*)m.plane_data, nullptr, 0, 0, 0, 0, 0, 0, false, false};
+#pragma unroll
+  for (int k = 0; k < MAX_SEGMENTS; ++k) {
+    if (k >= (int)m.segments || m.segment[k].format != SIGN) continue;
+    const Segment& s = m.segment[k];
+    const int count = ((int)s.rows + 63) / 64;
+    if (at >= 0 && at < count) {
+      out.data = (const u8*)s.data, out.scale = (const u16*)s.scale, out.stride = (int)s.stride;
+      out.local = at * 64, out.rows = (int)s.rows, out.first = (int)s.first, out.there = true;
+    }
+    at -= count;
+  }
+  out.in_plane = out.first + out.local - (int)m.plane_start, out.plane_rows = (int)(m.plane_stop - m.plane_start);
+  out.plane = out.there && m.plane_kpad && out.in_plane + 64 > 0 && out.in_plane < out.plane_rows;
+  return out;
+}
+
+DEV void sign_left(u32 w0, u32 w1, int jj, u32 (&a)[4]) {
+  a[0] = sign_pair(w0, 15 - 2 * jj), a[1] = sign_pair(w1, 15 - 2 * jj);
+  a[2] = sign_pair(w0, 14 - 2 * jj), a[3] = sign_pair(w1, 14 - 2 * jj);
+}
+
+// N vectors of a block; G tiles, a warpgroup each, whose units of columns are divided among KS warpgroups.
+template <int N, int G, int KS>
+DEV void broad(const Broad& p, u8* smem) {
+  constexpr int WARPGROUPS = G * KS, SHARE = UNIT * 2 * N, STAGE = KS * SHARE, HALF = N / 2, EACH = HALF / KS;
+  static_assert(HALF % KS == 0, "a warpgroup finishes its share of the sums");
+  const Matrix& m = p.m;
+  const int group = threadIdx.x / GROUP, own = group % G, ks = group / G, warp = threadIdx.x % GROUP / WARP;
+  const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4, first = blockIdx.y * N, part = blockIdx.z;
+  u8* stages = align_shared(smem, 1024);
+  u64 *full = (u64*)(stages + DEPTH * STAGE), *empty = full + DEPTH;
+  i64* rings = (i64*)(empty + DEPTH);
+  float* factor = (float*)(rings + N);  // of the sums of a vector
+  bool any = false;
+#pragma unroll
+  for (int k = 0; k < G; ++k) any = any || broad_tile(m, blockIdx.x + k * gridDim.x).plane;
+  const BroadTile tile = broad_tile(m, blockIdx.x + own * gridDim.x);
+  const int planes = any ? (int)m.plane_kpad / UNIT : 0, all = planes + (int)m.kpad / UNIT;
+  const int from = all * part / (int)p.parts, mine = all * (part + 1) / (int)p.parts - from;
+  const int begin = from + mine * ks / KS, end = from + mine * (ks + 1) / KS, rounds = (mine + KS - 1) / KS;
+  const int row = warp * 16 + g;  // and 8 below
+
+  auto load = [&](int unit, uint2 (&to)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int local = tile.local + row + 8 * h, in_plane = tile.in_plane + row + 8 * h;
+      const bool plane = unit < planes, there = tile.there && local < tile.rows && unit < end;
+      const u8* at = plane ? tile.plane_data + (i64)in_plane * m.plane_stride + unit * 32 : tile.data + (i64)local * tile.stride + (unit - planes) * 32;
+      to[h] = there && (!plane || (tile.plane && in_plane >= 0 && in_plane < tile.plane_rows)) ? load_pair(at + 8 * t) : uint2{0, 0};
+    }
+  };
+  auto fetch = [&](int round) {  // by the first warp: a lane copies the 64 places of one quarter of a unit
+    if (round >= rounds) return;
+    u64* bar = &full[round % DEPTH];
+    int bytes = 0;
+#pragma unroll
+    for (int k = 0; k < KS; ++k) bytes += from + mine * k / KS + round < from + mine * (k + 1) / KS ? SHARE : 0;
+    if (lane == 0) barrier_expect(bar, bytes);
+    sync_warp();
+    const int k = lane / 4, quarter = lane % 4, unit = from + mine * k / KS + round;
+    if (k >= KS || unit >= from + mine * (k + 1) / KS) return;
+    const i64 image = unit < planes ? p.x2 : p.x;
+    const int at = (unit < planes ? unit : unit - planes) * 4 + quarter;
+    copy_block(stages + round % DEPTH * STAGE + k * SHARE + quarter * (SHARE / 4),
+               (const u8*)image + ((i64)at * p.padded + first) * 128, SHARE / 4, bar);
+  };
+
+  uint2 bits[2], next[2];
+  load(begin, bits);
+  load(begin + 1, next);
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int i = 0; i < DEPTH; ++i) {
+      barrier_start(&full[i], 1);
+      barrier_start(&empty[i], 4 * WARPGROUPS);
+    }
+    barriers_started();
+  }
+  float scale[2], scale2[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int local = tile.local + row + 8 * h, in_plane = tile.in_plane + row + 8 * h;
+    const bool there = tile.there && local < tile.rows, in = there && tile.plane && in_plane >= 0 && in_plane < tile.plane_rows;
+    scale[h] = there ? fmaxf(half_bits_to_float(tile.scale[local]), 5.9e-8f) : 1.0f;  // never 0, the plane's is divided by it
+    scale2[h] = in ? half_bits_to_float(((const u16*)m.plane_scale)[in_plane]) : 0.0f;
+  }
+  release_next();
+  __syncthreads();
+  await_previous();
+  if (threadIdx.x < WARP) {
+    see_stores();
+#pragma unroll
+    for (int i = 0; i < DEPTH; ++i) fetch(i);
+  }
+  if (p.out.mode == IN_PROJ && (int)threadIdx.x < N && first + (int)threadIdx.x < (int)p.batch) {
+    const i64 slot = slot_of(p.state, first + threadIdx.x);
+    rings[threadIdx.x] = (i64)ring_row(p.state, slot, position(p.state, slot));
+  }
+  if (p.squares && (int)threadIdx.x < N) {
+    float sum = 0;
+    const i64 v = least(first + threadIdx.x, p.batch - 1);
+    for (int k = 0; k < (int)p.pieces; ++k) sum += load_fresh((const float*)p.squares + v * p.pieces + k);
+    factor[threadIdx.x] = fast_rsqrt(sum / (float)m.cols + param_float(p.eps)) / IMAGE_SCALE;
+  }
+
+  float acc[HALF] = {};
+  auto skip = [&](int round, int at) {
+    barrier_wait(&full[round % DEPTH], round / DEPTH & 1);
+    bits[0] = next[0], bits[1] = next[1];
+    load(at + 2, next);
+  };
+  auto unit = [&](int round, int at) {
+    const uint2 lo = bits[0], hi = bits[1];
+    skip(round, at);
+    const u8* x = stages + round % DEPTH * STAGE + ks * SHARE;
+#pragma unroll
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      const u64 right = operand_at(x + quarter * (SHARE / 4));
+#pragma unroll
+      for (int two = 0; two < 2; ++two) {
+        u32 a[2][4];
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+          const int step = quarter * 4 + two * 2 + s;
+          sign_left(step / 8 ? lo.y : lo.x, step / 8 ? hi.y : hi.x, step % 8, a[s]);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) refresh(a[i / 4][i % 4]);
+        products_wait<1>();  // here and not before they are made, or the assembler runs one product after another
+        products_begin();
+#pragma unroll
+        for (int s = 0; s < 2; ++s) product_at(acc, a[s], right, two * 2 + s);
+        products_commit();
+      }
+    }
+    products_wait<0>();
+  };
+  auto leave = [&](int round) {  // the stage may be filled again
+    if (lane == 0) barrier_arrive(&empty[round % DEPTH]);
+    if (threadIdx.x >= WARP || round + DEPTH >= rounds) return;
+    barrier_wait(&empty[round % DEPTH], round / DEPTH & 1);
+    fetch(round + DEPTH);
+  };
+  int round = 0;
+  const int plane_end = planes < end ? planes : end;
+#pragma unroll 1
+  for (int at = begin; at < plane_end; ++at, ++round) {
+    if (tile.plane) unit(round, at);
+    else skip(round, at);
+    leave(round);
+  }
+#pragma unroll
+  for (int i = 0; i < HALF; ++i)
+    if (begin < planes) acc[i] *= scale2[i / 2 % 2] / scale[i / 2 % 2];
+#pragma unroll 1
+  for (int at = begin > planes ? begin : planes; at < end; ++at, ++round) {
+    unit(round, at);
+    leave(round);
+  }
+
+  __syncthreads();
+  float sum[EACH];
+  if constexpr (KS > 1) {
+    float* all_sums = (float*)stages + (group * HALF) * GROUP + threadIdx.x % GROUP;
+#pragma unroll
+    for (int i = 0; i < HALF; ++i) all_sums[i * GROUP] = acc[i];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      sum[i] = 0;
+#pragma unroll
+      for (int k = 0; k < KS; ++k)
+        sum[i] += ((const float*)stages)[((k * G + own) * HALF + ks * EACH + i) * GROUP + threadIdx.x % GROUP];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) sum[i] = acc[i];
+  }
+  if (!tile.there) return;
+  const Output& out = p.out;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int local = tile.local + row + 8 * h, r = tile.first + local;
+    if (local >= tile.rows) continue;
+    const float bias = m.bias && part == 0 ? ((const float*)m.bias)[r] : 0.0f;
+    const bool in_proj = out.mode == IN_PROJ, z = in_proj && r >= (int)out.z0 && r < (int)out.z1;
+    const bool ring = in_proj && !z && r >= (int)out.ring0 && r < (int)out.ring1;
+    const i64 stride = z ? out.z_stride : out.stride;
+    float* base = z ? (float*)out.z + r - out.z0 : (float*)out.y + part * p.part_stride + r - (in_proj ? out.rest0 : 0);
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int e = ks * EACH + i, v = e / 4 * 8 + 2 * t + e % 2;
+      const float y = fmaf(p.squares ? sum[i] * factor[v] : sum[i], scale[h], bias);
+      if (e / 2 % 2 != h || first + v >= (int)p.batch) continue;
+      *(ring ? (float*)rings[v] + (r - (int)out.ring0) : base + (first + v) * stride) = y;
+    }
+  }
+}

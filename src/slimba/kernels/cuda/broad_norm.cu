@@ -1,0 +1,165 @@
+// What the products of broad.cu want and leave: images of normed vectors, and the rows of int8 codes.
+//
+// Naive twins: the norms of tests/runtime/numpy_reference.py, `Matrix.matmul` of formats/matrix.py. Tests:
+// tests/kernels/test_cuda_broad.py.
+
+// u += the parts; e = u (or x) * silu(gate) * weight, divided by the RMS; float16 into the image, chosen columns into that
+// of the second plane. One block a vector.
+struct BroadNorm {
+  Matrix m;  // that will multiply the vectors
+  Input in;
+  i64 residual, parts, part_stride, n_parts;  // n_parts: 0 to 4; residual: 1 where in.x is added to and written
+  i64 x, x2, padded;
+};
+
+DEV void broad_norm(const BroadNorm& p, u8* smem) {
+  const Matrix& m = p.m;
+  const int b = blockIdx.x, cols = (int)m.cols, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  float *e = (float*)smem, *scratch = e + m.kpad;
+  const float *weight = (const float*)p.in.weight, *col_scale = (const float*)m.col_scale;
+  const float* gate = p.in.gate ? (const float*)p.in.gate + b * p.in.gate_stride : nullptr;
+  const float* added = (const float*)p.parts + b * (i64)cols;
+  float* x = (float*)p.in.x + b * p.in.x_stride;
+  const int places = (int)m.plane_kpad / 8, known = (int)threadIdx.x < places;
+  i32 chosen[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int place = known ? image_column(threadIdx.x, i) : 0;
+    chosen[i] = known && place < (int)m.plane_cols ? ((const i32*)m.plane_index)[place] : -1;
+  }
+  for (int i = threadIdx.x * 32; i < cols; i += THREADS * 32)  // comes into L1 while the kernel before runs
+    if (weight) prefetch(weight + i);
+  release_next();
+  await_previous();
+  float squares = 0;
+#pragma unroll 1
+  for (int eight = threadIdx.x; eight < (int)m.kpad / 8; eight += THREADS) {
+    float v[8];  // all loads before any store, which might be to where they come from
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int c = image_column(eight, i);
+      v[i] = c < cols ? load_fresh(x + c) : 0.0f;
+#pragma unroll
+      for (int k = 0; k < MOST_PARTS; ++k)
+        if (c < cols && k < (int)p.n_parts) v[i] += load_fresh(added + k * p.part_stride + c);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int c = image_column(eight, i);
+      if (c < cols && p.residual) x[c] = v[i];
+      squares += v[i] * v[i];
+      if (c < cols && weight) v[i] *= weight[c];
+      if (c < cols && col_scale) v[i] *= col_scale[c];
+      if (c < cols && gate) v[i] *= silu(load_fresh(gate + c));
+      e[c] = v[i];
+    }
+  }
+  squares = warp_sum(squares);
+  if (lane == 0) scratch[warp] = squares;
+  __syncthreads();
+  squares = 0;
+  for (int w = 0; w < WARPS; ++w) squares += scratch[w];
+  const float inverse = p.in.groups ? 1.0f / sqrtf(squares / (float)cols + param_float(p.in.eps)) : 1.0f;
+#pragma unroll 1
+  for (int eight = threadIdx.x; eight < (int)m.kpad / 8; eight += THREADS) {
+    u32 w[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      w[i] = pack_halves(e[image_column(eight, 2 * i)] * inverse, e[image_column(eight, 2 * i + 1)] * inverse);
+    *(uint4*)image_at(p.x, (int)p.padded, b, eight) = uint4{w[0], w[1], w[2], w[3]};
+  }
+#pragma unroll 1
+  for (int eight = threadIdx.x; eight < places; eight += THREADS) {
+    u32 w[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      i32 c[2];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int place = image_column(eight, 2 * i + k);
+        c[k] = eight < THREADS ? chosen[2 * i + k] : place < (int)m.plane_cols ? ((const i32*)m.plane_index)[place] : -1;
+      }
+      w[i] = pack_halves(c[0] < 0 ? 0.0f : e[c[0]] * inverse, c[1] < 0 ? 0.0f : e[c[1]] * inverse);
+    }
+    *(uint4*)image_at(p.x2, (int)p.padded, b, eight) = uint4{w[0], w[1], w[2], w[3]};
+  }
+}
+
+// The rows of int8 codes: tiles of 16 rows, 8 NT vectors; the warps divide the units of columns.
+template <int NT>
+struct BroadCodesShared {
+  float part[WARPS][8 * NT][TILE + 1];
+};
+template <int NT>
+DEV void broad_codes(const Broad& p, u8* smem) {
+  BroadCodesShared<NT>& v = *(BroadCodesShared<NT>*)smem;
+  const Matrix& m = p.m;
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, first = blockIdx.y * 8 * NT;
+  const u8* data = nullptr;
+  const u16* scales = nullptr;
+  int stride = 0, row0 = 0, rows = 0, first_row = 0, at = blockIdx.x;
+#pragma unroll
+  for (int k = 0; k < MAX_SEGMENTS; ++k) {
+    if (k >= (int)m.segments || m.segment[k].format != INT8) continue;
+    const Segment& s = m.segment[k];
+    const int count = ((int)s.rows + TILE - 1) / TILE;
+    if (at >= 0 && at < count)
+      data = (const u8*)s.data, scales = (const u16*)s.scale, stride = (int)s.stride, row0 = at * TILE, rows = (int)s.rows, first_row = (int)s.first;
+    at -= count;
+  }
+  uint4 codes[2][2][2];  // word of a lane, row, half of the word
+  auto load = [&](int unit) {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const int row = row0 + g + k / 2 % 2 * 8;
+      const u8* from = data + (i64)row * stride + unit * UNIT + 64 * t + k / 4 * 32 + k % 2 * 16;
+      codes[k / 4][k / 2 % 2][k % 2] = row < rows && unit < (int)m.kpad / UNIT ? load_weights(from) : uint4{0, 0, 0, 0};
+    }
+  };
+  load(warp);
+  release_next();
+  await_previous();
+  float acc[NT][4] = {};
+#pragma unroll 1
+  for (int unit = warp; unit < (int)m.kpad / UNIT; unit += WARPS) {
+    if (unit >= WARPS) load(unit);
+#pragma unroll
+    for (int step = 0; step < 16; ++step) {
+      const int quarter = unit * 4 + step / 4, piece = step % 4 * 2;
+      u32 a[4], b[NT][2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int j = 2 * step % 8;
+        a[h] = int8_pair(word(codes[step / 8][h][j / 4], j % 4), step % 8);
+        a[2 + h] = int8_pair(word(codes[step / 8][h][j / 4], j % 4 + 1), step % 8);
+      }
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const u8* x = (const u8*)p.x + ((i64)quarter * p.padded + first + 8 * n + g) * 128 + 4 * t;
+        b[n][0] = *(const u32*)(x + ((piece ^ g) << 4)), b[n][1] = *(const u32*)(x + ((piece + 1 ^ g) << 4));
+      }
+#pragma unroll
+      for (int n = 0; n < NT; ++n) mma_f16(acc[n], a[0], a[1], a[2], a[3], b[n][0], b[n][1]);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < NT; ++n)
+#pragma unroll
+    for (int k = 0; k < 4; ++k) v.part[warp][8 * n + 2 * t + k % 2][g + k / 2 * 8] = acc[n][k];
+  __syncthreads();
+  for (int i = threadIdx.x; i < TILE * 8 * NT; i += THREADS) {
+    const int row = i % TILE, b = i / TILE;
+    if (row0 + row >= rows || first + b >= (int)p.batch) continue;
+    float y = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) y += v.part[w][b][row];
+    y *= half_bits_to_float(scales[row0 + row]);
+    if (m.bias) y += ((const float*)m.bias)[first_row + row0 + row];
+    i64 ring = 0;
+    if (p.out.mode == IN_PROJ) {
+      const i64 slot = slot_of(p.state, first + b);
+      ring = (i64)ring_row(p.state, slot, position(p.state, slot));
+    }
+    put_output(p.out, ring, first_row + row0 + row, first + b, y);
+  }
+}

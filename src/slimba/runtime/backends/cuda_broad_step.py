@@ -1,0 +1,142 @@
+"""One token for each of eight to hundreds of sequences on sm_90, ready to be recorded as a CUDA graph: a norm, in_proj,
+the recurrence with the gated norm, and out_proj, a kernel each (kernels/cuda/broad.cu, steps.cu).
+
+    step = BroadStep(model, gpu, batch=128, state_dtype="int8", bulk=bulk)     # where BroadStep.fits(model, gpu)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from slimba.runtime.backends.cuda_bake import Baked
+from slimba.runtime.backends.cuda_batch import STATE_HEADS, Launch, Recorder, states_fit
+from slimba.runtime.backends.cuda_broad import Broad
+from slimba.runtime.backends.cuda_bulk import Bulk
+from slimba.runtime.backends.cuda_device import Gpu
+from slimba.runtime.backends.cuda_mid import Mid
+from slimba.runtime.backends.cuda_model import CudaModel
+from slimba.runtime.backends.cuda_state import KEPT, STATE_CODES
+from slimba.runtime.backends.cuda_step import IN_PROJ, STORE, Step, norm_groups, recurrence
+from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits
+
+__all__ = ["BroadStep"]
+
+RESIDUAL = 1
+CHANNELS = 64 * STATE_HEADS  # of a block of slimba_steps
+
+
+class BroadStep(Step):
+    FEWEST = 2  # sequences
+    WIDE_HEAD_FROM = 256  # sequences from which the head is expanded for cuBLAS
+
+    def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str, bulk: Bulk) -> None:
+        super().__init__(model, gpu, batch)
+        self._bulk = bulk
+        spec, zeros = model.spec, self._zeros
+        matrices = [m for layer in model.layers for m in layer.matrices.values()]
+        recorder: Any = Recorder(gpu)
+        self._broad = Broad(recorder, batch, matrices)
+        self._mid = Mid(recorder, batch, [model.head])
+        parts = max(self._broad.shape(layer.matrices["out_proj"]).parts for layer in model.layers)
+        self._u = zeros(batch, spec.d_model)
+        self._z, self._dt = zeros(batch, spec.d_inner), zeros(batch, spec.n_heads)
+        self._parts = zeros(parts, batch, spec.d_model)  # results of out_proj, each of some of its columns
+        self._squares = zeros(batch, spec.d_inner // CHANNELS)
+        self._embed = fields_of(
+            model.embedding.fields, self._state(0), batch, self.ids.data_ptr(), self._u.data_ptr()
+        )  # fmt: skip
+        self._recurrences = [
+            recurrence(spec, layer, self._state(i), batch, state_dtype, self._dt, self._z, self._u)
+            for i, layer in enumerate(model.layers)
+        ]
+        self._steps = f"slimba_steps_{STATE_CODES[state_dtype]}_{spec.d_state}"
+        self._layers(recorder)
+        self._launches = made(gpu, recorder.launches)
+
+    @classmethod
+    def fits(cls, model: CudaModel, gpu: Gpu) -> bool:
+        spec = model.spec
+        if not gpu.warpgroups or spec.architecture != "mamba2" or not states_fit(spec):
+            return False
+        normed = spec.gated_norm and not spec.norm_before_gate and norm_groups(spec) == 1 and spec.d_inner % 512 == 0
+        matrices = [m for layer in model.layers for m in layer.matrices.values()]
+        out = [layer.matrices["out_proj"] for layer in model.layers]
+        return normed and all(map(Broad.fits, matrices)) and all(map(by_blocks, out)) and Mid.fits(model.head)
+
+    def work(self, *, choose: bool) -> None:
+        """Launches one step. choose: the most likely ids become the next ids."""
+        for arguments, settings in self._launches:
+            if callable(arguments):
+                arguments()
+            else:
+                self._gpu.launch(*arguments, **settings)
+        self.after(choose)
+
+    def _layers(self, gpu: Recorder) -> None:
+        """Everything before the choice of the next ids."""
+        model, spec, eps = self._model, self._model.spec, float_bits(self._model.spec.norm_eps)
+        inner, ring, stride = spec.d_inner, spec.d_inner + spec.d_conv_channels, self.batch * spec.d_model
+        gpu.launch("slimba_embed", (4 * gpu.blocks,), self._embed)
+        to_state = [IN_PROJ, self._dt.data_ptr(), spec.n_heads, 0, inner, self._z.data_ptr(), inner, inner, ring, ring]
+        to_parts = [STORE, self._parts.data_ptr(), spec.d_model, *[0] * 7]
+        squares = [self._squares.data_ptr(), inner // CHANNELS, eps]
+        added = [RESIDUAL, self._parts.data_ptr(), stride, 0]
+        for i, layer in enumerate(model.layers):
+            m, out = layer.matrices["in_proj"], layer.matrices["out_proj"]
+            self._broad.norm(m, [self._u.data_ptr(), spec.d_model, 0, 0, layer.norm.data_ptr(), 1, eps], added)
+            self._broad.product(m, to_state, self._state(i))
+            weight = layer.gated_norm.data_ptr() if layer.gated_norm is not None else 0
+            fields = fields_of(
+                self._recurrences[i].tolist(), weight, self._broad.images, squares[0], self._broad.padded, plane_of(out)
+            )  # fmt: skip
+            grid = spec.n_heads // STATE_HEADS, self.batch
+            gpu.launch(self._steps, grid, fields, steps_bytes(spec.d_state), overlap=True)
+            self._broad.product(out, to_parts, self._state(i), stride, squares)
+            added[3] = self._broad.shape(out).parts
+        wide = self.batch >= self.WIDE_HEAD_FROM
+        source = [self._u.data_ptr(), spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, eps]
+        self._mid.norm(model.head, source, 1, added, natural=wide)
+        if wide:
+            gpu.call(lambda: self._bulk.head(self._mid.vectors(model.head), self.logits))
+        else:
+            to_logits = [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7]
+            self._mid.product(model.head, to_logits, self._state(0))
+
+
+def made(gpu: Gpu, launches: list[Launch]) -> list[Launch]:
+    """The launches by kernels made for this model."""
+    baked, found = Baked(), []
+    for arguments, settings in launches:
+        name = None if callable(arguments) else baked.of_many(arguments[0], arguments[2])
+        found.append((arguments, settings, name))
+    module = gpu.module("broad", baked.source)
+    return [
+        ((name, *arguments[1:]), settings | {"module": module})
+        if name and not callable(arguments)
+        else (arguments, settings)
+        for arguments, settings, name in found
+    ]
+
+
+def plane_of(m: DeviceMatrix) -> list[int]:
+    """Pointer to the columns of the second plane's places, and how many places."""
+    return [m.plane_columns_pointer, m.plane_kpad]
+
+
+def by_blocks(m: DeviceMatrix) -> bool:
+    """Whether the places of the second plane are divided among the blocks of slimba_steps as the columns are."""
+    if m.plane_kpad == 0:
+        return True
+    places, left = divmod(m.plane_kpad * CHANNELS, m.cols)
+    if left or places % 32 or len(m.slots) != m.plane_kpad:
+        return False
+    block = np.arange(m.plane_kpad) // places
+    return bool(((m.slots < 0) | (m.slots // CHANNELS == block)).all())
+
+
+def steps_bytes(n: int) -> int:
+    """Shared memory of slimba_steps: StepsShared in kernels/cuda/steps.cu."""
+    floats = 2 * 256 + STATE_HEADS * KEPT + STATE_HEADS + KEPT + 2 * n + 8 + 3 * n // 4 + KEPT * n + KEPT * 256
+    return 4 * floats

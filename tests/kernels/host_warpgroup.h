@@ -1,0 +1,49 @@
+// What kernels/cuda/warpgroup.cuh has, on a processor: copies are there at once, products exchange within their warp.
+#pragma once
+
+DEV u8* align_shared(u8* p, int to) { return p + ((to - int(std::uintptr_t(p) % to)) & (to - 1)); }
+
+// A barrier: phases passed, arrivals that are missing, arrivals of a phase.
+DEV void barrier_start(u64* bar, int count) { *bar = u64(count) << 48 | u64(count) << 32; }
+DEV void barriers_started() {}
+DEV void barrier_arrive(u64* bar) {
+  const u64 count = *bar >> 48, left = (*bar >> 32 & 0xffff) - 1;
+  if (left > 0xffff) std::abort();
+  *bar = left ? count << 48 | left << 32 | u32(*bar) : count << 48 | count << 32 | u32(*bar + 1);
+}
+DEV void barrier_expect(u64* bar, int bytes) {
+  if (bytes % 16 || bytes <= 0) std::abort();
+  barrier_arrive(bar);
+}
+DEV void barrier_wait(u64* bar, int parity) {
+  while (int(u32(*bar) & 1) == parity) host::yield();
+}
+DEV void copy_block(void* to, const void* from, int bytes, u64*) {
+  if ((std::uintptr_t(to) | std::uintptr_t(from) | unsigned(bytes)) % 16) std::abort();
+  std::memcpy(to, from, bytes);
+}
+DEV void see_stores() {}
+DEV void products_begin() {}
+DEV void products_commit() {}
+template <int LEFT>
+DEV void products_wait() {  // for the whole warp: who goes on may give away what other lanes have read
+  sync_warp();
+}
+DEV u64 operand_at(const u8* x) {
+  if (std::uintptr_t(x) % 1024) std::abort();
+  return u64(std::uintptr_t(x));
+}
+template <int HALF>
+DEV void product_at(float (&d)[HALF], const u32 (&a)[4], u64 b, int step) {
+  host::Exchange e(a[0], a[1], a[2], a[3]);
+  const int g = host::current->lane / 4, t = host::current->lane % 4;
+  for (int i = 0; i < HALF; ++i) {
+    const int row = g + i / 2 % 2 * 8, vector = i / 4 * 8 + 2 * t + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const u32 left = e.at(row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2) >> k % 2 * 16;
+      const int piece = (2 * step + k / 8) ^ (vector & 7);
+      const u16 right = reinterpret_cast<const u16*>(std::uintptr_t(b) + vector * 128 + piece * 16)[k % 8];
+      d[i] += half_bits_to_float(u16(left)) * half_bits_to_float(right);
+    }
+  }
+}

@@ -1,0 +1,43 @@
+"""Steps of many sequences by warpgroups, run on this processor, against the NumPy model.
+
+Run: `pytest tests/runtime/test_cuda_broad_step.py`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kernels.cuda_host import host_gpu
+from runtime.numpy_reference import NumpyModel, mamba2_spec
+from slimba.runtime.measure import random_model
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("d_state", "groups"), [(64, 2), (128, 1)])
+def test_steps_are_the_recurrence(d_state: int, groups: int, state_dtype: str) -> None:
+    """Each sequence elsewhere in its buffer, past the token that stores the state; batch.cu's too."""
+    from slimba.runtime.backends.cuda import CudaEngine
+
+    spec = mamba2_spec(
+        d_model=64, headdim=64, d_inner=2048, d_state=d_state, n_groups=groups, n_layer=1, norm_group_size=2048
+    )
+    checkpoint = random_model(spec, "dfssm")
+    ids = np.random.default_rng(6).integers(0, 67, (9, 30)).astype(np.int32)
+    got = []
+    for warpgroups in (False, True):
+        cuda = CudaEngine(checkpoint, gpu=host_gpu(bakes=True, warpgroups=warpgroups), state_dtype=state_dtype)
+        pool = cuda.new_state(9)
+        for b in range(9):
+            cuda.prefill(ids[b : b + 1, : 8 + b], pool.view([b]))
+        steps = [cuda.step(ids[range(9), range(8 + t, 17 + t)], pool).numpy().copy() for t in range(10)]
+        got.append(np.stack(steps, axis=1))
+        assert type(cuda.stepper(pool)).__name__ == ("BroadStep" if warpgroups else "BatchStep")
+    most = np.abs(got[0]).max()
+    np.testing.assert_allclose(got[1], got[0], rtol=0, atol=(2e-3 if state_dtype == "float32" else 1e-2) * most)
+    if state_dtype == "float32":
+        for b in range(9):
+            want = NumpyModel(checkpoint).logits(ids[b, : 18 + b])[8 + b :]
+            np.testing.assert_allclose(got[1][b], want, rtol=0, atol=1e-2 * most)
