@@ -16,6 +16,7 @@ import numpy as np
 
 from slimba.runtime.backends.cuda_codes import Codes
 from slimba.runtime.backends.cuda_lean import Dot, Lean
+from slimba.runtime.backends.cuda_stream import Stream
 
 __all__ = ["PRODUCT", "QUICK", "QUICK_THREADS", "RECURRENCE", "Baked"]
 
@@ -39,6 +40,7 @@ MANY = {
     "mid_norm": ("MidNorm", "THREADS", "s", {MATRIX + 9}),
     "mid": ("Mid", "THREADS, 2", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 20}),
     "still": ("Mid", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 20}),
+    "few": ("Mid", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 20}),
     "broad": ("Broad", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
     "broad_codes": ("Broad", "THREADS", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
     "broad_norm": ("BroadNorm", "THREADS", "s", {MATRIX + 9, MATRIX + 13}),
@@ -61,16 +63,17 @@ class Baked:
     def source(self) -> str:
         return "\n".join(text.replace("NAME", name) for (_, text), name in self._names.items())
 
-    def product(self, fields: np.ndarray, tokens: int, lean: Codes | Dot | Lean | None = None) -> str:
-        """The kernel for a struct Product and 1 or 8 tokens a block, or for one token that of dot.cuh, lean.cuh or
-        codes.cuh."""
+    def product(self, fields: np.ndarray, tokens: int, lean: Codes | Dot | Lean | Stream | None = None) -> str:
+        """The kernel for a struct Product and 1 or 8 tokens a block, or for one token that of dot.cuh, lean.cuh,
+        codes.cuh or stream.cuh."""
         sets = constants(fields, POINTERS, VARYING)
         struct, ahead = (
             ("Then<Product>", "fetch_ahead(s.ahead, s.ahead_lines); ") if len(fields) > PRODUCT else ("Product", "")
         )
-        if isinstance(lean, Codes):
-            call = f"{lean.name}(s, smem, Early());"
-            return self._add("slimba_codes", kernel(struct, f"{lean.threads}, 1", sets, ahead + call))
+        if isinstance(lean, Codes | Stream):
+            call, kind = f"{lean.name}(s, smem, Early());", type(lean).__name__.lower()
+            bounds = f"{lean.threads}, {lean.resident}"
+            return self._add(f"slimba_{kind}", kernel(struct, bounds, sets, ahead + call))
         if lean is not None:
             call = f"{lean.name}(s, smem, {self.ORDER});"
             ahead = self._first() + ahead
@@ -106,8 +109,8 @@ class Baked:
             call += f", *({kind.title()}Shared<{arguments[1]}>*)smem"
         else:
             call += ", smem"
-        if kind == "still":
-            bounds = f"{32 * int(arguments[0])}, 1"
+        if kind in ("still", "few"):
+            bounds = f"{32 * int(arguments[kind == 'few'])}, 1"
         if kind == "broad":
             # few vectors need few registers, and then the kernel after finds room to begin
             threads, fit = 128 * int(arguments[1]) * int(arguments[2]), 2 if int(arguments[0]) <= 16 else 1

@@ -25,6 +25,7 @@ from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_lean import Dot, Lean, dot_of, lean_of
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
 from slimba.runtime.backends.cuda_state import KEPT, POINTERS, STATE_CODES, CudaState, StatePointers
+from slimba.runtime.backends.cuda_stream import Stream, stream_of
 from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of, float_bits
 from slimba.runtime.engine import SamplingParams
 
@@ -180,7 +181,7 @@ class FusedStep(Step):
     """One token for each of up to LARGEST_BATCH sequences by the fused kernels."""
 
     arithmetic = "23-bit fixed point"
-    DOTS = QUICK = AHEAD = True
+    DOTS = QUICK = AHEAD = STREAMS = True
     # Shared memory that kernels ask for so that their blocks spread over the multiprocessors: neighbours fit beside
     # each other, but never two blocks of one kernel.
     SPREAD, BESIDE = 164 * 1024, {"in_proj": 0.485, "recur": 0.378, "out_proj": 0.5005}
@@ -201,7 +202,7 @@ class FusedStep(Step):
             after = model.layers[i + 1].place if self.AHEAD and i + 1 < spec.n_layer else NOTHING
             self.recurrences.append(fields_of(fields.tolist(), after, spec.n_layer if self.AHEAD else 0))
         self.products.append(self._head())
-        self._lean: dict[int, Codes | Dot | Lean] = {}
+        self._lean: dict[int, Codes | Dot | Lean | Stream] = {}
         self._quick = False
         self._kernels, self._own = self._bake() if gpu.bakes else self._generic()
         self.embed = fields_of(
@@ -302,19 +303,24 @@ class FusedStep(Step):
         self.products = [f if i in self._lean else f[:PRODUCT] for i, f in enumerate(self.products)]
         self.recurrences = [f if self._quick else f[:RECURRENCE] for f in self.recurrences]
 
-    def _lean_products(self) -> dict[int, Codes | Dot | Lean]:
-        """The products that dot.cuh, lean.cuh or codes.cuh takes, by their number."""
+    def _lean_products(self) -> dict[int, Codes | Dot | Lean | Stream]:
+        """The products that dot.cuh, lean.cuh, codes.cuh or stream.cuh takes, by their number."""
         if self.batch > 1:
             return {}
         spec, blocks = self._model.spec, self._gpu.blocks
         late = bool(spec.gated_norm and spec.norm_before_gate)
-        head = codes_of(self._model.head, blocks, 1, False)
-        found: dict[int, Codes | Dot | Lean | None] = {len(self.products) - 1: head}
+
+        def streamed(m: DeviceMatrix, groups: int, gated: bool) -> Codes | Stream | None:
+            stream = stream_of(m, blocks, groups, gated) if self.STREAMS else None
+            return stream or codes_of(m, blocks, groups, gated)
+
+        head = streamed(self._model.head, 1, False)
+        found: dict[int, Codes | Dot | Lean | Stream | None] = {len(self.products) - 1: head}
         for i, layer in enumerate(self._model.layers):
             for k, name, groups, gated in (0, "in_proj", 1, False), (1, "out_proj", norm_groups(spec), late):
                 m = layer.matrices[name]
                 dot = dot_of(m, blocks, groups, gated) if self.DOTS else None
-                found[2 * i + k] = dot or lean_of(m, blocks, groups, gated) or codes_of(m, blocks, groups, gated)
+                found[2 * i + k] = dot or lean_of(m, blocks, groups, gated) or streamed(m, groups, gated)
         return {i: lean for i, lean in found.items() if lean is not None and lean.shared_bytes <= self._gpu.shared}
 
     def _in_proj(self, layer: LayerWeights, i: int) -> np.ndarray:
