@@ -18,7 +18,7 @@ from slimba.runtime.backends.cuda_codes import Codes
 from slimba.runtime.backends.cuda_lean import Dot, Lean
 from slimba.runtime.backends.cuda_stream import Stream
 
-__all__ = ["PRODUCT", "QUICK", "QUICK_THREADS", "RECURRENCE", "Baked"]
+__all__ = ["PRODUCT", "QUICK", "QUICK_THREADS", "Baked"]
 
 QUICK, QUICK_THREADS = "quick", 288  # the kernel of kernels/cuda/quick.cuh, threads of its block
 
@@ -29,10 +29,10 @@ POINTERS = {
     *(MATRIX + i for i in (0, 2, 4)), *(MATRIX + 7 + i for i in (1, 5)), MATRIX + 17, MATRIX + 18, MATRIX + 23,
     MATRIX + 24,
 }  # fmt: skip
-PRODUCT, RECURRENCE = MATRIX + 24, 28  # fields of the structs, without what ahead.cuh adds
+PRODUCT = MATRIX + 24  # fields of the struct, without what ahead.cuh adds
 VARYING = {MATRIX + 19, MATRIX + 22, MATRIX + 25}  # layer, batch, lines ahead
-RECURRENCE_POINTERS = {0, 1, 15, 16, 17, 18, 19, 20, 22, 24, 28}
-RECURRENCE_VARYING = {2, 5, 29}
+RECURRENCE_POINTERS = {0, 1, 15, 16, 17, 18, 19, 20, 22, 24}
+RECURRENCE_VARYING = {2, 5}
 
 # Kernels for many sequences: struct, bounds, arguments, fields that differ between launches. Fields of 2^32 and more
 # are pointers.
@@ -70,14 +70,10 @@ class Baked:
         struct, ahead = (
             ("Then<Product>", "fetch_ahead(s.ahead, s.ahead_lines); ") if len(fields) > PRODUCT else ("Product", "")
         )
-        if isinstance(lean, Codes | Stream):
-            call, kind = f"{lean.name}(s, smem, Early());", type(lean).__name__.lower()
-            bounds = f"{lean.threads}, {lean.resident}"
-            return self._add(f"slimba_{kind}", kernel(struct, bounds, sets, ahead + call))
         if lean is not None:
-            call = f"{lean.name}(s, smem, {self.ORDER});"
-            ahead = self._first() + ahead
-            return self._add("slimba_lean", kernel(struct, f"{lean.threads}, {lean.resident}", sets, ahead + call))
+            kind = type(lean).__name__.lower() if isinstance(lean, Codes | Stream) else "lean"
+            call = f"{self._first()}{ahead}{lean.name}(s, smem, {self.ORDER});"
+            return self._add(f"slimba_{kind}", kernel(struct, f"{lean.threads}, {lean.resident}", sets, call))
         bounds = "THREADS, 2" if tokens == 1 else "THREADS"
         first = "0" if tokens == 1 else f"{tokens} * blockIdx.y"
         call = f"product<{tokens}>(s, smem, {first}, blockIdx.x, gridDim.x, InOrder());"
@@ -88,12 +84,8 @@ class Baked:
         sets = constants(fields, RECURRENCE_POINTERS, RECURRENCE_VARYING)
         if instance == QUICK:
             call = f"quick_recur(s, smem, {self.ORDER});"
-            struct, ahead = "Recurrence", self._first()
-            if len(fields) > RECURRENCE:
-                struct = "QuickRecurrence"
-                ahead += "fetch_ahead(s.ahead, s.ahead_lines); fetch_state_ahead(s); "
             bounds = f"{QUICK_THREADS}, {self.QUICK_RESIDENT}"
-            return self._add("slimba_quick", kernel(struct, bounds, sets, ahead + call))
+            return self._add("slimba_quick", kernel("Recurrence", bounds, sets, self._first() + call))
         call = f"recur<{instance}>(s, smem, blockIdx.x, gridDim.x, InOrder());"
         return self._add("slimba_recur", kernel("Recurrence", "THREADS, 2", sets, call))
 

@@ -64,7 +64,7 @@ def lean_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool, fewest:
 
 
 DOT_WARPS = 16  # of a block of kernels/cuda/dot.cuh
-DOT_WARPS_OF: dict[int, int] = {}  # by the columns of a matrix, where another number is faster
+DOT_WARPS_OF: dict[int, int] = {2048: 8}  # by the columns of a matrix, where another number is faster
 DOT_TILES, DOT_ROWS = 5, 5  # of a block, likewise in registers; int8 rows of a block
 
 

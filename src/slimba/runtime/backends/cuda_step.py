@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from slimba.models.spec import ModelSpec
-from slimba.runtime.backends.cuda_bake import PRODUCT, QUICK, QUICK_THREADS, RECURRENCE, Baked
+from slimba.runtime.backends.cuda_bake import PRODUCT, QUICK, QUICK_THREADS, Baked
 from slimba.runtime.backends.cuda_bulk import Bulk
 from slimba.runtime.backends.cuda_codes import Codes, codes_of
 from slimba.runtime.backends.cuda_device import Gpu
@@ -26,7 +26,7 @@ from slimba.runtime.backends.cuda_lean import Dot, Lean, dot_of, lean_of
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
 from slimba.runtime.backends.cuda_state import KEPT, POINTERS, STATE_CODES, CudaState, StatePointers
 from slimba.runtime.backends.cuda_stream import Stream, stream_of
-from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of, float_bits
+from slimba.runtime.backends.cuda_weights import LINE, WARPS, DeviceMatrix, fields_of, float_bits
 from slimba.runtime.engine import SamplingParams
 
 __all__ = ["BulkStep", "FusedStep", "Step"]
@@ -37,7 +37,6 @@ MOST_KERNELS = 16  # of one model: a layout a layer would take minutes to compil
 LARGEST_BATCH = 8  # of the fused kernels: the tokens that one holds
 SETTINGS, SAMPLE_BYTES = 7, 8 * (4096 + 1024 + 32 + 1) + 4 * (2048 + 4)  # structs in kernels/cuda/sample.cu
 CHOICE_BLOCKS = 32  # that look at the logits of a sequence
-NOTHING = [0, 0]  # is asked for ahead
 QUICK_STATE, QUICK_SPAN = 128, 32  # d_state and channels of a block of kernels/cuda/quick.cuh
 QUICK_BYTES = 4 * (QUICK_SPAN + 2 * QUICK_STATE + KEPT)
 LARGEST_STATE = 256  # entries of a row of the state that a warp holds
@@ -181,7 +180,9 @@ class FusedStep(Step):
     """One token for each of up to LARGEST_BATCH sequences by the fused kernels."""
 
     arithmetic = "23-bit fixed point"
-    DOTS = QUICK = AHEAD = STREAMS = True
+    DOTS = QUICK = STREAMS = True
+    # The last products before the head ask for its first rows, each for so many lines, while memory is idle.
+    HEAD_ASKERS, HEAD_LINES = 12, 12288
     # Shared memory that kernels ask for so that their blocks spread over the multiprocessors: neighbours fit beside
     # each other, but never two blocks of one kernel.
     SPREAD, BESIDE = 164 * 1024, {"in_proj": 0.485, "recur": 0.378, "out_proj": 0.5005}
@@ -198,9 +199,7 @@ class FusedStep(Step):
         for i, layer in enumerate(model.layers):
             self.products += [self._in_proj(layer, i), self._out_proj(layer, i)]
             tensors = self._dt, self._z, self._y
-            fields = recurrence(spec, layer, self._state(i), batch, state_dtype, *tensors)
-            after = model.layers[i + 1].place if self.AHEAD and i + 1 < spec.n_layer else NOTHING
-            self.recurrences.append(fields_of(fields.tolist(), after, spec.n_layer if self.AHEAD else 0))
+            self.recurrences.append(recurrence(spec, layer, self._state(i), batch, state_dtype, *tensors))
         self.products.append(self._head())
         self._lean: dict[int, Codes | Dot | Lean | Stream] = {}
         self._quick = False
@@ -232,7 +231,7 @@ class FusedStep(Step):
     def layers(self, overlap: bool) -> None:
         """Launches everything before the head."""
         gpu, spec = self._gpu, self._model.spec
-        gpu.launch("slimba_embed", (gpu.blocks,), self.embed, overlap=overlap)
+        gpu.launch("slimba_embed", (gpu.blocks,), self.embed, overlap=overlap, spread=self.batch == 1)
         for i, layer in enumerate(self._model.layers):
             self.product(layer.matrices["in_proj"], 2 * i, 1, overlap)
             self.recur(i, overlap)
@@ -245,7 +244,7 @@ class FusedStep(Step):
             room = 0 if last else self._room("in_proj" if i % 2 == 0 else "out_proj")
             self._gpu.launch(
                 self._kernels[i], (self._gpu.blocks,), self.products[i],
-                max(lean.shared_bytes, room), threads=lean.threads, overlap=overlap, module=self._own,
+                max(lean.shared_bytes, room), threads=lean.threads, overlap=overlap, module=self._own, spread=True,
             )  # fmt: skip
             return
         blocks = self._gpu.blocks * (2 if m.items >= 2 * WARPS * self._gpu.blocks else 1)  # two fit a multiprocessor
@@ -266,6 +265,7 @@ class FusedStep(Step):
                 threads=QUICK_THREADS,
                 overlap=overlap,
                 module=self._own,
+                spread=True,
             )
             return
         shared = recur_bytes(spec)
@@ -301,7 +301,6 @@ class FusedStep(Step):
     def _trim(self) -> None:
         """Takes off what kernels for any shape do not know: what to ask for ahead."""
         self.products = [f if i in self._lean else f[:PRODUCT] for i, f in enumerate(self.products)]
-        self.recurrences = [f if self._quick else f[:RECURRENCE] for f in self.recurrences]
 
     def _lean_products(self) -> dict[int, Codes | Dot | Lean | Stream]:
         """The products that dot.cuh, lean.cuh, codes.cuh or stream.cuh takes, by their number."""
@@ -329,7 +328,7 @@ class FusedStep(Step):
         source = [self.u.data_ptr(), spec.d_model, 0, 0, layer.norm.data_ptr(), 1, float_bits(spec.norm_eps)]
         out = [IN_PROJ, self._dt.data_ptr(), spec.n_heads, 0, inner, self._z.data_ptr(), inner, inner, ring, ring]
         m = layer.matrices["in_proj"]
-        return fields_of(m.fields, source, out, self._state(i), self.batch, m.plane_inverse, self._next("in_proj", i))
+        return fields_of(m.fields, source, out, self._state(i), self.batch, m.plane_inverse, self._ahead(2 * i))
 
     def _out_proj(self, layer: LayerWeights, i: int) -> np.ndarray:
         spec = self._model.spec
@@ -341,19 +340,19 @@ class FusedStep(Step):
         ]  # fmt: skip
         out = [ADD, self.u.data_ptr(), spec.d_model, *[0] * 7]
         m = layer.matrices["out_proj"]
-        return fields_of(m.fields, source, out, self._state(i), self.batch, m.plane_inverse, self._next("out_proj", i))
+        return fields_of(m.fields, source, out, self._state(i), self.batch, m.plane_inverse, self._ahead(2 * i + 1))
 
-    def _next(self, name: str, i: int) -> list[int]:
-        """Where the matrix of that name of the layer after layer i is, for the kernel to ask for it ahead."""
-        return (
-            self._model.layers[i + 1].matrices[name].place
-            if self.AHEAD and i + 1 < len(self._model.layers)
-            else NOTHING
-        )
+    def _ahead(self, product: int) -> list[int]:
+        """What part of the head product number `product` asks for: where it begins and how many lines it has."""
+        (start, lines), nth = self._model.head.place, product - (2 * len(self._model.layers) - self.HEAD_ASKERS)
+        first = max(0, min(nth * self.HEAD_LINES, lines))
+        return [start + first * LINE, min(self.HEAD_LINES, lines - first) if nth >= 0 else 0]
 
     def _head(self) -> np.ndarray:
         spec, model = self._model.spec, self._model
         source = [self.u.data_ptr(), spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, float_bits(spec.norm_eps)]
         out = [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7]
         state = self._state(0)
-        return fields_of(model.head.fields, source, out, state, self.batch, model.head.plane_inverse, NOTHING)
+        return fields_of(
+            model.head.fields, source, out, state, self.batch, model.head.plane_inverse, [*model.head.place[:1], 0]
+        )
