@@ -54,7 +54,7 @@ std::vector<float> quant_product(const Kernels& k, Format f, const std::uint8_t*
   const int64_t ready = format.prepared_bytes(cols);
   Buffer prepared, scratch;
   auto* made = reinterpret_cast<std::uint8_t*>(prepared.at_least(tokens * ready / 4 + 16));
-  if (!many)
+  if (!many || format.many_prepared)
     for (int64_t t = 0; t < tokens; ++t) format.prepare(x.q.data() + t * x.stride, cols, made + t * ready);
   std::vector<float> y(std::size_t(tokens * rows), NAN);
   auto* room = reinterpret_cast<std::uint8_t*>(scratch.at_least(format.scratch_bytes(cols) / 4 + 16));

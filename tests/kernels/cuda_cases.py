@@ -160,6 +160,43 @@ def codes_product(
     return _of_one_vector(gpu, m, codes, x, norm, 0)
 
 
+STREAM_LAYOUTS: dict[str, MatrixLayout] = {
+    "stream-half": MatrixLayout(512, (Segment(50, "float16"),)),
+    "stream-half-wide": MatrixLayout(1280, (Segment(37, "float16"),)),
+    "stream-half-loop": MatrixLayout(512, (Segment(900, "float16"),)),
+    "stream-bfloat": MatrixLayout(768, (Segment(45, "bfloat16"),)),
+    "stream-int8": MatrixLayout(512, (Segment(41, "int8"),)),
+    "stream-int8-loop": MatrixLayout(512, (Segment(803, "int8"),)),
+    "stream-int8-turned": MatrixLayout(1536, (Segment(50, "int8"),), hadamard=512),
+    "stream-int8-static": MatrixLayout(1024, (Segment(50, "int8"),), hadamard=1024, input_scale=True),
+}
+
+
+def stream_product(
+    gpu: Any,
+    matrix: Matrix,
+    x: np.ndarray,
+    norm: np.ndarray | None = None,
+    activations: str = "float32",
+    change: Any = lambda s: s,
+    bias: np.ndarray | None = None,
+) -> np.ndarray:
+    """The kernel of stream.cuh on float32 x [cols], its shape changed by `change`, normed with weights (eps 0) or not:
+    [rows]."""
+    from slimba.runtime.backends.cuda_stream import stream_of
+    from slimba.runtime.backends.cuda_weights import DeviceMatrix
+
+    m = DeviceMatrix(matrix, gpu.device, gpu.blocks, bias, activations=activations)
+    stream = stream_of(m, gpu.blocks, 1, False)
+    assert stream is not None
+    return _of_one_vector(gpu, m, change(stream), x, norm, 0)
+
+
+def few_product(gpu: Any, matrix: Matrix, x: np.ndarray) -> np.ndarray:
+    """The kernel of few.cu on float32 x [B, cols]: [B, rows]."""
+    return _of_many(gpu, matrix, x, "slimba_few")
+
+
 LEAN_LAYOUTS: dict[str, MatrixLayout] = {
     "lean-512": MatrixLayout(512, (Segment(16, "sign"),), col_scale=True),
     "lean-1024": MatrixLayout(
@@ -200,6 +237,11 @@ def lean_product(
 
 def still_product(gpu: Any, matrix: Matrix, x: np.ndarray) -> np.ndarray:
     """The kernel of still.cu on float32 x [B, cols]: [B, rows]."""
+    return _of_many(gpu, matrix, x, "slimba_still")
+
+
+def _of_many(gpu: Any, matrix: Matrix, x: np.ndarray, kind: str) -> np.ndarray:
+    """The baked kernel of this kind on float32 x [B, cols]: [B, rows]."""
     import torch
 
     from slimba.runtime.backends.cuda_bake import Baked
@@ -215,7 +257,7 @@ def still_product(gpu: Any, matrix: Matrix, x: np.ndarray) -> np.ndarray:
     mid.product(m, [STORE, out.data_ptr(), m.rows, *[0] * 7], [0] * 5)
     baked = Baked()
     names = [baked.of_many(a[0], a[2]) for a, _ in recorder.launches]
-    assert names[1] and names[1].startswith("slimba_still")
+    assert names[1] and names[1].startswith(kind)
     module = gpu.module("many", baked.source)
     for name, (arguments, settings) in zip(names, recorder.launches, strict=True):
         gpu.launch(name, *arguments[1:], **settings, module=module)

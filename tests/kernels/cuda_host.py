@@ -32,7 +32,16 @@ class HostModule:
         self._library = library
 
     def launch(
-        self, name: str, grid: Any, threads: int, shared: int, fields: np.ndarray, stream: int, *, overlap: bool = False
+        self,
+        name: str,
+        grid: Any,
+        threads: int,
+        shared: int,
+        fields: np.ndarray,
+        stream: int,
+        *,
+        overlap: bool = False,
+        spread: bool = False,
     ) -> None:
         data = np.ascontiguousarray(fields, np.int64)
         gx, gy, gz = (*grid, 1, 1)[:3]

@@ -249,27 +249,6 @@ def test_kernels_made_for_a_model_are_those_for_any(spec: str, batch: int, monke
     np.testing.assert_array_equal(*got)
 
 
-@pytest.mark.parametrize("format", ["w8a8", "w4a16", "w4a8"])
-def test_kernels_for_codes_are_those_for_any_matrix(format: str) -> None:
-    """A width that codes.cuh takes: in_proj and out_proj in one go, the head in several."""
-    from slimba.runtime.backends.cuda import CudaEngine
-    from slimba.runtime.backends.cuda_codes import Codes
-    from slimba.runtime.measure import random_model
-
-    spec = mamba2_spec(d_model=512, d_inner=1024, headdim=64, d_state=64, n_layer=2, vocab_size=530)
-    checkpoint = random_model(spec, format)
-    ids = np.random.default_rng(0).integers(0, 530, (1, 4)).astype(np.int32)
-    got = []
-    for gpu in (host_gpu(), host_gpu(blocks=12, bakes=True)):
-        cuda = CudaEngine(checkpoint, gpu=gpu)
-        state = cuda.new_state()
-        got.append(np.stack([cuda.step(ids[:, t], state).numpy().copy() for t in range(4)]))
-    step = cuda.stepper(state)
-    assert sum(isinstance(v, Codes) for v in step._lean.values()) >= 4  # type: ignore[attr-defined]
-    difference = np.abs(got[0] - got[1]).max() / np.abs(got[0]).max()
-    assert difference < (1e-5 if format == "w4a16" else 0.05)
-
-
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("groups", [1, 2])
@@ -355,28 +334,6 @@ def test_inputs_are_transformed_and_rounded_as_the_file_says(name: str, activati
         else:
             assert error.max() < 0.2 * np.abs(want).max()
             assert not exact or (error < 1e-4).all(axis=-1).mean() > 0.4
-
-
-@pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("format", ["w8a8", "w4a16", "w4a8"])
-def test_batches_of_quamba2_files(format: str, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the kernels for many sequences, and by cuBLAS over expanded matrices."""
-    from slimba.runtime.backends.reference import ReferenceEngine
-    from slimba.runtime.measure import random_model
-
-    monkeypatch.setattr("slimba.runtime.backends.cuda_batch.BatchStep.WIDE_FROM", 2 if wide else 99)
-    checkpoint = random_model(mamba2_spec(d_model=128, d_inner=256, headdim=64, d_state=64, n_layer=2), format)
-    ids = np.random.default_rng(0).integers(0, 67, (3, 3)).astype(np.int32)
-    want = []
-    for activations in (None, "float32"):
-        reference = ReferenceEngine(checkpoint, activations=activations)
-        want.append(reference.forward(ids, reference.new_state(3)))
-    cuda = engine(checkpoint)
-    state = cuda.new_state(3)
-    got = np.stack([cuda.step(ids[:, t], state).numpy().copy() for t in range(3)], axis=1)
-    assert type(cuda.stepper(state)).__name__ == "BatchStep"
-    moved = np.abs(want[1] - want[0]).max()
-    assert np.abs(got - want[0]).max() < max(0.02 * np.abs(want[0]).max(), moved)
 
 
 def test_what_the_engine_does_not_round_is_refused() -> None:

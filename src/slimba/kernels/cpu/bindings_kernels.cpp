@@ -81,7 +81,7 @@ void quant_matmul(const std::string& isa, int format, const Bytes& data, const B
   scales.at_least(tokens);
   for (int64_t t = 0; t < tokens; ++t) {
     kernels.quantize(x.data() + t * cols, cols, codes + t * stride, scales.data() + t, whole + t * sums);
-    if (!many) k.prepare(codes + t * stride, cols, made + t * ready);
+    if (!many || k.many_prepared) k.prepare(codes + t * stride, cols, made + t * ready);
   }
   (many ? k.many : k.few)({data.data(), scale.data(), rows, cols, begin, end, codes, stride, scales.data(), whole, made,
                            tokens, y.data(), rows, add, poisoned(scratch, k.scratch_bytes(cols))});

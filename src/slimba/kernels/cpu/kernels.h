@@ -50,7 +50,7 @@ struct QuantArgs {
   std::int64_t x_stride;
   const float* x_scale;       // [T]
   const std::int32_t* x_sums;  // [T, ceil(cols / 128) + 1]: sum of q over each 128 columns, then over all
-  const std::uint8_t* prepared;  // [T, prepared_bytes(cols)] by `prepare`; only `few` reads it
+  const std::uint8_t* prepared;  // [T, prepared_bytes(cols)] by `prepare`, for `few` and, if it says so, for `many`
   std::int64_t tokens;
   float* y;
   std::int64_t y_stride;
@@ -66,6 +66,7 @@ struct QuantFormat {
   void (*few)(const QuantArgs& a);   // reads rows as they are stored: best for up to few_tokens tokens
   void (*many)(const QuantArgs& a);  // expands rows to bytes first; same results
   std::int64_t few_tokens;
+  bool many_prepared;  // whether `many` reads what `prepare` made, too
 };
 
 // Causal depthwise convolution and SiLU of `channels` channels over T tokens that continue from `state`.

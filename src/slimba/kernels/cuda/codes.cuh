@@ -132,8 +132,8 @@ DEV void codes_tile(const CodesRaw<FORMAT, TW>& w, int i, const uint4 (&x)[4], f
 }
 
 // The block's x to slices in shared memory; what a product of them is to be multiplied by. w: the norm's weights.
-template <int FORMAT, int CG, int TW, int HW, int ROUND>
-DEV float codes_input(const Product& p, const float2 (&w)[4], int column, CodesShared<FORMAT, CG, TW, ROUND>& v) {
+template <int FORMAT, int CG, int HW, int ROUND, typename Shared>
+DEV float codes_input(const Product& p, const float2 (&w)[4], int column, Shared& v) {
   const Matrix& m = p.m;
   const int lane = threadIdx.x % WARP, cg = threadIdx.x / WARP;
   const float *x = (const float*)p.in.x + column, root = HW ? 1.0f / sqrtf(256.0f * HW) : 1.0f;
@@ -240,7 +240,7 @@ DEV void codes(const Product& p, u8* smem, Ready ready) {
   }
   ready();
   const float residual = !LOOP && finishes && p.out.mode == ADD ? load_fresh((const float*)p.out.y + row) : 0.0f;
-  const float by = codes_input<FORMAT, CG, TW, HW, ROUND>(p, w, column, v);
+  const float by = codes_input<FORMAT, CG, HW, ROUND>(p, w, column, v);
   uint4 x[4];
   const u8* slice = v.q[cg][g < v.SLICES ? g : v.SLICES - 1];
 #pragma unroll

@@ -24,14 +24,14 @@ __all__ = ["MODULES", "CudaUnavailable", "compiled", "load_nvrtc", "source"]
 
 BASE = ("common.cuh", "turn.cuh", "matrix.cuh")
 PRODUCTS = (*BASE, "tiles.cuh", "product.cuh", "step.cuh", "decode.cu")
-ONE_VECTOR = ("rows.cuh", "lean.cuh", "dot.cuh", "codes.cuh")
+ONE_VECTOR = ("rows.cuh", "lean.cuh", "dot.cuh", "codes.cuh", "ring.cuh", "stream.cuh")
 MODULES = {  # apart, because a process needs few; cuda_bake.py adds the kernels of a model to "decode" and "many"
     "main": (*BASE, "decode.cu"),
     "decode": (*BASE, "tiles.cuh", "product.cuh", *ONE_VECTOR, "step.cuh", "quick.cuh", "ahead.cuh", "decode.cu"),
     "generic": (*PRODUCTS, "generic.cu"),
     "bulk": (*BASE, "step.cuh", "bulk.cu", "turn.cu", "expand.cu", "scan.cu", "scan1.cu", "ssd.cu"),
     "mid": (*BASE, "step.cuh", "mid_norm.cu", "mid.cu", "batch.cu", "many.cu"),
-    "many": (*BASE, "rows.cuh", "step.cuh", "mid_norm.cu", "mid.cu", "still.cu", "batch.cu"),
+    "many": (*BASE, "rows.cuh", "step.cuh", "mid_norm.cu", "mid.cu", "still.cu", "ring.cuh", "few.cu", "batch.cu"),
     "broad": (
         *(*BASE, "rows.cuh", "step.cuh", "mid_norm.cu", "mid.cu", "still.cu", "batch.cu"),
         *("warpgroup.cuh", "broad.cu", "broad_norm.cu", "steps.cu"),

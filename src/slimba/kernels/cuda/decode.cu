@@ -18,6 +18,9 @@ struct InOrder {
   }
 };
 
+struct AtOnce {  // of a kernel that has let the next one begin before anything else
+  DEV_MEMBER void operator()() const { await_previous(); }
+};
 struct Early {  // lets the kernel after begin sooner
   DEV_MEMBER void operator()() const {
     release_next();

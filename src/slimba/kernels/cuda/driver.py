@@ -17,7 +17,8 @@ from slimba.kernels.cuda.compiler import CudaUnavailable
 
 __all__ = ["Module"]
 
-MAX_DYNAMIC_SHARED, PROGRAMMATIC_SERIALIZATION = 8, 6  # of CUfunction_attribute and CUlaunchAttributeID in cuda.h
+MAX_DYNAMIC_SHARED, SHARED_CARVEOUT = 8, 9  # of CUfunction_attribute in cuda.h
+PROGRAMMATIC_SERIALIZATION = 6  # of CUlaunchAttributeID
 SHARED_BY_DEFAULT = 48 * 1024
 
 
@@ -36,6 +37,8 @@ class _Config(ctypes.Structure):
 
 class Module:
     """A loaded cubin. CudaUnavailable when the driver is missing or refuses it (most often: it is too old)."""
+
+    SHARED_PERCENT = 70  # of a multiprocessor's memory, for kernels that share it (`spread`); the rest is its L1 cache
 
     def __init__(self, cubin: bytes) -> None:
         try:
@@ -56,11 +59,12 @@ class Module:
         stream: int,
         *,
         overlap: bool = False,
+        spread: bool = False,
     ) -> None:
         """Puts one kernel into the stream. grid: up to three numbers of blocks; shared: bytes of dynamic shared memory;
         overlap: it may begin while the kernel before it ends (programmatic dependent launch), which it must expect.
         """
-        function = self._function(name, shared)
+        function = self._function(name, shared, spread)
         gx, gy, gz = (*grid, 1, 1)[:3]
         data = np.ascontiguousarray(fields, np.int64)
         arguments = (ctypes.c_void_p * 1)(data.ctypes.data)
@@ -70,11 +74,14 @@ class Module:
         code = self._cuda.cuLaunchKernelEx(ctypes.byref(config), function, arguments, None)
         self._check(code, f"launching {name} with {tuple(grid)} blocks and {shared} bytes of shared memory")
 
-    def _function(self, name: str, shared: int) -> ctypes.c_void_p:
+    def _function(self, name: str, shared: int, spread: bool) -> ctypes.c_void_p:
         found, allowed = self._functions.get(name, (None, SHARED_BY_DEFAULT))
         if found is None:
             found = ctypes.c_void_p()
             self._check(self._cuda.cuModuleGetFunction(ctypes.byref(found), self._module, name.encode()), name)
+            if spread:  # kernels that share a multiprocessor must agree on how its memory is divided
+                part = ctypes.c_int(self.SHARED_PERCENT)
+                self._cuda.cuFuncSetAttribute(found, ctypes.c_int(SHARED_CARVEOUT), part)
         if shared > allowed:
             code = self._cuda.cuFuncSetAttribute(found, ctypes.c_int(MAX_DYNAMIC_SHARED), ctypes.c_int(shared))
             self._check(code, f"{shared} bytes of shared memory for {name}")

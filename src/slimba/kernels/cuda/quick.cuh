@@ -56,6 +56,7 @@ DEV void quick_recur(const Recurrence& p, u8* smem, Ready ready) {
   const int thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP, n = QUICK_STATE;
   const int inner = (int)p.inner, heads = (int)p.heads, groups = (int)p.groups, taps = (int)p.state.taps;
   const int per_sequence = inner / QUICK_SPAN, unit = blockIdx.x, b = unit / per_sequence;
+  if (unit >= per_sequence * (int)p.batch) return ready();  // there for the sake of where the blocks go
   const int first = unit % per_sequence * QUICK_SPAN, head = first / (int)p.headdim, group = head / (heads / groups);
   const bool of_head = first % (int)p.headdim == 0, of_group = of_head && head % (heads / groups) == 0, rows = warp < WARPS;
   const i64 ssm = state_array(p.state, 0), slots = state_array(p.state, 4), type = p.state_type, slot = slot_of(p.state, b);

@@ -237,7 +237,7 @@ class CudaEngine:
         if batch not in self._steps:
             if batch >= BroadStep.FEWEST and BroadStep.fits(self.model, self.gpu) and not self._exact:
                 self._steps[batch] = BroadStep(self.model, self.gpu, batch, self.state_dtype, self._bulk)
-            elif batch > 1 and BatchStep.fits(self.model) and not self._exact:
+            elif batch > 1 and BatchStep.fits(self.model, self.gpu, batch) and not self._exact:
                 self._steps[batch] = BatchStep(self.model, self.gpu, batch, self.state_dtype, self._bulk)
             elif FusedStep.fits(self.model, self.gpu, batch):
                 self._steps[batch] = FusedStep(self.model, self.gpu, batch, self.state_dtype)

@@ -16,8 +16,9 @@ import numpy as np
 
 from slimba.runtime.backends.cuda_codes import Codes
 from slimba.runtime.backends.cuda_lean import Dot, Lean
+from slimba.runtime.backends.cuda_stream import Stream
 
-__all__ = ["PRODUCT", "QUICK", "QUICK_THREADS", "RECURRENCE", "Baked"]
+__all__ = ["PRODUCT", "QUICK", "QUICK_THREADS", "Baked"]
 
 QUICK, QUICK_THREADS = "quick", 288  # the kernel of kernels/cuda/quick.cuh, threads of its block
 
@@ -28,10 +29,10 @@ POINTERS = {
     *(MATRIX + i for i in (0, 2, 4)), *(MATRIX + 7 + i for i in (1, 5)), MATRIX + 17, MATRIX + 18, MATRIX + 23,
     MATRIX + 24,
 }  # fmt: skip
-PRODUCT, RECURRENCE = MATRIX + 24, 28  # fields of the structs, without what ahead.cuh adds
+PRODUCT = MATRIX + 24  # fields of the struct, without what ahead.cuh adds
 VARYING = {MATRIX + 19, MATRIX + 22, MATRIX + 25}  # layer, batch, lines ahead
-RECURRENCE_POINTERS = {0, 1, 15, 16, 17, 18, 19, 20, 22, 24, 28}
-RECURRENCE_VARYING = {2, 5, 29}
+RECURRENCE_POINTERS = {0, 1, 15, 16, 17, 18, 19, 20, 22, 24}
+RECURRENCE_VARYING = {2, 5}
 
 # Kernels for many sequences: struct, bounds, arguments, fields that differ between launches. Fields of 2^32 and more
 # are pointers.
@@ -39,6 +40,7 @@ MANY = {
     "mid_norm": ("MidNorm", "THREADS", "s", {MATRIX + 9}),
     "mid": ("Mid", "THREADS, 2", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 20}),
     "still": ("Mid", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 20}),
+    "few": ("Mid", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 20}),
     "broad": ("Broad", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
     "broad_codes": ("Broad", "THREADS", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
     "broad_norm": ("BroadNorm", "THREADS", "s", {MATRIX + 9, MATRIX + 13}),
@@ -51,7 +53,7 @@ MANY = {
 class Baked:
     """Collects kernels; `source` is their text."""
 
-    ORDER = "InOrder()"
+    ORDER = "AtOnce()"  # of the kernels for one vector: when they let the next one begin
     QUICK_RESIDENT = 2  # blocks for which a multiprocessor should have registers
 
     def __init__(self) -> None:
@@ -61,22 +63,20 @@ class Baked:
     def source(self) -> str:
         return "\n".join(text.replace("NAME", name) for (_, text), name in self._names.items())
 
-    def product(self, fields: np.ndarray, tokens: int, lean: Codes | Dot | Lean | None = None) -> str:
-        """The kernel for a struct Product and 1 or 8 tokens a block, or for one token that of dot.cuh, lean.cuh or
-        codes.cuh."""
+    def product(self, fields: np.ndarray, tokens: int, lean: Codes | Dot | Lean | Stream | None = None) -> str:
+        """The kernel for a struct Product and 1 or 8 tokens a block, or for one token that of dot.cuh, lean.cuh,
+        codes.cuh or stream.cuh."""
         sets = constants(fields, POINTERS, VARYING)
         struct, ahead = (
             ("Then<Product>", "fetch_ahead(s.ahead, s.ahead_lines); ") if len(fields) > PRODUCT else ("Product", "")
         )
-        if isinstance(lean, Codes):
-            call = f"{lean.name}(s, smem, Early());"
-            return self._add("slimba_codes", kernel(struct, f"{lean.threads}, 1", sets, ahead + call))
         if lean is not None:
-            call = f"{lean.name}(s, smem, {self.ORDER});"
-            return self._add("slimba_lean", kernel(struct, f"{lean.threads}, {lean.resident}", sets, ahead + call))
+            kind = type(lean).__name__.lower() if isinstance(lean, Codes | Stream) else "lean"
+            call = f"{self._first()}{ahead}{lean.name}(s, smem, {self.ORDER});"
+            return self._add(f"slimba_{kind}", kernel(struct, f"{lean.threads}, {lean.resident}", sets, call))
         bounds = "THREADS, 2" if tokens == 1 else "THREADS"
         first = "0" if tokens == 1 else f"{tokens} * blockIdx.y"
-        call = f"product<{tokens}>(s, smem, {first}, blockIdx.x, gridDim.x, {self.ORDER});"
+        call = f"product<{tokens}>(s, smem, {first}, blockIdx.x, gridDim.x, InOrder());"
         return self._add(f"slimba_product_{tokens}", kernel("Product", bounds, sets, call))
 
     def recurrence(self, fields: np.ndarray, instance: str) -> str:
@@ -84,13 +84,9 @@ class Baked:
         sets = constants(fields, RECURRENCE_POINTERS, RECURRENCE_VARYING)
         if instance == QUICK:
             call = f"quick_recur(s, smem, {self.ORDER});"
-            struct, ahead = "Recurrence", ""
-            if len(fields) > RECURRENCE:
-                struct = "QuickRecurrence"
-                ahead = "fetch_ahead(s.ahead, s.ahead_lines); fetch_state_ahead(s); "
             bounds = f"{QUICK_THREADS}, {self.QUICK_RESIDENT}"
-            return self._add("slimba_quick", kernel(struct, bounds, sets, ahead + call))
-        call = f"recur<{instance}>(s, smem, blockIdx.x, gridDim.x, {self.ORDER});"
+            return self._add("slimba_quick", kernel("Recurrence", bounds, sets, self._first() + call))
+        call = f"recur<{instance}>(s, smem, blockIdx.x, gridDim.x, InOrder());"
         return self._add("slimba_recur", kernel("Recurrence", "THREADS, 2", sets, call))
 
     def of_many(self, name: str, fields: np.ndarray) -> str | None:
@@ -105,8 +101,8 @@ class Baked:
             call += f", *({kind.title()}Shared<{arguments[1]}>*)smem"
         else:
             call += ", smem"
-        if kind == "still":
-            bounds = f"{32 * int(arguments[0])}, 1"
+        if kind in ("still", "few"):
+            bounds = f"{32 * int(arguments[kind == 'few'])}, 1"
         if kind == "broad":
             bounds = f"{128 * int(arguments[1]) * int(arguments[2])}, 1"
         template = f"<{', '.join(arguments)}>" if arguments else ""
@@ -114,6 +110,9 @@ class Baked:
         sets = " ".join(f"f[{i}] = {v};" for i, v in fixed)
         text = kernel(struct, bounds, sets, f"{kind}{template}({call});")
         return self._add(f"slimba_{kind}", text)
+
+    def _first(self) -> str:
+        return "release_next(); " if self.ORDER == "AtOnce()" else ""
 
     def _add(self, name: str, text: str) -> str:
         return self._names.setdefault((name, text), f"{name}_{len(self._names)}")

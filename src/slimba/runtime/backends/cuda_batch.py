@@ -1,7 +1,7 @@
 """One token for each of tens to hundreds of sequences, ready to be recorded as a CUDA graph: six launches a layer,
 nothing expanded in memory (kernels/cuda/mid.cu and batch.cu).
 
-    step = BatchStep(model, gpu, batch=128, state_dtype="int8")     # where BatchStep.fits(model)
+    step = BatchStep(model, gpu, batch=128, state_dtype="int8")     # where BatchStep.fits(model, gpu, 128)
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from slimba.runtime.backends.cuda_step import (
     recur_bytes,
     recurrence,
 )
+from slimba.runtime.backends.cuda_stream import MOST_FEW
 from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits
 
 __all__ = ["BatchStep"]
@@ -67,9 +68,8 @@ class BatchStep(Step):
         super().__init__(model, gpu, batch)
         self._bulk = bulk
         spec, zeros = model.spec, self._zeros
-        matrices = [m for layer in model.layers for m in layer.matrices.values()]
         recorder: Any = Recorder(gpu)
-        self._mid = Mid(recorder, batch, [*matrices, model.head], bakes=gpu.bakes and self.BAKES)
+        self._mid = Mid(recorder, batch, every_matrix(model), bakes=gpu.bakes and self.BAKES)
         self._u = zeros(batch, spec.d_model)
         self._z, self._y, self._dt = zeros(batch, spec.d_inner), zeros(batch, spec.d_inner), zeros(batch, spec.n_heads)
         self._parts = zeros(2, batch, spec.d_model)  # results of out_proj, each of some of its columns
@@ -89,18 +89,25 @@ class BatchStep(Step):
             zeros(batch, groups), zeros(batch, groups, KEPT),
         ]  # fmt: skip
 
-        every = [*matrices, model.head]
-        # the expanded matrix holds its column scale, which a rounded input would have to have before
-        scaled = any(m.turns and m.col_scale for m in every)
-        self._wide = batch >= self.WIDE_FROM and not scaled and not any(m.bias is not None or m.cols % 8 for m in every)
+        self._wide = self._widens(model) and (batch >= self.WIDE_FROM or not self._multiplies(model, gpu, batch))
         self._launches = self._recorded(recorder)
 
     @classmethod
-    def fits(cls, model: CudaModel) -> bool:
+    def fits(cls, model: CudaModel, gpu: Gpu, batch: int) -> bool:
         spec = model.spec
-        matrices = [m for layer in model.layers for m in layer.matrices.values()]
         small = spec.architecture == "mamba2" and spec.d_state <= LARGEST_STATE
-        return small and all(Mid.fits(m) for m in [*matrices, model.head])
+        return small and (cls._multiplies(model, gpu, batch) or (batch > MOST_FEW and cls._widens(model)))
+
+    @classmethod
+    def _multiplies(cls, model: CudaModel, gpu: Gpu, batch: int) -> bool:
+        """Whether our kernels take every matrix."""
+        return all(Mid.fits(m, gpu, batch, bakes=gpu.bakes and cls.BAKES) for m in every_matrix(model))
+
+    @staticmethod
+    def _widens(model: CudaModel) -> bool:
+        """Whether cuBLAS may multiply by every matrix. An expanded matrix holds its column scale, which a rounded input
+        would have to have before."""
+        return not any(m.bias is not None or m.cols % 8 or (m.turns and m.col_scale) for m in every_matrix(model))
 
     def work(self, *, choose: bool) -> None:
         """Launches one step. choose: the most likely ids become the next ids."""
@@ -120,7 +127,8 @@ class BatchStep(Step):
         for arguments, settings in recorder.launches:
             name = None if callable(arguments) else baked.of_many(arguments[0], arguments[2])
             found.append((arguments, settings, name))
-        if len({name for *_, name in found if name}) > MOST_KERNELS:
+        few = any(name.startswith("slimba_few") for *_, name in found if name)  # for which there is no other kernel
+        if not few and len({name for *_, name in found if name}) > MOST_KERNELS:
             return recorder.launches
         module = self._gpu.module("many", baked.source)
         return [
@@ -212,6 +220,10 @@ class BatchStep(Step):
         gpu.launch("slimba_prepare", grid, fields, 4 * groups * (2 * n + 1), overlap=True)
         grid = spec.n_heads // STATE_HEADS, self.batch
         gpu.launch(self._states, grid, fields, states_bytes(n), overlap=True)
+
+
+def every_matrix(model: CudaModel) -> list[DeviceMatrix]:
+    return [*(m for layer in model.layers for m in layer.matrices.values()), model.head]
 
 
 def states_fit(spec: ModelSpec) -> bool:

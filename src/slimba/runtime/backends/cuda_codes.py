@@ -28,6 +28,8 @@ class Codes:
     rounding: int
     loop: bool
 
+    resident = 1  # blocks for which a multiprocessor should have registers
+
     @property
     def threads(self) -> int:
         return 32 * self.groups

@@ -50,7 +50,7 @@ class Gpu:
     ) -> None:
         self.device, self.blocks, self.shared, self.bakes = device, blocks, shared, bakes
         self.warpgroups = warpgroups
-        self._overlap = overlap
+        self._overlap = self.overlaps = overlap
         self.module_builder = build
         self._modules: dict[tuple[str, str], Any] = {}
 
@@ -70,10 +70,14 @@ class Gpu:
         threads: int = 256,
         overlap: bool = False,
         module: Any = None,
+        spread: bool = False,
     ) -> None:
-        """Puts a kernel into torch's current stream; `overlap` where the GPU can and the kernel knows how."""
+        """Puts a kernel into torch's current stream; `overlap` where the GPU can and the kernel knows how; `spread`:
+        beside others that must find the multiprocessor's memory divided alike."""
         module = module or self.module(next((m for start, m in MODULE_OF.items() if name.startswith(start)), "main"))
-        module.launch(name, grid, threads, shared, fields, self._stream(), overlap=overlap and self._overlap)
+        module.launch(
+            name, grid, threads, shared, fields, self._stream(), overlap=overlap and self._overlap, spread=spread
+        )
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """What `work` puts into the stream, to be repeated at will: one CUDA graph. `work` must have run before, and is

@@ -64,6 +64,7 @@ def lean_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool, fewest:
 
 
 DOT_WARPS = 16  # of a block of kernels/cuda/dot.cuh
+DOT_WARPS_OF: dict[int, int] = {2048: 8}  # by the columns of a matrix, where another number is faster
 DOT_TILES, DOT_ROWS = 5, 5  # of a block, likewise in registers; int8 rows of a block
 
 
@@ -114,7 +115,8 @@ def dot_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool) -> Dot |
     formats = {s.format for s in m.layout.segments}
     if m.turns or m.cols not in (2048, 4096) or not formats <= {"sign", "int8"} or norm_groups > 1 or gated:
         return None
-    plane = m.plane_kpad // (32 * DOT_WARPS)
+    warps = DOT_WARPS_OF.get(m.cols, DOT_WARPS)
+    plane = m.plane_kpad // (32 * warps)
     if m.rank not in (0, RANK) or not m.plane_by_groups or plane > 8:
         return None
     starts: list[int] = []  # rows of the matrix with which its tiles of signs begin
@@ -126,8 +128,8 @@ def dot_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool) -> Dot |
     p = m.layout.plane
     at = {i // blocks for i, row in enumerate(starts) if p and row + TILE > p.start and row < p.stop}
     tiles = math.ceil(len(starts) / blocks)
-    words, planes = m.cols // (128 * DOT_WARPS), sum(1 << i for i in at)
-    dot = Dot(DOT_WARPS, words, tiles, math.ceil(rows / blocks), plane, planes, int(m.rank > 0), blocks)
+    words, planes = m.cols // (128 * warps), sum(1 << i for i in at)
+    dot = Dot(warps, words, tiles, math.ceil(rows / blocks), plane, planes, int(m.rank > 0), blocks)
     if not 1 <= dot.tiles <= DOT_TILES or dot.rows > DOT_ROWS or 2 * (dot.tiles * TILE + dot.rows) > dot.threads:
         return None
     return dot

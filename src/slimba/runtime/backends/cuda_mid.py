@@ -15,6 +15,7 @@ import torch
 
 from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_lean import Dot, dot_of
+from slimba.runtime.backends.cuda_stream import MOST_FEW, Stream, few_of
 from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of
 
 __all__ = ["Mid"]
@@ -41,9 +42,12 @@ class Mid:
         self._factors = torch.zeros(batch, max(m.rank for m in matrices) or 16, **half)  # type: ignore[call-overload]
 
     @staticmethod
-    def fits(m: DeviceMatrix) -> bool:
-        """Whether the kernels take this matrix: signs, int8 and int4, with any correction."""
-        return not m.has_float
+    def fits(m: DeviceMatrix, gpu: Gpu | None = None, batch: int = 0, *, bakes: bool = False) -> bool:
+        """Whether the kernels take this matrix: signs, int8 and int4, with any correction; floats for few vectors."""
+        if not m.has_float:
+            return True
+        few = few_of(m, gpu.blocks) if gpu and bakes and batch <= MOST_FEW else None
+        return bool(gpu and few and few.few_bytes <= gpu.shared)
 
     def norm(
         self,
@@ -57,6 +61,7 @@ class Mid:
         """source: fields of the struct Input; groups: of its norm; parts: residual, pointer, stride and number of what
         is added to the source before. natural: for a product with the expanded matrix, see `vectors`."""
         matrix = list(m.fields)
+        natural = natural or m.has_float
         if natural:
             for i in NOT_EXPANDED:
                 matrix[i] = 0
@@ -81,6 +86,10 @@ class Mid:
             m.fields, list(output), list(state), self._batch, self._x.data_ptr(), self._x2.data_ptr(),
             self._factors.data_ptr(), parts, part_stride,
         )  # fmt: skip
+        if few := self._few(m):
+            name = "slimba_few_" + "_".join(map(str, few.few_numbers))
+            self._gpu.launch(name, (self._gpu.blocks,), fields, few.few_bytes, threads=few.threads, overlap=True)
+            return
         if still := self._still(m):
             eights = 1 if self._batch <= 8 else 2
             name = "slimba_still_" + "_".join(map(str, (*still.numbers, eights)))
@@ -96,11 +105,16 @@ class Mid:
 
     def parts_of(self, m: DeviceMatrix) -> int:
         """In how many parts the columns of a matrix should be divided so that the GPU is busy."""
-        if self._still(m):
+        if self._few(m) or self._still(m):
             return 1
         _, _, rows = self._shape(m, 1)
         blocks = rows * -(-self._batch // (8 * self._tiles))
         return 2 if 2 * blocks <= 1.1 * self._gpu.blocks and m.kpad >= 4 * CHUNK_COLS else 1
+
+    def _few(self, m: DeviceMatrix) -> Stream | None:
+        """The kernel of few.cu for a matrix."""
+        few = few_of(m, self._gpu.blocks) if self._bakes and self._batch <= MOST_FEW else None
+        return few if few and few.few_bytes <= self._gpu.shared else None
 
     def _still(self, m: DeviceMatrix) -> Dot | None:
         """The kernel of still.cu for a matrix."""

@@ -29,8 +29,7 @@ def entries_of(d_state: int) -> str:
 
 @dataclass(slots=True)
 class LayerWeights:
-    """Matrices by short name, and small vectors in float32; conv is [K][channels], a is -exp(A_log). place: where the
-    vectors lie side by side, and lines of the L2 cache that they take."""
+    """Matrices by short name, and small vectors in float32; conv is [K][channels], a is -exp(A_log)."""
 
     matrices: dict[str, DeviceMatrix]
     norm: torch.Tensor
@@ -40,7 +39,6 @@ class LayerWeights:
     d: torch.Tensor
     dt_bias: torch.Tensor
     gated_norm: torch.Tensor | None
-    place: list[int]
 
 
 class CudaModel:
@@ -84,10 +82,10 @@ class CudaModel:
             vectors["conv_bias"] = self._vector(mixer + "conv1d.bias")
         if mamba2 and spec.gated_norm:
             vectors["gated_norm"] = self._vector(mixer + "norm.weight")
-        together, _, lines = side_by_side(list(vectors.values()))
+        together, *_ = side_by_side(list(vectors.values()))
         named: dict[str, torch.Tensor | None] = dict(zip(vectors, together, strict=True))
         absent = {name: None for name in ("conv_bias", "gated_norm") if name not in vectors}
-        return LayerWeights(matrices, **named, **absent, place=[together[0].data_ptr(), lines])  # type: ignore[arg-type]
+        return LayerWeights(matrices, **named, **absent)  # type: ignore[arg-type]
 
     def _matrix(self, name: str, bias: np.ndarray | None = None) -> DeviceMatrix:
         matrix = self._checkpoint.matrix(name)

@@ -18,14 +18,15 @@ import numpy as np
 import torch
 
 from slimba.models.spec import ModelSpec
-from slimba.runtime.backends.cuda_bake import PRODUCT, QUICK, QUICK_THREADS, RECURRENCE, Baked
+from slimba.runtime.backends.cuda_bake import PRODUCT, QUICK, QUICK_THREADS, Baked
 from slimba.runtime.backends.cuda_bulk import Bulk
 from slimba.runtime.backends.cuda_codes import Codes, codes_of
 from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_lean import Dot, Lean, dot_of, lean_of
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
 from slimba.runtime.backends.cuda_state import KEPT, POINTERS, STATE_CODES, CudaState, StatePointers
-from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of, float_bits
+from slimba.runtime.backends.cuda_stream import Stream, stream_of
+from slimba.runtime.backends.cuda_weights import LINE, WARPS, DeviceMatrix, fields_of, float_bits
 from slimba.runtime.engine import SamplingParams
 
 __all__ = ["BulkStep", "FusedStep", "Step"]
@@ -36,7 +37,6 @@ MOST_KERNELS = 16  # of one model: a layout a layer would take minutes to compil
 LARGEST_BATCH = 8  # of the fused kernels: the tokens that one holds
 SETTINGS, SAMPLE_BYTES = 7, 8 * (4096 + 1024 + 32 + 1) + 4 * (2048 + 4)  # structs in kernels/cuda/sample.cu
 CHOICE_BLOCKS = 32  # that look at the logits of a sequence
-NOTHING = [0, 0]  # is asked for ahead
 QUICK_STATE, QUICK_SPAN = 128, 32  # d_state and channels of a block of kernels/cuda/quick.cuh
 QUICK_BYTES = 4 * (QUICK_SPAN + 2 * QUICK_STATE + KEPT)
 LARGEST_STATE = 256  # entries of a row of the state that a warp holds
@@ -180,7 +180,12 @@ class FusedStep(Step):
     """One token for each of up to LARGEST_BATCH sequences by the fused kernels."""
 
     arithmetic = "23-bit fixed point"
-    DOTS = QUICK = AHEAD = True
+    DOTS = QUICK = STREAMS = True
+    # The last products before the head ask for its first rows, each for so many lines, while memory is idle.
+    HEAD_ASKERS, HEAD_LINES = 12, 12288
+    # Shared memory that kernels ask for so that their blocks spread over the multiprocessors: neighbours fit beside
+    # each other, but never two blocks of one kernel.
+    SPREAD, BESIDE = 164 * 1024, {"in_proj": 0.485, "recur": 0.378, "out_proj": 0.5005}
 
     def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str) -> None:
         super().__init__(model, gpu, batch)
@@ -194,11 +199,9 @@ class FusedStep(Step):
         for i, layer in enumerate(model.layers):
             self.products += [self._in_proj(layer, i), self._out_proj(layer, i)]
             tensors = self._dt, self._z, self._y
-            fields = recurrence(spec, layer, self._state(i), batch, state_dtype, *tensors)
-            after = model.layers[i + 1].place if self.AHEAD and i + 1 < spec.n_layer else NOTHING
-            self.recurrences.append(fields_of(fields.tolist(), after, spec.n_layer if self.AHEAD else 0))
+            self.recurrences.append(recurrence(spec, layer, self._state(i), batch, state_dtype, *tensors))
         self.products.append(self._head())
-        self._lean: dict[int, Codes | Dot | Lean] = {}
+        self._lean: dict[int, Codes | Dot | Lean | Stream] = {}
         self._quick = False
         self._kernels, self._own = self._bake() if gpu.bakes else self._generic()
         self.embed = fields_of(
@@ -228,7 +231,7 @@ class FusedStep(Step):
     def layers(self, overlap: bool) -> None:
         """Launches everything before the head."""
         gpu, spec = self._gpu, self._model.spec
-        gpu.launch("slimba_embed", (gpu.blocks,), self.embed, overlap=overlap)
+        gpu.launch("slimba_embed", (gpu.blocks,), self.embed, overlap=overlap, spread=self.batch == 1)
         for i, layer in enumerate(self._model.layers):
             self.product(layer.matrices["in_proj"], 2 * i, 1, overlap)
             self.recur(i, overlap)
@@ -237,9 +240,11 @@ class FusedStep(Step):
     def product(self, m: DeviceMatrix, i: int, groups: int, overlap: bool) -> None:
         """Launches the i-th product; `groups` of its input's norm."""
         if lean := self._lean.get(i):
+            last = i == len(self.products) - 1
+            room = 0 if last else self._room("in_proj" if i % 2 == 0 else "out_proj")
             self._gpu.launch(
                 self._kernels[i], (self._gpu.blocks,), self.products[i],
-                lean.shared_bytes, threads=lean.threads, overlap=overlap, module=self._own,
+                max(lean.shared_bytes, room), threads=lean.threads, overlap=overlap, module=self._own, spread=True,
             )  # fmt: skip
             return
         blocks = self._gpu.blocks * (2 if m.items >= 2 * WARPS * self._gpu.blocks else 1)  # two fit a multiprocessor
@@ -254,17 +259,23 @@ class FusedStep(Step):
         if self._quick:
             self._gpu.launch(
                 name,
-                (units,),
+                (max(units, self._gpu.blocks),),
                 self.recurrences[i],
-                QUICK_BYTES,
+                max(QUICK_BYTES, self._room("recur")),
                 threads=QUICK_THREADS,
                 overlap=overlap,
                 module=self._own,
+                spread=True,
             )
             return
         shared = recur_bytes(spec)
         grid = (min(units, 8 * self._gpu.blocks),)
         self._gpu.launch(name, grid, self.recurrences[i], shared, overlap=overlap, module=self._own)
+
+    def _room(self, kernel: str) -> int:
+        """Shared memory to ask for, whatever a kernel uses. Without it the blocks of the next kernel go in pairs to
+        where there is room first, and half of the GPU has nothing to do."""
+        return int(self.BESIDE[kernel] * self.SPREAD) // 128 * 128 if self._gpu.overlaps and self.batch == 1 else 0
 
     def _generic(self) -> tuple[list[str], Any]:
         """Names of the kernels of products and recurrences, and their module: kernels for any shape."""
@@ -290,21 +301,25 @@ class FusedStep(Step):
     def _trim(self) -> None:
         """Takes off what kernels for any shape do not know: what to ask for ahead."""
         self.products = [f if i in self._lean else f[:PRODUCT] for i, f in enumerate(self.products)]
-        self.recurrences = [f if self._quick else f[:RECURRENCE] for f in self.recurrences]
 
-    def _lean_products(self) -> dict[int, Codes | Dot | Lean]:
-        """The products that dot.cuh, lean.cuh or codes.cuh takes, by their number."""
+    def _lean_products(self) -> dict[int, Codes | Dot | Lean | Stream]:
+        """The products that dot.cuh, lean.cuh, codes.cuh or stream.cuh takes, by their number."""
         if self.batch > 1:
             return {}
         spec, blocks = self._model.spec, self._gpu.blocks
         late = bool(spec.gated_norm and spec.norm_before_gate)
-        head = codes_of(self._model.head, blocks, 1, False)
-        found: dict[int, Codes | Dot | Lean | None] = {len(self.products) - 1: head}
+
+        def streamed(m: DeviceMatrix, groups: int, gated: bool) -> Codes | Stream | None:
+            stream = stream_of(m, blocks, groups, gated) if self.STREAMS else None
+            return stream or codes_of(m, blocks, groups, gated)
+
+        head = streamed(self._model.head, 1, False)
+        found: dict[int, Codes | Dot | Lean | Stream | None] = {len(self.products) - 1: head}
         for i, layer in enumerate(self._model.layers):
             for k, name, groups, gated in (0, "in_proj", 1, False), (1, "out_proj", norm_groups(spec), late):
                 m = layer.matrices[name]
                 dot = dot_of(m, blocks, groups, gated) if self.DOTS else None
-                found[2 * i + k] = dot or lean_of(m, blocks, groups, gated) or codes_of(m, blocks, groups, gated)
+                found[2 * i + k] = dot or lean_of(m, blocks, groups, gated) or streamed(m, groups, gated)
         return {i: lean for i, lean in found.items() if lean is not None and lean.shared_bytes <= self._gpu.shared}
 
     def _in_proj(self, layer: LayerWeights, i: int) -> np.ndarray:
@@ -313,7 +328,7 @@ class FusedStep(Step):
         source = [self.u.data_ptr(), spec.d_model, 0, 0, layer.norm.data_ptr(), 1, float_bits(spec.norm_eps)]
         out = [IN_PROJ, self._dt.data_ptr(), spec.n_heads, 0, inner, self._z.data_ptr(), inner, inner, ring, ring]
         m = layer.matrices["in_proj"]
-        return fields_of(m.fields, source, out, self._state(i), self.batch, m.plane_inverse, self._next("in_proj", i))
+        return fields_of(m.fields, source, out, self._state(i), self.batch, m.plane_inverse, self._ahead(2 * i))
 
     def _out_proj(self, layer: LayerWeights, i: int) -> np.ndarray:
         spec = self._model.spec
@@ -325,19 +340,19 @@ class FusedStep(Step):
         ]  # fmt: skip
         out = [ADD, self.u.data_ptr(), spec.d_model, *[0] * 7]
         m = layer.matrices["out_proj"]
-        return fields_of(m.fields, source, out, self._state(i), self.batch, m.plane_inverse, self._next("out_proj", i))
+        return fields_of(m.fields, source, out, self._state(i), self.batch, m.plane_inverse, self._ahead(2 * i + 1))
 
-    def _next(self, name: str, i: int) -> list[int]:
-        """Where the matrix of that name of the layer after layer i is, for the kernel to ask for it ahead."""
-        return (
-            self._model.layers[i + 1].matrices[name].place
-            if self.AHEAD and i + 1 < len(self._model.layers)
-            else NOTHING
-        )
+    def _ahead(self, product: int) -> list[int]:
+        """What part of the head product number `product` asks for: where it begins and how many lines it has."""
+        (start, lines), nth = self._model.head.place, product - (2 * len(self._model.layers) - self.HEAD_ASKERS)
+        first = max(0, min(nth * self.HEAD_LINES, lines))
+        return [start + first * LINE, min(self.HEAD_LINES, lines - first) if nth >= 0 else 0]
 
     def _head(self) -> np.ndarray:
         spec, model = self._model.spec, self._model
         source = [self.u.data_ptr(), spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, float_bits(spec.norm_eps)]
         out = [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7]
         state = self._state(0)
-        return fields_of(model.head.fields, source, out, state, self.batch, model.head.plane_inverse, NOTHING)
+        return fields_of(
+            model.head.fields, source, out, state, self.batch, model.head.plane_inverse, [*model.head.place[:1], 0]
+        )

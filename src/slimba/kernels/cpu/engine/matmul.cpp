@@ -76,7 +76,7 @@ Model::Input Model::make_input(InputBuffers& b, const bool (&wanted)[kFormats], 
     if (!wanted[f]) continue;
     if (int8 && quantised(Format(f))) {
       const QuantFormat& k = *kernels_.quant[f];
-      const std::int64_t bytes = tokens <= k.few_tokens ? k.prepared_bytes(cols) : 0;
+      const std::int64_t bytes = tokens <= k.few_tokens || k.many_prepared ? k.prepared_bytes(cols) : 0;
       if (bytes) in.q_prepared[f] = elements<std::uint8_t>(b.prepared[f], tokens * bytes);
     } else {
       in.floats[f] = b.floats[f].at_least(tokens * kernels_.format[f]->prepared_floats(cols));
@@ -244,6 +244,8 @@ void Model::split(const Matrix& m, std::int64_t tokens, std::int64_t work) {
   const std::int64_t share = 4 * pool_.threads();
   for (const Segment& s : m.segments) {
     std::int64_t height = many_threads() ? 32 : 64;
+    const QuantFormat* quant = config.int8_activations ? kernels_.quant[s.format] : nullptr;
+    if (quant && quant->many_prepared) height *= 2;  // tables are read anew for every panel
     if (tokens <= kFewTokens) {
       const std::int64_t most = std::clamp<std::int64_t>(bytes / share, 1 << 14, 1 << 18);
       height = std::max<std::int64_t>(32, most * 8 / (kBytesOfEight[s.format] * m.cols) / 32 * 32);

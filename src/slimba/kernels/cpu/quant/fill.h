@@ -5,7 +5,7 @@
 #if defined(__AVX512F__)
 #include "rows.h"
 #else
-#include "lookup.h"
+#include "lookup_many.h"
 #endif
 
 namespace slimba {
@@ -15,13 +15,12 @@ void fill(Kernels& k) {
   constexpr int64_t kFew = 4;
 #if defined(__AVX512F__)
   static const QuantFormat sign = {sign_prepared_bytes,   sign_prepare, many_scratch_bytes, sign_few,
-                                   many_whole<SignPanel>, kFew};
+                                   many_whole<SignPanel>, kFew, false};
 #else
-  static const QuantFormat sign = {lookup_bytes,          lookup_prepare, many_scratch_bytes, lookup_few,
-                                   many_whole<SignPanel>, kFew};
+  static const QuantFormat sign = {lookup_bytes, lookup_prepare, lookup_scratch_bytes, lookup_few, lookup_many, kFew, true};
 #endif
-  static const QuantFormat int8 = {no_bytes, no_prepare, many_scratch_bytes, few_rows<Int8Rows>, many_whole<Int8Panel>, kFew};
-  static const QuantFormat int4 = {int4_prepared_bytes, int4_prepare, many_scratch_bytes, int4_few, many_int4, kFew};
+  static const QuantFormat int8 = {no_bytes, no_prepare, many_scratch_bytes, few_rows<Int8Rows>, many_whole<Int8Panel>, kFew, false};
+  static const QuantFormat int4 = {int4_prepared_bytes, int4_prepare, many_scratch_bytes, int4_few, many_int4, kFew, false};
   k.quantize = quantize;
   k.quant[kSign] = &sign;
   k.quant[kInt8] = &int8;

@@ -12,9 +12,10 @@ namespace {
 
 constexpr int64_t kLookupRows = 32;
 constexpr int64_t kLookupOffset = 508;
-constexpr int64_t kWidenColumns = 8192;  // so many columns' parts fit 16 bits without a sign
+constexpr int64_t kWidenColumns = 256;  // whose sums of 32 h + l fit 16 bits without a sign
 
-inline int64_t lookup_bytes(int64_t cols) { return round_up(cols, 64) * 8; }  // 16 low and 16 high parts for 4 columns
+// 16 low and 16 high parts for 4 columns, and a line more: or tokens would fight for the same cache sets
+inline int64_t lookup_bytes(int64_t cols) { return round_up(cols, 64) * 8 + 64; }
 
 void lookup_prepare(const int8_t* x, int64_t cols, uint8_t* out) {
   const vi first = _mm256_setr_epi32(0, 1, 0x100, 0x101, 0x10000, 0x10001, 0x10100, 0x10101);
@@ -30,66 +31,92 @@ void lookup_prepare(const int8_t* x, int64_t cols, uint8_t* out) {
   }
 }
 
-// 32 rows (n of them real, the last one repeated) -> out[byte][row]
-inline void transpose_bytes(const uint8_t* data, int64_t row_bytes, int64_t n, uint8_t* out) {
-  for (int64_t c = 0; c < row_bytes; c += 16) {
-    vi a[16], b[16];
-    for (int64_t i = 0; i < 16; ++i) {
-      const uint8_t *p = data + min64(i, n - 1) * row_bytes + c, *q = data + min64(i + 16, n - 1) * row_bytes + c;
-      const int64_t left = row_bytes - c;  // 8 or more
-      a[i] = _mm256_inserti128_si256(
-          _mm256_castsi128_si256(left >= 16 ? _mm_loadu_si128((const __m128i*)p) : _mm_loadl_epi64((const __m128i*)p)),
-          left >= 16 ? _mm_loadu_si128((const __m128i*)q) : _mm_loadl_epi64((const __m128i*)q), 1);
-    }
-    const auto mix = [](const vi(&from)[16], vi(&to)[16]) {
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        to[2 * i] = _mm256_unpacklo_epi8(from[i], from[i + 8]);
-        to[2 * i + 1] = _mm256_unpackhi_epi8(from[i], from[i + 8]);
-      }
-    };
-    mix(a, b);
-    mix(b, a);
-    mix(a, b);
-    mix(b, a);
-    for (int64_t i = 0; i < min64(16, row_bytes - c); ++i) istore(out + (c + i) * 32, a[i]);
+// Half a transposition of 16 x 16 bytes in both 128-bit lanes: two of them are a whole one.
+template <class Load>
+inline void transpose_half(const Load& load, uint8_t* out) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const vi r0 = load(i), r1 = load(i + 4), r2 = load(i + 8), r3 = load(i + 12);
+    const vi a = _mm256_unpacklo_epi8(r0, r2), b = _mm256_unpackhi_epi8(r0, r2);
+    const vi c = _mm256_unpacklo_epi8(r1, r3), d = _mm256_unpackhi_epi8(r1, r3);
+    istore(out + (4 * i) * 32, _mm256_unpacklo_epi8(a, c));
+    istore(out + (4 * i + 1) * 32, _mm256_unpackhi_epi8(a, c));
+    istore(out + (4 * i + 2) * 32, _mm256_unpacklo_epi8(b, d));
+    istore(out + (4 * i + 3) * 32, _mm256_unpackhi_epi8(b, d));
   }
 }
 
-// Sums of the chosen activations of 32 transposed rows: sum[i] holds the rows 8 i .. 8 i + 8.
-inline void look_up(const uint8_t* columns, int64_t row_bytes, const uint8_t* tables, vi (&sum)[4]) {
-  const vi nibble = ibytes(15), byte = _mm256_set1_epi16(255);
-  const auto table = [](const uint8_t* p) { return irepeat(_mm_loadu_si128((const __m128i*)p)); };
+// Bytes from .. to of 32 rows (n of them real, the last one repeated) -> out[byte][row]; to - from is a multiple of 8.
+// Writes whole steps of 16 bytes.
+inline void transpose_bytes(const uint8_t* data, int64_t row_bytes, int64_t n, int64_t from, int64_t to, uint8_t* out) {
+  const uint8_t* rows[kLookupRows];
+  for (int64_t i = 0; i < kLookupRows; ++i) rows[i] = data + min64(i, n - 1) * row_bytes;
+  alignas(32) uint8_t half[16 * 32];
+  const auto again = [&](int i) { return iload(half + i * 32); };
+  for (int64_t c = from; c < to; c += 16, out += 16 * 32) {
+    if (c + 16 <= to) {
+      transpose_half([&](int i) {
+        const __m128i low = _mm_loadu_si128((const __m128i*)(rows[i] + c));
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_loadu_si128((const __m128i*)(rows[i + 16] + c)), 1);
+      }, half);
+    } else {
+      transpose_half([&](int i) {
+        const __m128i low = _mm_loadl_epi64((const __m128i*)(rows[i] + c));
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_loadl_epi64((const __m128i*)(rows[i + 16] + c)), 1);
+      }, half);
+    }
+    transpose_half(again, out);
+  }
+}
+
+// sum += table[index], byte by byte. As assembly: from intrinsics GCC makes all look-ups of a step first, and then lacks
+// registers for the sums.
+inline void add_looked_up(vi& sum, vi table, vi index) {
+  vi found;
+  asm("vpshufb %3, %2, %1\n\tvpaddb %1, %0, %0" : "+x"(sum), "=x"(found) : "x"(table), "x"(index));
+}
+
+inline void looked_up(vi& sum, vi table, vi index) { asm("vpshufb %2, %1, %0" : "=x"(sum) : "x"(table), "x"(index)); }
+
+inline vi table_at(const uint8_t* p) { return irepeat(_mm_loadu_si128((const __m128i*)p)); }
+
+// low + 32 high of 32 rows, added to 16-bit sums: wide[0] has the rows 0 .. 7 and 16 .. 23, wide[1] the others.
+inline void widen(vi low, vi high, vi (&wide)[2]) {
+  const vi weights = _mm256_set1_epi16(0x2001);
+  wide[0] = _mm256_add_epi16(wide[0], _mm256_maddubs_epi16(_mm256_unpacklo_epi8(low, high), weights));
+  wide[1] = _mm256_add_epi16(wide[1], _mm256_maddubs_epi16(_mm256_unpackhi_epi8(low, high), weights));
+}
+
+// The rows 8 i .. 8 i + 8 of what `widen` added up
+inline vi widened(const vi (&wide)[2], int i) {
+  const vi v = wide[i % 2];
+  return _mm256_cvtepu16_epi32(i < 2 ? _mm256_castsi256_si128(v) : _mm256_extracti128_si256(v, 1));
+}
+
+// Sums of the chosen activations of 32 transposed rows: sum[i] holds the rows 8 i .. 8 i + 8. fetch(k) before eight bytes.
+template <class Fetch>
+inline void look_up(const uint8_t* columns, int64_t row_bytes, const uint8_t* tables, const Fetch& fetch, vi (&sum)[4]) {
+  const vi nibble = ibytes(15);
   for (int i = 0; i < 4; ++i) sum[i] = iset(int(-kLookupOffset * 2 * row_bytes));
   for (int64_t from = 0; from < row_bytes; from += kWidenColumns / 8) {
-    vi low_even = izero(), low_odd = izero(), high_even = izero(), high_odd = izero();
+    vi wide[2] = {izero(), izero()};
     const int64_t to = min64(from + kWidenColumns / 8, row_bytes);
-    for (int64_t k = from; k < to; k += 4) {  // 32 columns: eight parts a byte
-      vi low = izero(), high = izero();
-#pragma GCC unroll 4
-      for (int64_t j = k; j < k + 4; ++j) {
+    for (int64_t k = from; k < to; k += 8) {  // 64 columns: eight parts in every byte of a sum
+      vi low[2] = {izero(), izero()}, high[2] = {izero(), izero()};
+      fetch(k);
+#pragma GCC unroll 8
+      for (int64_t j = k; j < k + 8; ++j) {
         const vi v = iload(columns + j * 32), a = iand(v, nibble), b = iand(ishr16<4>(v), nibble);
         const uint8_t* t = tables + j * 64;
-        low = _mm256_add_epi8(low, _mm256_add_epi8(ishuffle(table(t), a), ishuffle(table(t + 32), b)));
-        high = _mm256_add_epi8(high, _mm256_add_epi8(ishuffle(table(t + 16), a), ishuffle(table(t + 48), b)));
+        add_looked_up(low[0], table_at(t), a);
+        add_looked_up(high[0], table_at(t + 16), a);
+        add_looked_up(low[1], table_at(t + 32), b);
+        add_looked_up(high[1], table_at(t + 48), b);
       }
-      low_even = _mm256_add_epi16(low_even, iand(low, byte));
-      low_odd = _mm256_add_epi16(low_odd, ishr16<8>(low));
-      high_even = _mm256_add_epi16(high_even, iand(high, byte));
-      high_odd = _mm256_add_epi16(high_odd, ishr16<8>(high));
+      widen(low[0], high[0], wide);
+      widen(low[1], high[1], wide);
     }
-    const auto widen = [](vi low, vi high, int half) {  // low + 32 high of the rows of one 128-bit half
-      const auto part = [&](vi v) {
-        return _mm256_cvtepu16_epi32(half ? _mm256_extracti128_si256(v, 1) : _mm256_castsi256_si128(v));
-      };
-      return iadd(part(low), ishl<5>(part(high)));
-    };
-    for (int half = 0; half < 2; ++half) {
-      const vi even = widen(low_even, high_even, half), odd = widen(low_odd, high_odd, half);
-      const vi a = _mm256_unpacklo_epi32(even, odd), b = _mm256_unpackhi_epi32(even, odd);
-      sum[2 * half] = iadd(sum[2 * half], _mm256_permute2x128_si256(a, b, 0x20));
-      sum[2 * half + 1] = iadd(sum[2 * half + 1], _mm256_permute2x128_si256(a, b, 0x31));
-    }
+    for (int i = 0; i < 4; ++i) sum[i] = iadd(sum[i], widened(wide, i));
   }
 }
 
@@ -98,12 +125,16 @@ void lookup_few(const QuantArgs& a) {
   const int64_t row_bytes = SignPanel::row_bytes(a.cols);
   for (int64_t row = a.row_begin; row < a.row_end; row += kLookupRows) {
     const int64_t n = min64(kLookupRows, a.row_end - row);
-    transpose_bytes(a.data + row * row_bytes, row_bytes, n, a.scratch);
-    for (int64_t b = 0; b < kLookupRows * row_bytes; b += 64)
-      _mm_prefetch((const char*)a.data + (row + kLookupRows) * row_bytes + b, _MM_HINT_T1);
+    transpose_bytes(a.data + row * row_bytes, row_bytes, n, 0, row_bytes, a.scratch);
+    const uint8_t* ahead = a.data + row * row_bytes + kAhead;
+    const auto fetch = [&](int64_t k) {  // of eight bytes of every row
+      for (int64_t i = 0; i < 8 * kLookupRows; i += 64) fetch_line(ahead + k * kLookupRows + i, a.once);
+    };
     for (int64_t t = 0; t < a.tokens; ++t) {
       vi sum[4];
-      look_up(a.scratch, row_bytes, a.prepared + t * lookup_bytes(a.cols), sum);
+      const uint8_t* tables = a.prepared + t * lookup_bytes(a.cols);
+      if (t == 0) look_up(a.scratch, row_bytes, tables, fetch, sum);
+      else look_up(a.scratch, row_bytes, tables, [](int64_t) {}, sum);
       const int total = finish.total(t);
       for (int i = 0; i < 4 && i * W < n; ++i) {
         const int64_t first = row + i * W, count = min64(W, n - i * W);

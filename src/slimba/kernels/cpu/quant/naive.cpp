@@ -76,9 +76,9 @@ void int4(const QuantArgs& a) {
   }
 }
 
-const QuantFormat kSignRows = {none, nothing, none, sign, sign, 1};
-const QuantFormat kInt8Rows = {none, nothing, none, int8, int8, 1};
-const QuantFormat kInt4Rows = {none, nothing, none, int4, int4, 1};
+const QuantFormat kSignRows = {none, nothing, none, sign, sign, 1, false};
+const QuantFormat kInt8Rows = {none, nothing, none, int8, int8, 1, false};
+const QuantFormat kInt4Rows = {none, nothing, none, int4, int4, 1, false};
 
 }  // namespace
 

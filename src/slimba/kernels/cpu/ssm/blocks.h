@@ -237,7 +237,10 @@ struct Head {
       for (int r = 0; r < RB; ++r) k[r] = vset(coefficient[i * W + r]);
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) {
-        const vf b = vload(shared.b + i * shared.stride + at + v * W);
+        vf b = vload(shared.b + i * shared.stride + at + v * W);
+#if !defined(__AVX512F__)
+        asm("" : "+x"(b));  // or GCC loads it anew for every row, and loads are what this waits for
+#endif
 #pragma GCC unroll 4
         for (int r = 0; r < RB; ++r) s[r][v] = vfma(k[r], b, s[r][v]);
       }
@@ -264,7 +267,7 @@ struct Head {
       rows[r] = kType == kStateBfloat16 ? nullptr : open(p + r, shared.opened + r * shared.stride);
       top[r] = magnitude_bits(vzero());
     }
-    constexpr int NV = W == 16 ? 8 : 4;
+    constexpr int NV = W == 16 ? 8 : RB == 4 ? 2 : 4;
     int64_t n = 0;
     for (; n + NV * W <= shared.padded; n += NV * W) move<kType, RB, NV>(p, rows, n, coefficient, top);
     for (; n < shared.padded; n += W) move<kType, RB, 1>(p, rows, n, coefficient, top);
@@ -279,6 +282,8 @@ struct Head {
   template <StateType kType>
   void store_pairs(int64_t p, int64_t n, const float* coefficient) const {
     int64_t r = 0;
+    if constexpr (W == 8 && kType == kStateBfloat16)  // fewer loads; other rows are opened, two at a time
+      for (; r + 4 <= n; r += 4) store_rows<kType, 4>(p + r, coefficient + r);
     for (; r + 2 <= n; r += 2) store_rows<kType, 2>(p + r, coefficient + r);
     for (; r < n; ++r) store_rows<kType, 1>(p + r, coefficient + r);
   }

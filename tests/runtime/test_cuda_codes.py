@@ -1,0 +1,78 @@
+"""CudaEngine on models of floats and of codes: the kernels that take their widths, run on this processor.
+
+Run: `pytest tests/runtime/test_cuda_codes.py`. What needs a GPU is in benchmarks/quamba2_gpu.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kernels.cuda_host import host_gpu
+from runtime.numpy_reference import mamba2_spec
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.mark.parametrize("format", ["w8a8", "w4a16", "w4a8", "float16", "bfloat16", "int8"])
+def test_kernels_for_codes_are_those_for_any_matrix(format: str) -> None:
+    """A width that codes.cuh and stream.cuh take: in_proj and out_proj in one go, the head in several."""
+    from slimba.runtime.backends.cuda import CudaEngine
+    from slimba.runtime.backends.cuda_codes import Codes
+    from slimba.runtime.backends.cuda_stream import Stream
+    from slimba.runtime.measure import random_model
+
+    spec = mamba2_spec(d_model=512, d_inner=1024, headdim=64, d_state=64, n_layer=2, vocab_size=530)
+    checkpoint = random_model(spec, format)
+    ids = np.random.default_rng(0).integers(0, 530, (1, 4)).astype(np.int32)
+    got = []
+    for gpu in (host_gpu(), host_gpu(blocks=12, bakes=True)):
+        cuda = CudaEngine(checkpoint, gpu=gpu)
+        state = cuda.new_state()
+        got.append(np.stack([cuda.step(ids[:, t], state).numpy().copy() for t in range(4)]))
+    step = cuda.stepper(state)
+    assert sum(isinstance(v, Codes | Stream) for v in step._lean.values()) >= 4  # type: ignore[attr-defined]
+    difference = np.abs(got[0] - got[1]).max() / np.abs(got[0]).max()
+    assert difference < (0.05 if format.endswith("a8") else 1e-5)
+
+
+@pytest.mark.parametrize("format", ["float16", "bfloat16", "int8", "w8a8"])
+def test_few_sequences_of_uncompressed_models(format: str) -> None:
+    from slimba.runtime.backends.cuda import CudaEngine
+    from slimba.runtime.backends.reference import ReferenceEngine
+    from slimba.runtime.measure import random_model
+
+    spec = mamba2_spec(d_model=256, d_inner=512, headdim=64, d_state=64, n_layer=2, vocab_size=530)
+    checkpoint = random_model(spec, format)
+    ids = np.random.default_rng(0).integers(0, 530, (3, 4)).astype(np.int32)
+    cuda = CudaEngine(checkpoint, gpu=host_gpu(blocks=12, bakes=True))
+    state = cuda.new_state(3)
+    got = np.stack([cuda.step(ids[:, t], state).numpy().copy() for t in range(4)], axis=1)
+    names = [a[0] for a, _ in cuda.stepper(state)._launches]  # type: ignore[attr-defined]
+    assert sum(name.startswith("slimba_few") for name in names) == 5
+    reference = ReferenceEngine(checkpoint)
+    want = reference.forward(ids, reference.new_state(3))
+    assert np.abs(got - want).max() < (0.1 if format == "w8a8" else 0.01) * np.abs(want).max()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("format", ["w8a8", "w4a16", "w4a8"])
+def test_batches_of_quamba2_files(format: str, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernels for many sequences, and by cuBLAS over expanded matrices."""
+    from slimba.runtime.backends.cuda import CudaEngine
+    from slimba.runtime.backends.reference import ReferenceEngine
+    from slimba.runtime.measure import random_model
+
+    monkeypatch.setattr("slimba.runtime.backends.cuda_batch.BatchStep.WIDE_FROM", 2 if wide else 99)
+    checkpoint = random_model(mamba2_spec(d_model=128, d_inner=256, headdim=64, d_state=64, n_layer=2), format)
+    ids = np.random.default_rng(0).integers(0, 67, (3, 3)).astype(np.int32)
+    want = []
+    for activations in (None, "float32"):
+        reference = ReferenceEngine(checkpoint, activations=activations)
+        want.append(reference.forward(ids, reference.new_state(3)))
+    cuda = CudaEngine(checkpoint, gpu=host_gpu())
+    state = cuda.new_state(3)
+    got = np.stack([cuda.step(ids[:, t], state).numpy().copy() for t in range(3)], axis=1)
+    assert type(cuda.stepper(state)).__name__ == "BatchStep"
+    moved = np.abs(want[1] - want[0]).max()
+    assert np.abs(got - want[0]).max() < max(0.02 * np.abs(want[0]).max(), moved)
