@@ -277,7 +277,7 @@ def main() -> None:
             todo.append((f"decode batch {b}", "dfssm", "int8", run))
     if "shape" in chosen:
         for state in ("float32", "int8"):
-            todo.append((f"reference at the shape, {state}", "dfssm", state, lambda e, c: gpu_check(e, c, [1, 12])))
+            todo.append((f"reference at the shape, {state}", "dfssm", state, lambda e, c: gpu_check(e, c, [1, 8])))
     todo.sort(key=lambda t: (t[1], t[2]))
     engine, key, checkpoint = None, None, None
     for name, label, state, work in todo:

@@ -32,7 +32,7 @@ from slimba.runtime.backends.cuda_broad_step import BroadStep
 from slimba.runtime.backends.cuda_mid import Mid
 from slimba.runtime.backends.cuda_step import FusedStep
 
-EARLY, ORDER, NEVER = "Early()", "InOrder()", 1 << 30
+EARLY, ORDER, NEVER = "Early()", "AtOnce()", 1 << 30
 DEFAULT = {
     "dots": True,
     "warps": 16,

@@ -199,11 +199,13 @@ def main() -> None:
             if args.json:
                 args.json.write_text(json.dumps(record, indent=1) + "\n")
         if peers and time.perf_counter() - started <= args.seconds:
+            turn.to_time()
             record["peers"][shape] = gpu_peer_speeds(
                 named_spec(shape), args.batch, args.prompt_len, peers, prompts=args.peer_prompts
             )
             print(f"{shape}: {record['peers'][shape]}", flush=True)
             torch.cuda.empty_cache()
+            turn.to_compare()
             if args.json:
                 args.json.write_text(json.dumps(record, indent=1) + "\n")
     if args.kernels:

@@ -362,7 +362,6 @@ DEV float4 load_fresh_quad(const float* p) { return float4{p[0], p[1], p[2], p[3
 DEV uint4 load_state(const void* p) { return load_weights(p); }
 DEV float load_fresh(const float* p) { return *p; }
 #define ASSUME(what) ((void)0)
-DEV void prefetch_far(const void* p) { volatile char touched = *static_cast<const char*>(p); (void)touched; }
 DEV void prefetch(const void* p) { volatile char touched = *static_cast<const char*>(p); (void)touched; }
 DEV void await_previous() {}
 DEV void release_next() {}

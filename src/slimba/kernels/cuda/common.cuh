@@ -165,7 +165,6 @@ DEV uint4 load_state(const void* p) {
 }
 DEV float load_fresh(const float* p) { return __ldcg(p); }
 #define ASSUME(what) __builtin_assume(what)
-DEV void prefetch_far(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 DEV void prefetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 // Programmatic dependent launch: wait until everything the kernel before has written can be seen, then let the kernel
 // after begin with what does not depend on this one. Both do nothing in an ordinary launch.

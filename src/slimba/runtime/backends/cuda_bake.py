@@ -18,7 +18,7 @@ from slimba.runtime.backends.cuda_codes import Codes
 from slimba.runtime.backends.cuda_lean import Dot, Lean
 from slimba.runtime.backends.cuda_stream import Stream
 
-__all__ = ["PRODUCT", "QUICK", "QUICK_THREADS", "Baked"]
+__all__ = ["QUICK", "QUICK_THREADS", "Baked"]
 
 QUICK, QUICK_THREADS = "quick", 288  # the kernel of kernels/cuda/quick.cuh, threads of its block
 
@@ -27,10 +27,8 @@ SEGMENT0, SEGMENT, SEGMENTS = 18, 9, 6
 POINTERS = {
     *(SEGMENT0 + SEGMENT * k + i for k in range(SEGMENTS) for i in (5, 8)), *range(MATRIX - 10, MATRIX),
     *(MATRIX + i for i in (0, 2, 4)), *(MATRIX + 7 + i for i in (1, 5)), MATRIX + 17, MATRIX + 18, MATRIX + 23,
-    MATRIX + 24,
 }  # fmt: skip
-PRODUCT = MATRIX + 24  # fields of the struct, without what ahead.cuh adds
-VARYING = {MATRIX + 19, MATRIX + 22, MATRIX + 25}  # layer, batch, lines ahead
+VARYING = {MATRIX + 19, MATRIX + 22}  # layer, batch
 RECURRENCE_POINTERS = {0, 1, 15, 16, 17, 18, 19, 20, 22, 24}
 RECURRENCE_VARYING = {2, 5}
 
@@ -67,13 +65,10 @@ class Baked:
         """The kernel for a struct Product and 1 or 8 tokens a block, or for one token that of dot.cuh, lean.cuh,
         codes.cuh or stream.cuh."""
         sets = constants(fields, POINTERS, VARYING)
-        struct, ahead = (
-            ("Then<Product>", "fetch_ahead(s.ahead, s.ahead_lines); ") if len(fields) > PRODUCT else ("Product", "")
-        )
         if lean is not None:
             kind = type(lean).__name__.lower() if isinstance(lean, Codes | Stream) else "lean"
-            call = f"{self._first()}{ahead}{lean.name}(s, smem, {self.ORDER});"
-            return self._add(f"slimba_{kind}", kernel(struct, f"{lean.threads}, {lean.resident}", sets, call))
+            call = f"{self._first()}{lean.name}(s, smem, {self.ORDER});"
+            return self._add(f"slimba_{kind}", kernel("Product", f"{lean.threads}, {lean.resident}", sets, call))
         bounds = "THREADS, 2" if tokens == 1 else "THREADS"
         first = "0" if tokens == 1 else f"{tokens} * blockIdx.y"
         call = f"product<{tokens}>(s, smem, {first}, blockIdx.x, gridDim.x, InOrder());"

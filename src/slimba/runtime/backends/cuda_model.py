@@ -82,7 +82,7 @@ class CudaModel:
             vectors["conv_bias"] = self._vector(mixer + "conv1d.bias")
         if mamba2 and spec.gated_norm:
             vectors["gated_norm"] = self._vector(mixer + "norm.weight")
-        together, *_ = side_by_side(list(vectors.values()))
+        together, _ = side_by_side(list(vectors.values()))
         named: dict[str, torch.Tensor | None] = dict(zip(vectors, together, strict=True))
         absent = {name: None for name in ("conv_bias", "gated_norm") if name not in vectors}
         return LayerWeights(matrices, **named, **absent)  # type: ignore[arg-type]

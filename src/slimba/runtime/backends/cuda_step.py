@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from slimba.models.spec import ModelSpec
-from slimba.runtime.backends.cuda_bake import PRODUCT, QUICK, QUICK_THREADS, Baked
+from slimba.runtime.backends.cuda_bake import QUICK, QUICK_THREADS, Baked
 from slimba.runtime.backends.cuda_bulk import Bulk
 from slimba.runtime.backends.cuda_codes import Codes, codes_of
 from slimba.runtime.backends.cuda_device import Gpu
@@ -26,7 +26,7 @@ from slimba.runtime.backends.cuda_lean import Dot, Lean, dot_of, lean_of
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
 from slimba.runtime.backends.cuda_state import KEPT, POINTERS, STATE_CODES, CudaState, StatePointers
 from slimba.runtime.backends.cuda_stream import Stream, stream_of
-from slimba.runtime.backends.cuda_weights import LINE, WARPS, DeviceMatrix, fields_of, float_bits
+from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of, float_bits
 from slimba.runtime.engine import SamplingParams
 
 __all__ = ["BulkStep", "FusedStep", "Step"]
@@ -181,8 +181,6 @@ class FusedStep(Step):
 
     arithmetic = "23-bit fixed point"
     DOTS = QUICK = STREAMS = True
-    # The last products before the head ask for its first rows, each for so many lines, while memory is idle.
-    HEAD_ASKERS, HEAD_LINES = 12, 12288
     # Shared memory that kernels ask for so that their blocks spread over the multiprocessors: neighbours fit beside
     # each other, but never two blocks of one kernel.
     SPREAD, BESIDE = 164 * 1024, {"in_proj": 0.485, "recur": 0.378, "out_proj": 0.5005}
@@ -279,7 +277,6 @@ class FusedStep(Step):
 
     def _generic(self) -> tuple[list[str], Any]:
         """Names of the kernels of products and recurrences, and their module: kernels for any shape."""
-        self._trim()
         recur = "slimba_recur_" + entries_of(self._model.spec.d_state)
         names = [f"slimba_product_{self._tokens}"] * len(self.products) + [recur] * len(self.recurrences)
         return names, self._gpu.module("generic")
@@ -290,17 +287,12 @@ class FusedStep(Step):
         self._quick = self.QUICK and spec.d_state == QUICK_STATE and span_of(spec.headdim) == QUICK_SPAN
         baked, instance = Baked(), QUICK if self._quick else RECUR[entries_of(spec.d_state)]
         self._lean = self._lean_products()
-        self._trim()
         names = [baked.product(fields, self._tokens, self._lean.get(i)) for i, fields in enumerate(self.products)]
         names += [baked.recurrence(fields, instance) for fields in self.recurrences]
         if len(set(names)) > MOST_KERNELS:
             self._lean, self._quick = {}, False
             return self._generic()
         return names, self._gpu.module("decode", baked.source)
-
-    def _trim(self) -> None:
-        """Takes off what kernels for any shape do not know: what to ask for ahead."""
-        self.products = [f if i in self._lean else f[:PRODUCT] for i, f in enumerate(self.products)]
 
     def _lean_products(self) -> dict[int, Codes | Dot | Lean | Stream]:
         """The products that dot.cuh, lean.cuh, codes.cuh or stream.cuh takes, by their number."""
@@ -328,7 +320,7 @@ class FusedStep(Step):
         source = [self.u.data_ptr(), spec.d_model, 0, 0, layer.norm.data_ptr(), 1, float_bits(spec.norm_eps)]
         out = [IN_PROJ, self._dt.data_ptr(), spec.n_heads, 0, inner, self._z.data_ptr(), inner, inner, ring, ring]
         m = layer.matrices["in_proj"]
-        return fields_of(m.fields, source, out, self._state(i), self.batch, m.plane_inverse, self._ahead(2 * i))
+        return fields_of(m.fields, source, out, self._state(i), self.batch, m.plane_inverse)
 
     def _out_proj(self, layer: LayerWeights, i: int) -> np.ndarray:
         spec = self._model.spec
@@ -340,19 +332,11 @@ class FusedStep(Step):
         ]  # fmt: skip
         out = [ADD, self.u.data_ptr(), spec.d_model, *[0] * 7]
         m = layer.matrices["out_proj"]
-        return fields_of(m.fields, source, out, self._state(i), self.batch, m.plane_inverse, self._ahead(2 * i + 1))
-
-    def _ahead(self, product: int) -> list[int]:
-        """What part of the head product number `product` asks for: where it begins and how many lines it has."""
-        (start, lines), nth = self._model.head.place, product - (2 * len(self._model.layers) - self.HEAD_ASKERS)
-        first = max(0, min(nth * self.HEAD_LINES, lines))
-        return [start + first * LINE, min(self.HEAD_LINES, lines - first) if nth >= 0 else 0]
+        return fields_of(m.fields, source, out, self._state(i), self.batch, m.plane_inverse)
 
     def _head(self) -> np.ndarray:
         spec, model = self._model.spec, self._model
         source = [self.u.data_ptr(), spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, float_bits(spec.norm_eps)]
         out = [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7]
         state = self._state(0)
-        return fields_of(
-            model.head.fields, source, out, state, self.batch, model.head.plane_inverse, [*model.head.place[:1], 0]
-        )
+        return fields_of(model.head.fields, source, out, state, self.batch, model.head.plane_inverse)

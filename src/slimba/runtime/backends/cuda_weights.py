@@ -63,12 +63,12 @@ def int4_words(packed: torch.Tensor, cols: int, kpad: int) -> torch.Tensor:
     return ((words[:, :, :, 0] | words[:, :, :, 1] << 4) ^ 0x88).reshape(packed.shape[0], kpad // 2)
 
 
-def side_by_side(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], dict[int, int], int]:
-    """Copies of the tensors in one piece of memory, each at a multiple of LINE; where each went by where it was; and
-    how many lines they take. A single tensor stays where it is."""
+def side_by_side(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], dict[int, int]]:
+    """Copies of the tensors in one piece of memory, each at a multiple of LINE; and where each went, by where it was. A
+    single tensor stays where it is."""
     lines = [up_to(t.numel() * t.element_size(), LINE) // LINE for t in tensors]
     if len(tensors) == 1:
-        return [*tensors], {}, lines[0]
+        return [*tensors], {}
     room = torch.empty(sum(lines) * LINE, dtype=torch.uint8, device=tensors[0].device)
     out, moved, at = [], {}, 0
     for t, n in zip(tensors, lines, strict=True):
@@ -77,7 +77,7 @@ def side_by_side(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], d
         if t.numel():
             moved[t.data_ptr()] = copy.data_ptr()
         at += n * LINE
-    return out, moved, sum(lines)
+    return out, moved
 
 
 class DeviceMatrix:
@@ -136,9 +136,8 @@ class DeviceMatrix:
         self.half = self._keep[0][:, : self.cols] if plain else None  # the matrix itself, where it is stored in float16
 
     def _gather(self) -> None:
-        """Puts the parts side by side, so that a kernel can ask for all of them ahead (kernels/cuda/ahead.cuh)."""
-        self._keep, moved, lines = side_by_side(self._keep)
-        self.place = [self._keep[0].data_ptr(), lines]
+        """Puts the parts side by side, because a step that finds its weights in few pages is faster (docs/log.md)."""
+        self._keep, moved = side_by_side(self._keep)
         self.fields = [moved.get(f, f) for f in self.fields]
         self.plane_inverse, self.input_step, self.col_scale, self.plane_columns_pointer = (
             moved.get(f, f) for f in (self.plane_inverse, self.input_step, self.col_scale, self.plane_columns_pointer)
