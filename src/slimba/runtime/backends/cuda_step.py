@@ -303,7 +303,7 @@ class FusedStep(Step):
 
         def streamed(m: DeviceMatrix, groups: int, gated: bool) -> Codes | Stream | None:
             stream = stream_of(m, blocks, groups, gated) if self.STREAMS else None
-            return stream or codes_of(m, blocks, groups, gated)
+            return stream if m.has_float else codes_of(m, blocks, groups, gated) or stream
 
         head = streamed(self._model.head, 1, False)
         found: dict[int, Codes | Dot | Lean | Stream | None] = {len(self.products) - 1: head}
