@@ -142,6 +142,72 @@ DEV uint4 stored_bits(const float (&v)[16 / Stored<TYPE>::SIZE], float to_code) 
   return uint4{w[0], w[1], w[2], w[3]};
 }
 
+// The state's rows times C: raw holds the tiles that are loaded, `open` loads another; sum[row] of the block. Of int8 states exact
+// sums on the tensor cores, in units of `combine`: slices are the columns, those of C that this lane has; else c is C.
+template <int TYPE, int N, int AHEAD, typename Open>
+DEV void state_sums(uint4 (&raw)[AHEAD][2][N * Stored<TYPE>::SIZE / 64], Open open, const uint4* slices, const float* c, float* sums) {
+  constexpr int E = Stored<TYPE>::E, Q = N * Stored<TYPE>::SIZE / 64;
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+  if constexpr (TYPE == STATE_INT8) {
+    uint4 x[Q];
+#pragma unroll
+    for (int q = 0; q < Q; ++q) x[q] = slices[q * 4 + t];
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      int acc[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int q = 0; q < Q; ++q) {
+        const uint4 lo = raw[tile][0][q], hi = raw[tile][1][q];
+        mma_s8s8(acc, lo.x, hi.x, lo.y, hi.y, x[q].x, x[q].y);
+        mma_s8s8(acc, lo.z, hi.z, lo.w, hi.w, x[q].z, x[q].w);
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int last = (int)float_to_bits(shuffle(bits_to_float((u32)acc[2 * h]), lane + 1 < WARP ? lane + 1 : lane));
+        if (t == 0) sums[warp * 32 + tile * TILE + g + 8 * h] = combine((float)acc[2 * h], (float)acc[2 * h + 1], (float)last);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      if (tile >= AHEAD) open(tile, raw[0]);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float sum = 0;
+#pragma unroll
+        for (int q = 0; q < Q; ++q) {
+          float v[E];
+          stored_values<TYPE>(raw[tile < AHEAD ? tile : 0][h][q], 1.0f, v);
+#pragma unroll
+          for (int e = 0; e < E; ++e) sum = fmaf(v[e], c[(q * 4 + t) * E + e], sum);
+        }
+        sum += shuffle_xor(sum, 1);
+        sum += shuffle_xor(sum, 2);
+        if (t == 0) sums[warp * 32 + tile * TILE + g + 8 * h] = sum;
+      }
+    }
+  }
+}
+
+// Bits of the largest magnitude of a row that four lanes share.
+template <int Q, int E>
+DEV u32 row_top(const float (&v)[Q][E]) {
+  u32 top = 0;
+#pragma unroll
+  for (int q = 0; q < Q; ++q)
+#pragma unroll
+    for (int e = 0; e < E; ++e) {
+      const u32 bits = float_to_bits(v[q][e]) & 0x7fffffffu;
+      top = bits > top ? bits : top;
+    }
+#pragma unroll
+  for (int by = 1; by < 4; by *= 2) {
+    const u32 other = float_to_bits(shuffle_xor(bits_to_float(top), by));
+    top = other > top ? other : top;
+  }
+  return top;
+}
+
 #define STATE_HEADS 4  // of a block; a thread has a row of the state when sums are finished, a warp two tiles of 16 while they are made
 template <int N>
 struct StatesShared {
@@ -190,50 +256,15 @@ DEV void states(const BatchRecurrence& all, StatesShared<N>& m) {
 #pragma unroll
   for (int i = 0; i < KEPT; ++i)
     if (i == j) u[i] = of_token;
-  if constexpr (TYPE == STATE_INT8) {  // exact sums on the tensor cores: the slices of C are the columns
-    const uint4* slices = (const uint4*)all.slices + (((i64)b * p.groups + group) * 3 + (g < 3 ? g : 2)) * (N / 16);
-    uint4 x[Q];
-#pragma unroll
-    for (int q = 0; q < Q; ++q) x[q] = slices[q * 4 + t];
-    now = expf(now) * scale * load_fresh((const float*)all.c_scale + b * p.groups + group);
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      int acc[4] = {0, 0, 0, 0};
-#pragma unroll
-      for (int q = 0; q < Q; ++q) {
-        const uint4 lo = raw[tile][0][q], hi = raw[tile][1][q];
-        mma_s8s8(acc, lo.x, hi.x, lo.y, hi.y, x[q].x, x[q].y);
-        mma_s8s8(acc, lo.z, hi.z, lo.w, hi.w, x[q].z, x[q].w);
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int last = (int)float_to_bits(shuffle(bits_to_float((u32)acc[2 * h]), lane + 1 < WARP ? lane + 1 : lane));
-        if (t == 0) m.sum[warp * 32 + tile * TILE + g + 8 * h] = combine((float)acc[2 * h], (float)acc[2 * h + 1], (float)last);
-      }
-    }
+  const uint4* slices = (const uint4*)all.slices + (((i64)b * p.groups + group) * 3 + (g < 3 ? g : 2)) * (N / 16);
+  now = expf(now);
+  if constexpr (TYPE == STATE_INT8) {
+    now = now * scale * load_fresh((const float*)all.c_scale + b * p.groups + group);
   } else {
-    now = expf(now);
     for (int i = threadIdx.x; i < N; i += THREADS) m.c[i] = load_fresh((const float*)all.c + ((i64)b * p.groups + group) * N + i);
     __syncthreads();
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      if (tile >= AHEAD) open(tile, raw[0]);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float sum = 0;
-#pragma unroll
-        for (int q = 0; q < Q; ++q) {
-          float v[E];
-          stored_values<TYPE>(raw[tile < AHEAD ? tile : 0][h][q], 1.0f, v);
-#pragma unroll
-          for (int e = 0; e < E; ++e) sum = fmaf(v[e], m.c[(q * 4 + t) * E + e], sum);
-        }
-        sum += shuffle_xor(sum, 1);
-        sum += shuffle_xor(sum, 2);
-        if (t == 0) m.sum[warp * 32 + tile * TILE + g + 8 * h] = sum;
-      }
-    }
   }
+  state_sums<TYPE, N, AHEAD>(raw, open, slices, m.c, m.sum);
   __syncthreads();
   float y = fmaf(m.sum[threadIdx.x], now, skip);
 #pragma unroll
@@ -254,7 +285,6 @@ DEV void states(const BatchRecurrence& all, StatesShared<N>& m) {
     const float decay = expf(load_fresh(kept.l + j * heads + head0 + row / 64)) * (TYPE == STATE_INT8 ? m.sum[row] : 1.0f);
     uint4* at = (uint4*)(ssm + (row0 + row) * N * SIZE);
     float v[Q][E];
-    u32 top = 0;
 #pragma unroll
     for (int q = 0; q < Q; ++q) {
       stored_values<TYPE>(at[q * 4 + t], 1.0f, v[q]);
@@ -271,19 +301,7 @@ DEV void states(const BatchRecurrence& all, StatesShared<N>& m) {
     }
     Int8Scale code = {0, 0};
     if (TYPE == STATE_INT8) {
-#pragma unroll
-      for (int q = 0; q < Q; ++q)
-#pragma unroll
-        for (int e = 0; e < E; ++e) {
-          const u32 bits = float_to_bits(v[q][e]) & 0x7fffffffu;
-          top = bits > top ? bits : top;
-        }
-#pragma unroll
-      for (int by = 1; by < 4; by *= 2) {
-        const u32 other = float_to_bits(shuffle_xor(bits_to_float(top), by));
-        top = other > top ? other : top;
-      }
-      code = int8_scale(top);
+      code = int8_scale(row_top(v));
       if (t == 0) scales[row0 + row] = code.step;
     }
 #pragma unroll

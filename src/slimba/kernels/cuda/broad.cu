@@ -54,11 +54,6 @@ DEV BroadTile broad_tile(const Matrix& m, int at) {
   return out;
 }
 
-DEV void sign_left(u32 w0, u32 w1, int jj, u32 (&a)[4]) {
-  a[0] = sign_pair(w0, 15 - 2 * jj), a[1] = sign_pair(w1, 15 - 2 * jj);
-  a[2] = sign_pair(w0, 14 - 2 * jj), a[3] = sign_pair(w1, 14 - 2 * jj);
-}
-
 // A lane's weights of a unit: rows lane / 4 and 8 below of its warp's sixteen.
 template <int FORMAT>
 struct BroadBits {
@@ -70,7 +65,7 @@ struct BroadBits<INT4> {
   u32 scale[2];
 };
 DEV void left_operand(const BroadBits<SIGN>& w, int step, u32 (&a)[4]) {
-  sign_left(step / 8 ? w.row[0].y : w.row[0].x, step / 8 ? w.row[1].y : w.row[1].x, step % 8, a);
+  sign_operand(step / 8 ? w.row[0].y : w.row[0].x, step / 8 ? w.row[1].y : w.row[1].x, step % 8, a);
 }
 DEV void left_operand(const BroadBits<INT4>& w, int step, u32 (&a)[4]) {
 #pragma unroll
@@ -168,10 +163,8 @@ DEV void broad(const Broad& p, u8* smem) {
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i) fetch(i);
   }
-  if (p.out.mode == IN_PROJ && (int)threadIdx.x < N && first + (int)threadIdx.x < (int)p.batch) {
-    const i64 slot = slot_of(p.state, first + threadIdx.x);
-    rings[threadIdx.x] = (i64)ring_row(p.state, slot, position(p.state, slot));
-  }
+  if (p.out.mode == IN_PROJ && (int)threadIdx.x < N && first + (int)threadIdx.x < (int)p.batch)
+    rings[threadIdx.x] = (i64)next_ring_row(p.state, first + threadIdx.x);
   if (p.squares && (int)threadIdx.x < N) {
     float sum = 0;
     const i64 v = least(first + threadIdx.x, p.batch - 1);

@@ -155,11 +155,7 @@ DEV void broad_codes(const Broad& p, u8* smem) {
     for (int w = 0; w < WARPS; ++w) y += v.part[w][b][row];
     y *= half_bits_to_float(scales[row0 + row]);
     if (m.bias) y += ((const float*)m.bias)[first_row + row0 + row];
-    i64 ring = 0;
-    if (p.out.mode == IN_PROJ) {
-      const i64 slot = slot_of(p.state, first + b);
-      ring = (i64)ring_row(p.state, slot, position(p.state, slot));
-    }
+    const i64 ring = p.out.mode == IN_PROJ ? (i64)next_ring_row(p.state, first + b) : 0;
     put_output(p.out, ring, first_row + row0 + row, first + b, y);
   }
 }

@@ -233,11 +233,7 @@ DEV void codes(const Product& p, u8* smem, Ready ready) {
   bool finishes = unit < TW && row < rows;
   float scale = FORMAT == INT8 && finishes ? half_bits_to_float(((const u16*)s.scale)[row]) : 1.0f;
   float bias = finishes && m.bias ? ((const float*)m.bias)[row] : 0.0f;
-  i64 ring = 0;
-  if (p.out.mode == IN_PROJ) {
-    const i64 slot = slot_of(p.state, 0);
-    ring = (i64)ring_row(p.state, slot, position(p.state, slot));
-  }
+  const i64 ring = p.out.mode == IN_PROJ ? (i64)next_ring_row(p.state, 0) : 0;
   ready();
   const float residual = !LOOP && finishes && p.out.mode == ADD ? load_fresh((const float*)p.out.y + row) : 0.0f;
   const float by = codes_input<FORMAT, CG, HW, ROUND>(p, w, column, v);

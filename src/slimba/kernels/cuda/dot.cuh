@@ -157,11 +157,7 @@ DEV void dot(const Product& p, u8* smem, Ready ready) {
 #pragma unroll
   for (int i = 0; i < 4 / K; ++i) left[i] = low_rank ? ((const u32*)((const u8*)m.lr_a + (i64)lr_row * 16))[4 / K * k + i] : 0;
   const float rank_scale = LR ? half_bits_to_float(((const u16*)m.lr_b_scale)[lane / 2]) : 0.0f;
-  i64 ring = 0;
-  if (p.out.mode == IN_PROJ) {
-    const i64 slot = slot_of(p.state, 0);
-    ring = (i64)ring_row(p.state, slot, position(p.state, slot));
-  }
+  const i64 ring = p.out.mode == IN_PROJ ? (i64)next_ring_row(p.state, 0) : 0;
   ready();
 
   // All blocks want all of the input at once: few wide requests for it take a third of the time of many narrow ones.

@@ -23,10 +23,8 @@ DEV void few(const Mid& p, u8* smem) {
   typedef Ring<FORMAT, GROUP, DEPTH> Weights;
   Weights ring;
   ring.start(s, cg);
-  if (p.out.mode == IN_PROJ && (int)threadIdx.x < batch) {
-    const i64 slot = slot_of(p.state, threadIdx.x);
-    v.rings[threadIdx.x] = (i64)ring_row(p.state, slot, position(p.state, slot));
-  }
+  if (p.out.mode == IN_PROJ && (int)threadIdx.x < batch)
+    v.rings[threadIdx.x] = (i64)next_ring_row(p.state, threadIdx.x);
   release_next();
   await_previous();
   const u16* x = (const u16*)p.x + cg * 256 + lane * 8;

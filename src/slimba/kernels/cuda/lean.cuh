@@ -125,11 +125,7 @@ DEV void lean(const Product& p, u8* smem, Ready ready) {
   const float scale2 = second ? half_bits_to_float(((const u16*)m.plane_scale)[plane_row]) : 0.0f;
   const uint4 left = low ? load_weights((const u8*)m.lr_a + (i64)lr_row * 16) : uint4{0, 0, 0, 0};
   const float rank_scale = LR ? half_bits_to_float(((const u16*)m.lr_b_scale)[lane / 2]) : 0.0f;
-  i64 ring = 0;
-  if (p.out.mode == IN_PROJ) {
-    const i64 slot = slot_of(p.state, 0);
-    ring = (i64)ring_row(p.state, slot, position(p.state, slot));
-  }
+  const i64 ring = p.out.mode == IN_PROJ ? (i64)next_ring_row(p.state, 0) : 0;
   ready();
 
   const float* x = (const float*)p.in.x + column;

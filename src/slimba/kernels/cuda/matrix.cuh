@@ -68,6 +68,11 @@ DEV float* ring_row(const StateRef& s, i64 slot, i64 time) {
   return (float*)state_array(s, 2) + at * s.channels;
 }
 DEV i64 position(const StateRef& s, i64 slot) { return ((const i32*)state_array(s, 3))[slot]; }
+// Where the ring takes the next input of sequence b.
+DEV float* next_ring_row(const StateRef& s, int b) {
+  const i64 slot = slot_of(s, b);
+  return ring_row(s, slot, position(s, slot));
+}
 
 DEV int slice_stride(int kpad) {  // bytes of one slice; 64 mod 128, so that two slices side by side use other banks
   const int bytes = kpad + kpad / 8;

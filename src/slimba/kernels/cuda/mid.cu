@@ -243,10 +243,8 @@ DEV void mid(const Mid& p, u8* smem) {
   i64* rings = (i64*)(smem + STAGES * STAGE);
   await_previous();
   release_next();
-  if (p.out.mode == IN_PROJ && (int)threadIdx.x < 8 * NT && first + (int)threadIdx.x < (int)p.batch) {
-    const i64 slot = slot_of(p.state, first + threadIdx.x);
-    rings[threadIdx.x] = (i64)ring_row(p.state, slot, position(p.state, slot));
-  }
+  if (p.out.mode == IN_PROJ && (int)threadIdx.x < 8 * NT && first + (int)threadIdx.x < (int)p.batch)
+    rings[threadIdx.x] = (i64)next_ring_row(p.state, first + threadIdx.x);
 #pragma unroll
   for (int c = 0; c < STAGES - 1; ++c) {
     if (c < chunks) fetch_chunk(c);

@@ -157,8 +157,7 @@ struct Scatter {
 };
 DEV void scatter(const Scatter& s) {
   const int row = (int)blockIdx.x * THREADS + threadIdx.x, b = blockIdx.y;
-  const i64 slot = slot_of(s.state, b);
-  float* ring = ring_row(s.state, slot, position(s.state, slot));
+  float* ring = next_ring_row(s.state, b);
   await_previous();
   release_next();
   if (row >= (int)(s.inner + s.state.channels)) return;

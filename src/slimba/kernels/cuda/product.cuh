@@ -235,10 +235,8 @@ DEV void product(const Product& p, u8* smem, int first, int block, int blocks, R
   if (m.rank) ask_factors<NB>(m, asked_factors);
   const Weights<NB> norm_weight = load_norm<NB>(m, p.in);
   const PlaneColumns<NB> plane = load_plane<NB>(m);
-  if (p.out.mode == IN_PROJ && (int)threadIdx.x < batch) {
-    const i64 slot = slot_of(p.state, first + threadIdx.x);
-    v.ring[threadIdx.x] = (i64)ring_row(p.state, slot, position(p.state, slot));
-  }
+  if (p.out.mode == IN_PROJ && (int)threadIdx.x < batch)
+    v.ring[threadIdx.x] = (i64)next_ring_row(p.state, first + threadIdx.x);
   ready();
   Input in = p.in;
   in.x += first * in.x_stride * 4;

@@ -118,20 +118,7 @@ DEV void store_state(const StepsShared<N>& m, u8* rows, float* scales) {
     for (int h = 0; h < 2; ++h) {
       Int8Scale code = {0, 0};
       if (TYPE == STATE_INT8) {
-        u32 top = 0;
-#pragma unroll
-        for (int q = 0; q < Q; ++q)
-#pragma unroll
-          for (int e = 0; e < E; ++e) {
-            const u32 bits = float_to_bits(v[h][q][e]) & 0x7fffffffu;
-            top = bits > top ? bits : top;
-          }
-#pragma unroll
-        for (int by = 1; by < 4; by *= 2) {
-          const u32 most = float_to_bits(shuffle_xor(bits_to_float(top), by));
-          top = most > top ? most : top;
-        }
-        code = int8_scale(top);
+        code = int8_scale(row_top(v[h]));
         if (t == 0) scales[row + 8 * h] = code.step;
       }
 #pragma unroll
@@ -238,45 +225,7 @@ DEV void steps(const Steps& all, StepsShared<N>& m) {
     }
   }
   __syncthreads();
-  if constexpr (TYPE == STATE_INT8) {  // exact sums on the tensor cores: the slices of C are the columns
-    uint4 c[Q];
-#pragma unroll
-    for (int q = 0; q < Q; ++q) c[q] = ((const uint4*)m.slices[g < 3 ? g : 2])[q * 4 + t];
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      int acc[4] = {0, 0, 0, 0};
-#pragma unroll
-      for (int q = 0; q < Q; ++q) {
-        const uint4 lo = raw[tile][0][q], hi = raw[tile][1][q];
-        mma_s8s8(acc, lo.x, hi.x, lo.y, hi.y, c[q].x, c[q].y);
-        mma_s8s8(acc, lo.z, hi.z, lo.w, hi.w, c[q].z, c[q].w);
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int third = (int)float_to_bits(shuffle(bits_to_float((u32)acc[2 * h]), lane + 1 < WARP ? lane + 1 : lane));
-        if (t == 0) m.sum[warp * 32 + tile * TILE + g + 8 * h] = combine((float)acc[2 * h], (float)acc[2 * h + 1], (float)third);
-      }
-    }
-  } else {
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      if (tile >= AHEAD) open(tile, raw[0]);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float sum = 0;
-#pragma unroll
-        for (int q = 0; q < Q; ++q) {
-          float v[E];
-          stored_values<TYPE>(raw[tile < AHEAD ? tile : 0][h][q], 1.0f, v);
-#pragma unroll
-          for (int e = 0; e < E; ++e) sum = fmaf(v[e], m.bc[N + (q * 4 + t) * E + e], sum);
-        }
-        sum += shuffle_xor(sum, 1);
-        sum += shuffle_xor(sum, 2);
-        if (t == 0) m.sum[warp * 32 + tile * TILE + g + 8 * h] = sum;
-      }
-    }
-  }
+  state_sums<TYPE, N, AHEAD>(raw, open, (const uint4*)m.slices[g < 3 ? g : 2], m.bc + N, m.sum);
   __syncthreads();
   float y = fmaf(m.sum[threadIdx.x], factor, d * x);
 #pragma unroll

@@ -87,11 +87,7 @@ DEV void stream(const Product& p, u8* smem, Ready ready) {
   bool finishes = (int)threadIdx.x < TILES * SLIM && row < rows;
   float scale = CODES && finishes ? half_bits_to_float(((const u16*)s.scale)[row]) : 1.0f;
   float bias = finishes && p.m.bias ? ((const float*)p.m.bias)[row] : 0.0f;
-  i64 kept = 0;
-  if (p.out.mode == IN_PROJ) {
-    const i64 slot = slot_of(p.state, 0);
-    kept = (i64)ring_row(p.state, slot, position(p.state, slot));
-  }
+  const i64 kept = p.out.mode == IN_PROJ ? (i64)next_ring_row(p.state, 0) : 0;
   ready();
   const float residual = !LOOP && finishes && p.out.mode == ADD ? load_fresh((const float*)p.out.y + row) : 0.0f;
   float by = 1;
