@@ -35,7 +35,7 @@ from slimba.runtime.backends.cuda_step import FusedStep
 EARLY, ORDER, NEVER = "Early()", "AtOnce()", 1 << 30
 DEFAULT = {
     "dots": True,
-    "warps": 16,
+    "warps": (8, 16),  # for 2,048 and 4,096 columns
     "order": ORDER,
     "quick": True,
     "resident": 2,
@@ -48,21 +48,22 @@ DEFAULT = {
 ONE: list[tuple[str, str, dict[str, Any]]] = [
     ("dfssm", "float32", {}),
     ("dfssm", "float32", {"order": EARLY}),
-    ("dfssm", "float32", {"warps": 8}),
-    ("dfssm", "float32", {"warps": 8, "order": EARLY}),
-    ("dfssm", "float32", {"warps": 8, "order": EARLY, "resident": 3}),
+    ("dfssm", "float32", {"warps": (8, 8)}),
+    ("dfssm", "float32", {"warps": (16, 16)}),
+    ("dfssm", "float32", {"warps": (8, 8), "order": EARLY}),
+    ("dfssm", "float32", {"warps": (8, 8), "order": EARLY, "resident": 3}),
     ("dfssm", "float32", {"dots": False}),
     ("dfssm", "float32", {"quick": False}),
     ("dfssm", "float32", {"dots": False, "quick": False}),
     ("dfssm-published", "bfloat16", {}),
     ("dfssm-published", "bfloat16", {"order": EARLY}),
-    ("dfssm-published", "bfloat16", {"warps": 8, "order": EARLY}),
+    ("dfssm-published", "bfloat16", {"warps": (8, 8), "order": EARLY}),
     ("dfssm-published", "bfloat16", {"dots": False, "quick": False}),
 ]
 MANY: list[tuple[int, dict[str, Any]]] = [
     (batch, changes)
     for batch in (8, 512, 128, 32)
-    for changes in ({"bakes": False}, {"still": 0}, {"still": 512}, {"wide": 2}, {"still": 512, "warps": 8})
+    for changes in ({"bakes": False}, {"still": 0}, {"still": 512}, {"wide": 2}, {"still": 512, "warps": (8, 8)})
 ] + [(batch, {"broad": 2} | changes) for batch in (8, 512, 128, 32) for changes in ({}, {"broad_head": NEVER})]
 
 
@@ -74,7 +75,7 @@ def apply(changes: dict[str, Any]) -> None:
         c["order"],
         c["resident"],
     )
-    cuda_lean.DOT_WARPS, Mid.STILL_MOST = c["warps"], c["still"]
+    cuda_lean.DOT_WARPS, Mid.STILL_MOST = dict(zip((2048, 4096), c["warps"], strict=True)), c["still"]
     BatchStep.BAKES, BatchStep.WIDE_FROM = c["bakes"], c["wide"]
     BroadStep.FEWEST, BroadStep.BROAD_HEAD_FROM = c["broad"], c["broad_head"]
 

@@ -74,7 +74,7 @@ def test_lean_product(name: str, normed: bool) -> None:
 @pytest.mark.parametrize("name", DOT_LAYOUTS)
 @pytest.mark.parametrize("warps", [8, 16])
 def test_dot_product(name: str, normed: bool, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slimba.runtime.backends.cuda_lean.DOT_WARPS_OF", {2048: warps, 4096: warps})
+    monkeypatch.setattr("slimba.runtime.backends.cuda_lean.DOT_WARPS", {2048: warps, 4096: warps})
     rng = np.random.default_rng(len(name))
     matrix = random_matrix(rng, DOT_LAYOUTS[name])
     x = rng.standard_normal(matrix.layout.cols).astype(np.float32) * np.exp(
@@ -90,7 +90,7 @@ def test_dot_product(name: str, normed: bool, warps: int, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("batch", [3, 21])
 @pytest.mark.parametrize("name", DOT_LAYOUTS)
 def test_still_product(name: str, batch: int, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slimba.runtime.backends.cuda_lean.DOT_WARPS_OF", {2048: warps, 4096: warps})
+    monkeypatch.setattr("slimba.runtime.backends.cuda_lean.DOT_WARPS", {2048: warps, 4096: warps})
     rng = np.random.default_rng(len(name))
     matrix = random_matrix(rng, DOT_LAYOUTS[name])
     x = rng.standard_normal((batch, matrix.layout.cols)).astype(np.float16).astype(np.float32)

@@ -36,6 +36,7 @@ __all__ = ["BatchStep"]
 
 STATE_HEADS = 4  # of kernels/cuda/batch.cu
 RESIDUAL = 1
+ONLY_MADE = ("slimba_few", "slimba_broad", "slimba_steps")  # kernels that there are for one model's shape alone
 
 
 # Arguments of a launch by position and by name, or something to be called
@@ -59,7 +60,40 @@ class Recorder:
         self.launches.append((work, {}))
 
 
-class BatchStep(Step):
+def made(gpu: Gpu, launches: list[Launch], module: str) -> list[Launch]:
+    """The launches by kernels made for this model; as they are where those would be too many and there are others."""
+    baked, found = Baked(), []
+    for arguments, settings in launches:
+        name = None if callable(arguments) else baked.of_many(arguments[0], arguments[2])
+        found.append((arguments, settings, name))
+    names = {name for *_, name in found if name}
+    if len(names) > MOST_KERNELS and not any(name.startswith(ONLY_MADE) for name in names):
+        return launches
+    kernels = gpu.module(module, baked.source)
+    return [
+        ((name, *arguments[1:]), settings | {"module": kernels})
+        if name and not callable(arguments)
+        else (arguments, settings)
+        for arguments, settings, name in found
+    ]
+
+
+class RecordedStep(Step):
+    """A step whose launches are listed once, in `_launches`."""
+
+    _launches: list[Launch]
+
+    def work(self, *, choose: bool) -> None:
+        """Launches one step. choose: the most likely ids become the next ids."""
+        for arguments, settings in self._launches:
+            if callable(arguments):
+                arguments()
+            else:
+                self._gpu.launch(*arguments, **settings)
+        self.after(choose)
+
+
+class BatchStep(RecordedStep):
     # What benchmarks/cuda_variants.py compares (docs/log.md)
     BAKES = True  # kernels made for the model, those of still.cu among them
     WIDE_FROM = 256  # sequences from which a matrix is expanded for cuBLAS
@@ -109,34 +143,11 @@ class BatchStep(Step):
         would have to have before."""
         return not any(m.bias is not None or m.cols % 8 or (m.turns and m.col_scale) for m in every_matrix(model))
 
-    def work(self, *, choose: bool) -> None:
-        """Launches one step. choose: the most likely ids become the next ids."""
-        for arguments, settings in self._launches:
-            if callable(arguments):
-                arguments()
-            else:
-                self._gpu.launch(*arguments, **settings)
-        self.after(choose)
-
     def _recorded(self, recorder: Recorder) -> list[Launch]:
         """The launches of a step, by kernels made for this model where the GPU makes such."""
         self._layers(recorder)
-        if not (self._gpu.bakes and self.BAKES):
-            return recorder.launches
-        baked, found = Baked(), []
-        for arguments, settings in recorder.launches:
-            name = None if callable(arguments) else baked.of_many(arguments[0], arguments[2])
-            found.append((arguments, settings, name))
-        few = any(name.startswith("slimba_few") for *_, name in found if name)  # for which there is no other kernel
-        if not few and len({name for *_, name in found if name}) > MOST_KERNELS:
-            return recorder.launches
-        module = self._gpu.module("many", baked.source)
-        return [
-            ((name, *arguments[1:]), settings | {"module": module})
-            if name and not callable(arguments)
-            else (arguments, settings)
-            for arguments, settings, name in found
-        ]
+        baked = self._gpu.bakes and self.BAKES
+        return made(self._gpu, recorder.launches, "many") if baked else recorder.launches
 
     def _layers(self, recorder: Recorder) -> None:
         """Everything before the choice of the next ids."""

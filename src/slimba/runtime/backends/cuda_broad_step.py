@@ -10,24 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from slimba.runtime.backends.cuda_bake import Baked
-from slimba.runtime.backends.cuda_batch import STATE_HEADS, Launch, Recorder, states_fit
+from slimba.runtime.backends.cuda_batch import RESIDUAL, STATE_HEADS, RecordedStep, Recorder, made, states_fit
 from slimba.runtime.backends.cuda_broad import Broad
 from slimba.runtime.backends.cuda_bulk import Bulk
 from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_mid import Mid
 from slimba.runtime.backends.cuda_model import CudaModel
 from slimba.runtime.backends.cuda_state import KEPT, STATE_CODES
-from slimba.runtime.backends.cuda_step import IN_PROJ, STORE, Step, norm_groups, recurrence
+from slimba.runtime.backends.cuda_step import IN_PROJ, STORE, norm_groups, recurrence
 from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits
 
 __all__ = ["BroadStep"]
 
-RESIDUAL = 1
 CHANNELS = 64 * STATE_HEADS  # of a block of slimba_steps
 
 
-class BroadStep(Step):
+class BroadStep(RecordedStep):
     FEWEST = 2  # sequences
     BROAD_HEAD_FROM = 64  # sequences from which broad.cu takes an int4 head
     WIDE_HEAD_FROM = 256  # and from which another is expanded for cuBLAS
@@ -55,7 +53,7 @@ class BroadStep(Step):
         ]
         self._steps = f"slimba_steps_{STATE_CODES[state_dtype]}_{spec.d_state}"
         self._layers(recorder)
-        self._launches = made(gpu, recorder.launches)
+        self._launches = made(gpu, recorder.launches, "broad")
 
     @classmethod
     def fits(cls, model: CudaModel, gpu: Gpu) -> bool:
@@ -66,15 +64,6 @@ class BroadStep(Step):
         matrices = [m for layer in model.layers for m in layer.matrices.values()]
         out = [layer.matrices["out_proj"] for layer in model.layers]
         return normed and all(map(Broad.fits, matrices)) and all(map(by_blocks, out)) and Mid.fits(model.head)
-
-    def work(self, *, choose: bool) -> None:
-        """Launches one step. choose: the most likely ids become the next ids."""
-        for arguments, settings in self._launches:
-            if callable(arguments):
-                arguments()
-            else:
-                self._gpu.launch(*arguments, **settings)
-        self.after(choose)
 
     def _layers(self, gpu: Recorder) -> None:
         """Everything before the choice of the next ids."""
@@ -109,21 +98,6 @@ class BroadStep(Step):
             gpu.call(lambda: self._bulk.head(self._mid.vectors(model.head), self.logits))
         else:
             self._mid.product(model.head, to_logits, self._state(0))
-
-
-def made(gpu: Gpu, launches: list[Launch]) -> list[Launch]:
-    """The launches by kernels made for this model."""
-    baked, found = Baked(), []
-    for arguments, settings in launches:
-        name = None if callable(arguments) else baked.of_many(arguments[0], arguments[2])
-        found.append((arguments, settings, name))
-    module = gpu.module("broad", baked.source)
-    return [
-        ((name, *arguments[1:]), settings | {"module": module})
-        if name and not callable(arguments)
-        else (arguments, settings)
-        for arguments, settings, name in found
-    ]
 
 
 def plane_of(m: DeviceMatrix) -> list[int]:

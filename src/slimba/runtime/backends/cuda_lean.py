@@ -63,8 +63,10 @@ def lean_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool, fewest:
     return lean
 
 
-DOT_WARPS = 16  # of a block of kernels/cuda/dot.cuh
-DOT_WARPS_OF: dict[int, int] = {2048: 8}  # by the columns of a matrix, where another number is faster
+DOT_WARPS = {
+    2048: 8,
+    4096: 16,
+}  # of a block of kernels/cuda/dot.cuh, by the columns of a matrix: the faster of 8 and 16
 DOT_TILES, DOT_ROWS = 5, 5  # of a block, likewise in registers; int8 rows of a block
 
 
@@ -113,9 +115,9 @@ class Dot:
 def dot_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool) -> Dot | None:
     """The kernel of dot.cuh for a matrix, its input as in `lean_of`; None where it does not take it."""
     formats = {s.format for s in m.layout.segments}
-    if m.turns or m.cols not in (2048, 4096) or not formats <= {"sign", "int8"} or norm_groups > 1 or gated:
+    if m.turns or m.cols not in DOT_WARPS or not formats <= {"sign", "int8"} or norm_groups > 1 or gated:
         return None
-    warps = DOT_WARPS_OF.get(m.cols, DOT_WARPS)
+    warps = DOT_WARPS[m.cols]
     plane = m.plane_kpad // (32 * warps)
     if m.rank not in (0, RANK) or not m.plane_by_groups or plane > 8:
         return None

@@ -338,5 +338,4 @@ class FusedStep(Step):
         spec, model = self._model.spec, self._model
         source = [self.u.data_ptr(), spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, float_bits(spec.norm_eps)]
         out = [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7]
-        state = self._state(0)
-        return fields_of(model.head.fields, source, out, state, self.batch, model.head.plane_inverse)
+        return fields_of(model.head.fields, source, out, self._state(0), self.batch, model.head.plane_inverse)

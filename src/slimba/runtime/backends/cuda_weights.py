@@ -223,7 +223,6 @@ class DeviceMatrix:
 
     def _plane(self, matrix: Matrix) -> list[int]:
         p = matrix.layout.plane
-        self.plane_inverse = self.plane_columns_pointer = 0
         if not p:
             return [0] * 8
         slots, kpad = self.slots, self.plane_kpad  # the column that lies in each place, or -1
