@@ -47,3 +47,25 @@ DEV void product_at(float (&d)[HALF], const u32 (&a)[4], u64 b, int step) {
     }
   }
 }
+// A right operand that lies across, with its second panel of 64 numbers a row.
+struct Across {
+  const u8* at;
+  int panel;
+};
+DEV Across across_at(const u8* x, int panel) {
+  if (std::uintptr_t(x) % 1024) std::abort();
+  return {x, panel};
+}
+template <int HALF>
+DEV void product_across(float (&d)[HALF], const u32 (&a)[4], Across b) {
+  host::Exchange e(a[0], a[1], a[2], a[3]);
+  const int g = host::current->lane / 4, t = host::current->lane % 4;
+  for (int i = 0; i < HALF; ++i) {
+    const int row = g + i / 2 % 2 * 8, vector = i / 4 * 8 + 2 * t + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const u32 left = e.at(row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2) >> k % 2 * 16;
+      const u8* of = b.at + vector / 64 * b.panel + k * 128 + ((vector % 64 / 8 ^ k % 8) << 4) + vector % 8 * 2;
+      d[i] += half_bits_to_float(u16(left)) * half_bits_to_float(*reinterpret_cast<const u16*>(of));
+    }
+  }
+}
