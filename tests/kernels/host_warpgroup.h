@@ -23,6 +23,9 @@ DEV void copy_block(void* to, const void* from, int bytes, u64*) {
   std::memcpy(to, from, bytes);
 }
 DEV void see_stores() {}
+DEV void see_shared_stores() {}
+template <int HALF>
+DEV void settle(float (&)[HALF]) {}
 DEV void products_begin() {}
 DEV void products_commit() {}
 template <int LEFT>

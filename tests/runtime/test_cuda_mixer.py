@@ -27,7 +27,7 @@ def compared(checkpoint: object, state_dtype: str, splits: tuple[int, ...], afte
         got = cuda.prefill(ids[:, a:b], state)
         tolerance = 5e-3 if state_dtype == "float32" or not a else after
         np.testing.assert_allclose(got, want[:, b - 1], rtol=0, atol=tolerance * most)
-    got = cuda.step(ids[:, -1], state).numpy()
+    got = cuda.step(ids[:, -1], state).cpu().numpy()
     np.testing.assert_allclose(got, want[:, -1], rtol=0, atol=after * most)
 
 

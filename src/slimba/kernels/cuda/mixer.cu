@@ -24,7 +24,7 @@ struct MixerShared {  // operands are panels of 64 rows of 64 numbers, 128 bytes
   u8 raw[2][(CHUNK + MIXER_TAPS - 1) * 128];      // x before the convolution, from three tokens before the chunk on
   float dt[2][CHUNK], sum[2][CHUNK], within[2][CHUNK];  // as in ssd.cu
   u16 weight[2][CHUNK];
-  float conv[MIXER_TAPS + 1][HEAD];  // weights, bias
+  float conv[MIXER_TAPS + 1][HEAD], skip[HEAD];  // weights, bias; D
 };
 
 DEV int swizzled(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }  // of 16 bytes
@@ -90,10 +90,10 @@ DEV void mixer_store(const Scan& p, const float (&s)[N / 2], i64 row0) {
 
 // Everything of a chunk from memory: B, C and x with the three tokens before it. t0 < 0: kept tokens, whose x is no raw one.
 template <int N>
-DEV void mixer_fetch(const Mixer& q, MixerShared<N>& m, int to, i64 t0, int tokens, int b, int head, const Kept& kept) {
+DEV void mixer_fetch(const Mixer& q, MixerShared<N>& m, int to, i64 t0, int tokens, int b, int head, int group, const Kept& kept) {
   const Scan& p = q.scan;
   constexpr int PANEL = MixerShared<N>::PANEL, PIECES = N / 8;
-  const i64 group = head / (p.heads / p.groups), token0 = (i64)b * p.length + t0, first = (i64)head * HEAD;
+  const i64 token0 = (i64)b * p.length + t0, first = (i64)head * HEAD;
   const int piece = threadIdx.x % PIECES;
   const u16* from = (const u16*)p.xbc + p.inner + group * N + piece * 8;
   const i64 to_c = p.groups * N;
@@ -119,7 +119,7 @@ DEV void mixer_fetch(const Mixer& q, MixerShared<N>& m, int to, i64 t0, int toke
       *own = at >= 0 && at < tokens ? kept_octet(kept, kept.u, at * p.inner + first + col) : uint4{0, 0, 0, 0};
     } else if (t < 0) {
       const i64 slot = slot_of(p.state, b);
-      const float* ring = ring_row(p.state, slot, position(p.state, slot) + t + MIXER_TAPS) + first + col;
+      const float* ring = ring_row(p.state, slot, position(p.state, slot) + t + MIXER_TAPS) + first + col;  // before this call
       u32 two[4];
       for (int k = 0; k < 4; ++k) two[k] = pack_halves(ring[2 * k], ring[2 * k + 1]);
       *own = uint4{two[0], two[1], two[2], two[3]};
@@ -134,28 +134,32 @@ DEV void mixer_fetch(const Mixer& q, MixerShared<N>& m, int to, i64 t0, int toke
 // x of a chunk after convolution and silu, as an operand: a warp has 16 tokens, a lane two channels.
 template <int N>
 DEV void mixer_convolve(MixerShared<N>& m, int now, bool replay) {
-  const int lane = threadIdx.x % WARP, row0 = threadIdx.x / WARP * 16;
-  const u8* raw = m.raw[now] + row0 * 128 + lane * 4;
-  float2 w[MIXER_TAPS + 1], window[MIXER_TAPS];
+  constexpr int ROWS = 8;  // at once: all loads before any store
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  float2 w[MIXER_TAPS + 1];
 #pragma unroll
   for (int k = 0; k < MIXER_TAPS + 1; ++k) w[k] = *(const float2*)(m.conv[k] + 2 * lane);
 #pragma unroll
-  for (int k = 0; k < MIXER_TAPS - 1; ++k) {
-    const u32 two = *(const u32*)(raw + k * 128);
-    window[k] = float2{low_half(two), high_half(two)};
-  }
+  for (int row0 = 0; row0 < 16; row0 += ROWS) {
+    const u8* raw = m.raw[now] + (warp * 16 + row0) * 128 + lane * 4;
+    u32 in[ROWS + MIXER_TAPS - 1], out[ROWS];
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    const u32 two = *(const u32*)(raw + (i + MIXER_TAPS - 1) * 128);
-    window[(i + MIXER_TAPS - 1) % MIXER_TAPS] = float2{low_half(two), high_half(two)};
-    float2 sum = w[MIXER_TAPS];
+    for (int i = 0; i < ROWS + MIXER_TAPS - 1; ++i) in[i] = *(const u32*)(raw + i * 128);
 #pragma unroll
-    for (int k = 0; k < MIXER_TAPS; ++k) {
-      sum.x = fmaf(w[k].x, window[(i + k) % MIXER_TAPS].x, sum.x);
-      sum.y = fmaf(w[k].y, window[(i + k) % MIXER_TAPS].y, sum.y);
+    for (int i = 0; i < ROWS; ++i) {
+      float2 sum = w[MIXER_TAPS];
+#pragma unroll
+      for (int k = 0; k < MIXER_TAPS; ++k) {
+        sum.x = fmaf(w[k].x, low_half(in[i + k]), sum.x);
+        sum.y = fmaf(w[k].y, high_half(in[i + k]), sum.y);
+      }
+      out[i] = pack_halves(silu(sum.x), silu(sum.y));
     }
-    const u32 out = replay ? two : pack_halves(silu(sum.x), silu(sum.y));
-    *(u32*)(m.x + swizzled(row0 + i, lane / 4) + lane % 4 * 4) = out;
+    if (replay)
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i) out[i] = in[i + MIXER_TAPS - 1];
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) *(u32*)(m.x + swizzled(warp * 16 + row0 + i, lane / 4) + lane % 4 * 4) = out[i];
   }
 }
 
@@ -212,7 +216,8 @@ DEV void mixer_weigh(const MixerShared<N>& m, int now, const float (&gram)[CHUNK
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const int from = 16 * j + 8 * i + 2 * t + k % 2, to = k < 2 ? u0 : u1;
-          e[4 * i + k] = from <= to ? m.dt[now][from] * fast_exp((k < 2 ? sum0 : sum1) - m.sum[now][from]) : 0.0f;
+          const float by = fast_exp(fminf((k < 2 ? sum0 : sum1) - m.sum[now][from], 0.0f)), dt = m.dt[now][from];
+          e[4 * i + k] = (from <= to ? dt : 0.0f) * by;
         }
     }
 #pragma unroll
@@ -225,7 +230,7 @@ DEV void mixer(const Mixer& q, MixerShared<N>& m) {
   const Scan& p = q.scan;
   constexpr int PANEL = MixerShared<N>::PANEL;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, r8 = lane % 8, i4 = lane / 8;
-  const int b = (int)(blockIdx.x / p.heads), head = (int)(blockIdx.x % p.heads);
+  const int b = (int)(blockIdx.x / p.heads), head = (int)(blockIdx.x % p.heads), group = head / (int)(p.heads / p.groups);
   const i64 type = p.state_type, ssm = state_array(p.state, 0), first = (i64)head * HEAD;
   const i64 slot = slot_of(p.state, b), row0 = (p.state.layer * state_array(p.state, 4) + slot) * p.inner + first;
   const Span when = span_of((int)position(p.state, slot), p.length);
@@ -246,7 +251,7 @@ DEV void mixer(const Mixer& q, MixerShared<N>& m) {
     }
   };
   i64 t0 = when.before ? -when.before : 0;
-  mixer_fetch<N>(q, m, 0, t0, tokens_of(t0), b, head, kept);
+  mixer_fetch<N>(q, m, 0, t0, tokens_of(t0), b, head, group, kept);
   commit_copies();
   ask_dt(t0);
   if (!warp) mixer_decays<N>(p, m, 0, raw, tokens_of(t0), t0 < 0, a, bias);
@@ -257,6 +262,7 @@ DEV void mixer(const Mixer& q, MixerShared<N>& m) {
                           : q.conv_bias ? ((const float*)q.conv_bias)[channel]
                                         : 0.0f;
   }
+  for (int i = threadIdx.x; i < HEAD; i += WIDE) m.skip[i] = ((const float*)p.d)[p.d_per_channel ? first + i : head];
   float s[N / 2];  // as mixer_store says
 #pragma unroll
   for (int j = 0; j < N / 8; ++j)
@@ -278,13 +284,14 @@ DEV void mixer(const Mixer& q, MixerShared<N>& m) {
       for (int k = 0; k < 2; ++k)
         *(u32*)(m.state + j / 8 * PANEL + swizzled(16 * warp + g + 8 * k, j % 8) + 4 * t) = pack_halves(s[4 * j + 2 * k], s[4 * j + 2 * k + 1]);
     wait_copies<0>();
-    see_stores();
+    see_shared_stores();
     __syncthreads();
     u32 c[N / 16][4];
 #pragma unroll
     for (int k = 0; k < N / 16; ++k)
       load_matrices(c[k], (const u16*)(m.c[now] + k / 4 * PANEL + swizzled(16 * warp + r8 + i4 % 2 * 8, k % 4 * 2 + i4 / 2)));
     float gram[CHUNK / 2] = {}, y[HEAD / 2] = {};
+    settle(gram), settle(y);
     products_begin();
 #pragma unroll
     for (int k = 0; k < N / 16; ++k) product_at(gram, c[k], operand_at(m.b[now] + k / 4 * PANEL), k % 4);
@@ -293,14 +300,14 @@ DEV void mixer(const Mixer& q, MixerShared<N>& m) {
     for (int k = 0; k < N / 16; ++k) product_at(y, c[k], operand_at(m.state + k / 4 * PANEL), k % 4);
     products_commit();
 
-    if (next < p.length) mixer_fetch<N>(q, m, now ^ 1, next, tokens_of(next), b, head, kept);
+    if (next < p.length) mixer_fetch<N>(q, m, now ^ 1, next, tokens_of(next), b, head, group, kept);
     commit_copies();
     mixer_convolve<N>(m, now, replay);
     if (!warp && next < p.length) {
       mixer_decays<N>(p, m, now ^ 1, raw, tokens_of(next), next < 0, a, bias);
       ask_dt(after(next));
     }
-    see_stores();
+    see_shared_stores();
     products_wait<1>();
     u32 w[CHUNK / 16][4];
     mixer_weigh<N>(m, now, gram, w);
@@ -341,15 +348,20 @@ DEV void mixer(const Mixer& q, MixerShared<N>& m) {
     products_wait<1>();
     __syncthreads();  // nobody reads x any more
     if (!replay) {
+      u32 out[HEAD / 8][2];  // all loads before any store
+#pragma unroll
+      for (int j = 0; j < HEAD / 8; ++j) {
+        const float2 d = *(const float2*)(m.skip + 8 * j + 2 * t);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const u32 x2 = *(const u32*)(m.x + swizzled(16 * warp + g + 8 * k, j) + 4 * t);
+          out[j][k] = pack_halves(fmaf(d.x, low_half(x2), y[4 * j + 2 * k]), fmaf(d.y, high_half(x2), y[4 * j + 2 * k + 1]));
+        }
+      }
 #pragma unroll
       for (int j = 0; j < HEAD / 8; ++j)
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const int channel = 8 * j + 2 * t;
-          const float* d = (const float*)p.d + (p.d_per_channel ? first + channel : head);
-          u32* own = (u32*)(m.x + swizzled(16 * warp + g + 8 * k, j) + 4 * t);
-          *own = pack_halves(fmaf(d[0], low_half(*own), y[4 * j + 2 * k]), fmaf(d[p.d_per_channel ? 1 : 0], high_half(*own), y[4 * j + 2 * k + 1]));
-        }
+        for (int k = 0; k < 2; ++k) *(u32*)(m.x + swizzled(16 * warp + g + 8 * k, j) + 4 * t) = out[j][k];
       sync_warp();
       mixer_put<N>(q, m, z, head, token0, tokens);
     }

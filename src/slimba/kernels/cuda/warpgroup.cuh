@@ -39,6 +39,15 @@ DEV void copy_block(void* to, const void* from, int bytes, u64* bar) {
 // What ordinary stores have written may be read by copy_block.
 DEV void see_stores() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
+// The same of stores to shared memory alone, for products: the fence above waits for all memory, microseconds.
+DEV void see_shared_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Sums that a product will add to are in their registers from here on: set between two products, they make it wait.
+template <int HALF>
+DEV void settle(float (&d)[HALF]) {
+#pragma unroll
+  for (int i = 0; i < HALF; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 DEV void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEV void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT>

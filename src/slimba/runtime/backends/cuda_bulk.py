@@ -40,7 +40,7 @@ def ssd_bytes(n: int) -> int:
 
 def mixer_bytes(n: int) -> int:
     """Shared memory of slimba_mixer: MixerShared in kernels/cuda/mixer.cu, begun at a multiple of 1024."""
-    return 1024 + 64 * 128 * (5 * n // 64 + 1) + 2 * 67 * 128 + 64 * (2 * (3 * 4 + 2) + 5 * 4)
+    return 1024 + 64 * 128 * (5 * n // 64 + 1) + 2 * 67 * 128 + 64 * (2 * (3 * 4 + 2) + 6 * 4)
 
 
 class Bulk:
