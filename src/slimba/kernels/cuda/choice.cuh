@@ -8,6 +8,25 @@ struct Head {
   Embed next;
 };
 
+// What the kernels after this one read before their wait, the sequence's position alone, must be there when they are let in.
+struct HeadOrder {
+  const Head& s;
+  DEV_MEMBER void operator()() const {
+    i32* at = nullptr;
+    i32 next = 0;
+    if (!s.choice.keys) {
+      release_next();
+    } else if (blockIdx.x == 0 && threadIdx.x == 0) {
+      at = (i32*)state_array(s.choice.state, 3) + slot_of(s.choice.state, 0);
+      next = *at + 1;
+    }
+    await_previous();
+    if (!s.choice.keys || threadIdx.x) return;
+    if (at) *at = next, seen_by_all();
+    release_next();
+  }
+};
+
 struct Unchosen {  // what becomes of the rows of other products
   DEV_MEMBER void operator()(int, float) const {}
 };
@@ -38,7 +57,6 @@ DEV void choose(const Head& s, u64 key, u64* scratch) {
   }
   __syncthreads();
   if (!scratch[W]) return;
-  if (threadIdx.x == WARP) ++((i32*)state_array(p.state, 3))[slot_of(p.state, 0)];
   if (threadIdx.x < WARP) {
     i32* count = (i32*)p.count;
     const i32 token = *count;
