@@ -214,8 +214,9 @@ DEV float codes_input(const Product& p, const float2 (&w)[4], int column, Shared
 }
 
 // CG warps; TW tiles at a time, all there are of the block unless LOOP; HW warps of a block of the transform, 0 for none.
-template <int FORMAT, int CG, int TW, int HW, int ROUND, int LOOP, typename Ready>
-DEV void codes(const Product& p, u8* smem, Ready ready) {
+// done: is told each row's number and value by the thread that finishes it.
+template <int FORMAT, int CG, int TW, int HW, int ROUND, int LOOP, typename Ready, typename Done = Unchosen>
+DEV void codes(const Product& p, u8* smem, Ready ready, Done&& done = {}) {
   typedef CodesShared<FORMAT, CG, TW, ROUND> Shared;
   Shared& v = *(Shared*)smem;
   const Matrix& m = p.m;
@@ -261,6 +262,7 @@ DEV void codes(const Product& p, u8* smem, Ready ready) {
       y = fmaf(y, by * scale, bias);
       if (!LOOP && p.out.mode == ADD) ((float*)p.out.y)[row] = residual + y;
       else put_output(p.out, ring, row, 0, y);
+      done(row, y);
     }
     if (!LOOP) break;
     raw = next;
