@@ -97,6 +97,29 @@ DEV void mixer_fetch(const Mixer& q, MixerShared<N>& m, int to, i64 t0, int toke
   const int piece = threadIdx.x % PIECES;
   const u16* from = (const u16*)p.xbc + p.inner + group * N + piece * 8;
   const i64 to_c = p.groups * N;
+  const int col = threadIdx.x % 8 * 8;
+  const u16* from_x = (const u16*)q.x + first + col;
+  if (t0 > 0 && tokens == CHUNK) {  // nearly always: everything is copied
+    constexpr int ROWS = WIDE / PIECES, RAW_ROWS = WIDE / 8;
+    const int row = threadIdx.x / PIECES, at = piece / 8 * PANEL + swizzled(row, piece % 8), raw_row = threadIdx.x / 8;
+    static_assert(ROWS % 8 == 0, "rows of a thread are swizzled alike");
+    const u16* row_b = from + (token0 + row) * p.xbc_stride;
+    const u16* row_x = from_x + (token0 + raw_row - (MIXER_TAPS - 1)) * q.x_stride;
+    u8* own = m.raw[to] + raw_row * 128 + col * 2;
+#pragma unroll
+    for (int k = 0; k < CHUNK / ROWS; ++k) {
+      copy_async(m.b[to] + at + k * ROWS * 128, row_b);
+      copy_async(m.c[to] + at + k * ROWS * 128, row_b + to_c);
+      row_b += ROWS * p.xbc_stride;
+    }
+#pragma unroll
+    for (int k = 0; k < CHUNK / RAW_ROWS; ++k) {
+      copy_async(own + k * RAW_ROWS * 128, row_x);
+      row_x += RAW_ROWS * q.x_stride;
+    }
+    if (raw_row < MIXER_TAPS - 1) copy_async(own + CHUNK * 128, row_x);
+    return;
+  }
 #pragma unroll 1
   for (int row = threadIdx.x / PIECES; row < CHUNK; row += WIDE / PIECES) {
     const int at = piece / 8 * PANEL + swizzled(row, piece % 8);
@@ -109,7 +132,6 @@ DEV void mixer_fetch(const Mixer& q, MixerShared<N>& m, int to, i64 t0, int toke
       copy_async(own_c, from + (token0 + row) * p.xbc_stride + to_c);
     }
   }
-  const int col = threadIdx.x % 8 * 8;
 #pragma unroll 1
   for (int row = threadIdx.x / 8; row < CHUNK + MIXER_TAPS - 1; row += WIDE / 8) {
     const i64 t = t0 + row - (MIXER_TAPS - 1);  // of this call
@@ -126,7 +148,7 @@ DEV void mixer_fetch(const Mixer& q, MixerShared<N>& m, int to, i64 t0, int toke
     } else if (row - (MIXER_TAPS - 1) >= tokens) {
       *own = uint4{0, 0, 0, 0};
     } else {
-      copy_async(own, (const u16*)q.x + ((i64)b * p.length + t) * q.x_stride + first + col);
+      copy_async(own, from_x + ((i64)b * p.length + t) * q.x_stride);
     }
   }
 }
@@ -168,10 +190,13 @@ template <int N>
 DEV void mixer_put(const Mixer& q, const MixerShared<N>& m, const uint4 (&z)[4], int head, i64 token0, int tokens) {
   const Scan& p = q.scan;
   const int lane = threadIdx.x % WARP, row0 = threadIdx.x / WARP * 16 + lane / 8, piece = lane % 8;
+  uint4 y[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) y[k] = *(const uint4*)(m.x + swizzled(row0 + 4 * k, piece));
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const int row = row0 + 4 * k;
-    uint4 out = *(const uint4*)(m.x + swizzled(row, piece));
+    uint4 out = y[k];
     if (q.z) {
       float g[8], squares = 0;
 #pragma unroll
