@@ -153,17 +153,19 @@ DEV void mixer_fetch(const Mixer& q, MixerShared<N>& m, int to, i64 t0, int toke
   }
 }
 
-// x of a chunk after convolution and silu, as an operand: a warp has 16 tokens, a lane two channels.
+// x of a chunk after convolution and silu, as an operand: a lane has two channels, warps 8, 20, 20 and 16 tokens, as the first
+// computes the decays besides.
 template <int N>
 DEV void mixer_convolve(MixerShared<N>& m, int now, bool replay) {
-  constexpr int ROWS = 8;  // at once: all loads before any store
+  constexpr int ROWS = 4;  // at once: all loads before any store
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   float2 w[MIXER_TAPS + 1];
 #pragma unroll
   for (int k = 0; k < MIXER_TAPS + 1; ++k) w[k] = *(const float2*)(m.conv[k] + 2 * lane);
-#pragma unroll
-  for (int row0 = 0; row0 < 16; row0 += ROWS) {
-    const u8* raw = m.raw[now] + (warp * 16 + row0) * 128 + lane * 4;
+  const int end = warp < 3 ? 20 * warp + 8 : CHUNK;
+#pragma unroll 1
+  for (int row0 = warp ? 20 * warp - 12 : 0; row0 < end; row0 += ROWS) {
+    const u8* raw = m.raw[now] + row0 * 128 + lane * 4;
     u32 in[ROWS + MIXER_TAPS - 1], out[ROWS];
 #pragma unroll
     for (int i = 0; i < ROWS + MIXER_TAPS - 1; ++i) in[i] = *(const u32*)(raw + i * 128);
@@ -181,7 +183,7 @@ DEV void mixer_convolve(MixerShared<N>& m, int now, bool replay) {
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) out[i] = in[i + MIXER_TAPS - 1];
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i) *(u32*)(m.x + swizzled(warp * 16 + row0 + i, lane / 4) + lane % 4 * 4) = out[i];
+    for (int i = 0; i < ROWS; ++i) *(u32*)(m.x + swizzled(row0 + i, lane / 4) + lane % 4 * 4) = out[i];
   }
 }
 
