@@ -8,6 +8,7 @@
 // Naive twin: tests/runtime/numpy_reference.py. Tests: tests/runtime/test_cuda_mixer.py.
 #define MIXER_TAPS 4
 #define WIDE 128  // threads of a block
+#define LOG2E 1.4426950408889634f
 
 struct Mixer {
   Scan scan;  // xbc: after the convolution, only columns of B and C are read
@@ -22,11 +23,12 @@ struct MixerShared {  // operands are panels of 64 rows of 64 numbers, 128 bytes
   u8 state[PANELS * PANEL];                       // [p][n]
   u8 x[PANEL];                                    // [s][p]; then y
   u8 raw[2][(CHUNK + MIXER_TAPS - 1) * 128];      // x before the convolution, from three tokens before the chunk on
-  float dt[2][CHUNK], sum[2][CHUNK], within[2][CHUNK];  // as in ssd.cu
+  float dt[2][CHUNK], sum[2][CHUNK], within[2][CHUNK];  // as in ssd.cu, sums times log2 e
   u16 weight[2][CHUNK];
   float conv[MIXER_TAPS + 1][HEAD], skip[HEAD];  // weights, bias; D
 };
 
+DEV float short_silu(float v) { return v * short_reciprocal(1.0f + short_exp2(v * -LOG2E)); }
 DEV int swizzled(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }  // of 16 bytes
 
 // dt, its sums and decays of a chunk, by one warp; raw: of tokens 2 lane and 2 lane + 1.
@@ -37,7 +39,7 @@ DEV void mixer_decays(const Scan& p, MixerShared<N>& m, int to, const float (&ra
   for (int k = 0; k < 2; ++k) {
     const bool there = 2 * lane + k < tokens;
     dt[k] = !there ? 0.0f : replay ? 1.0f : softplus(raw[k] + bias, param_float(p.dt_low), param_float(p.dt_high));
-    v[k] = dt[k] * a;
+    v[k] = dt[k] * a * LOG2E;
   }
   float total = v[0] + v[1];
   for (int by = 1; by < WARP; by *= 2) {
@@ -45,13 +47,13 @@ DEV void mixer_decays(const Scan& p, MixerShared<N>& m, int to, const float (&ra
     if (lane >= by) total += before;
   }
   float sum[2] = {total - v[1], total};
-  if (replay) sum[0] = raw[0], sum[1] = raw[1];
+  if (replay) sum[0] = raw[0] * LOG2E, sum[1] = raw[1] * LOG2E;
   const float end = shuffle(sum[1], WARP - 1), last = shuffle(sum[1], lane | 7);
   for (int k = 0; k < 2; ++k) {
     m.dt[to][2 * lane + k] = dt[k];
     m.sum[to][2 * lane + k] = sum[k];
-    m.within[to][2 * lane + k] = dt[k] * fast_exp(last - sum[k]);
-    m.weight[to][2 * lane + k] = float_to_half_bits(dt[k] * fast_exp(end - sum[k]));
+    m.within[to][2 * lane + k] = dt[k] * short_exp2(last - sum[k]);
+    m.weight[to][2 * lane + k] = float_to_half_bits(dt[k] * short_exp2(end - sum[k]));
   }
 }
 
@@ -177,7 +179,7 @@ DEV void mixer_convolve(MixerShared<N>& m, int now, bool replay) {
         sum.x = fmaf(w[k].x, low_half(in[i + k]), sum.x);
         sum.y = fmaf(w[k].y, high_half(in[i + k]), sum.y);
       }
-      out[i] = pack_halves(silu(sum.x), silu(sum.y));
+      out[i] = pack_halves(short_silu(sum.x), short_silu(sum.y));
     }
     if (replay)
 #pragma unroll
@@ -204,7 +206,7 @@ DEV void mixer_put(const Mixer& q, const MixerShared<N>& m, const uint4 (&z)[4],
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const u32 yy = word(out, i), zz = word(z[k], i);
-        g[2 * i] = low_half(yy) * silu(low_half(zz)), g[2 * i + 1] = high_half(yy) * silu(high_half(zz));
+        g[2 * i] = low_half(yy) * short_silu(low_half(zz)), g[2 * i + 1] = high_half(yy) * short_silu(high_half(zz));
         squares += g[2 * i] * g[2 * i] + g[2 * i + 1] * g[2 * i + 1];
       }
       squares += shuffle_xor(squares, 1), squares += shuffle_xor(squares, 2), squares += shuffle_xor(squares, 4);
@@ -230,7 +232,7 @@ DEV void mixer_weigh(const MixerShared<N>& m, int now, const float (&gram)[CHUNK
     }
     float e[8];
     if (j < tile) {  // exp(c_to - c_from) by way of the last token of those around `from`
-      const float last = m.sum[now][16 * j + 15], by0 = fast_exp(sum0 - last), by1 = fast_exp(sum1 - last);
+      const float last = m.sum[now][16 * j + 15], by0 = short_exp2(sum0 - last), by1 = short_exp2(sum1 - last);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float2 v = *(const float2*)(m.within[now] + 16 * j + 8 * i + 2 * t);
@@ -243,7 +245,7 @@ DEV void mixer_weigh(const MixerShared<N>& m, int now, const float (&gram)[CHUNK
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const int from = 16 * j + 8 * i + 2 * t + k % 2, to = k < 2 ? u0 : u1;
-          const float by = fast_exp(fminf((k < 2 ? sum0 : sum1) - m.sum[now][from], 0.0f)), dt = m.dt[now][from];
+          const float by = short_exp2(fminf((k < 2 ? sum0 : sum1) - m.sum[now][from], 0.0f)), dt = m.dt[now][from];
           e[4 * i + k] = (from <= to ? dt : 0.0f) * by;
         }
     }
@@ -330,11 +332,8 @@ DEV void mixer(const Mixer& q, MixerShared<N>& m) {
     if (next < p.length) mixer_fetch<N>(q, m, now ^ 1, next, tokens_of(next), b, head, group, kept);
     commit_copies();
     mixer_convolve<N>(m, now, replay);
-    if (!warp && next < p.length) {
-      mixer_decays<N>(p, m, now ^ 1, raw, tokens_of(next), next < 0, a, bias);
-      ask_dt(after(next));
-    }
-    see_shared_stores();
+    if (!warp && next < p.length) mixer_decays<N>(p, m, now ^ 1, raw, tokens_of(next), next < 0, a, bias);
+    see_shared_stores();  // waits for everything that was asked for before
     products_wait<1>();
     u32 w[CHUNK / 16][4];
     mixer_weigh<N>(m, now, gram, w);
@@ -345,10 +344,11 @@ DEV void mixer(const Mixer& q, MixerShared<N>& m) {
       if (q.z && row < tokens && !replay) z[k] = *(const uint4*)((const u16*)q.z + (token0 + row) * q.z_stride + first + lane % 8 * 8);
     }
     products_wait<0>();
-    const float decay0 = fast_exp(m.sum[now][16 * warp + g]), decay1 = fast_exp(m.sum[now][16 * warp + g + 8]);
+    const float decay0 = short_exp2(m.sum[now][16 * warp + g]), decay1 = short_exp2(m.sum[now][16 * warp + g + 8]);
 #pragma unroll
     for (int i = 0; i < HEAD / 2; ++i) y[i] *= i % 4 < 2 ? decay0 : decay1;
     __syncthreads();  // x is there, and nobody reads the state any more
+    if (next < p.length) ask_dt(after(next));
     products_begin();
 #pragma unroll
     for (int k = 0; k < CHUNK / 16; ++k) product_across(y, w[k], across_at(m.x + k * 2048, PANEL));
@@ -361,7 +361,7 @@ DEV void mixer(const Mixer& q, MixerShared<N>& m) {
       x[k][0] = mul_halves(x[k][0], w0), x[k][1] = mul_halves(x[k][1], w0);
       x[k][2] = mul_halves(x[k][2], w1), x[k][3] = mul_halves(x[k][3], w1);
     }
-    const float whole = fast_exp(m.sum[now][CHUNK - 1]);
+    const float whole = short_exp2(m.sum[now][CHUNK - 1]);
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) s[i] *= whole;
     products_begin();
