@@ -279,6 +279,7 @@ DEV void mixer(const Mixer& q, MixerShared<N>& m) {
       else raw[k] = at < tokens ? ((const float*)p.dt)[((i64)b * p.length + t0 + at) * p.dt_stride + head] : 0.0f;
     }
   };
+  const int own = swizzled(16 * warp + g, 0) + 4 * t;  // this lane's two numbers of piece 0; row 8 below: 1024 on
   i64 t0 = when.before ? -when.before : 0;
   mixer_fetch<N>(q, m, 0, t0, tokens_of(t0), b, head, group, kept);
   commit_copies();
@@ -311,7 +312,7 @@ DEV void mixer(const Mixer& q, MixerShared<N>& m) {
     for (int j = 0; j < N / 8; ++j)
 #pragma unroll
       for (int k = 0; k < 2; ++k)
-        *(u32*)(m.state + j / 8 * PANEL + swizzled(16 * warp + g + 8 * k, j % 8) + 4 * t) = pack_halves(s[4 * j + 2 * k], s[4 * j + 2 * k + 1]);
+        *(u32*)(m.state + j / 8 * PANEL + (own ^ (j % 8 << 4)) + k * 1024) = pack_halves(s[4 * j + 2 * k], s[4 * j + 2 * k + 1]);
     wait_copies<0>();
     see_shared_stores();
     __syncthreads();
@@ -381,14 +382,14 @@ DEV void mixer(const Mixer& q, MixerShared<N>& m) {
         const float2 d = *(const float2*)(m.skip + 8 * j + 2 * t);
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const u32 x2 = *(const u32*)(m.x + swizzled(16 * warp + g + 8 * k, j) + 4 * t);
+          const u32 x2 = *(const u32*)(m.x + (own ^ (j << 4)) + k * 1024);
           out[j][k] = pack_halves(fmaf(d.x, low_half(x2), y[4 * j + 2 * k]), fmaf(d.y, high_half(x2), y[4 * j + 2 * k + 1]));
         }
       }
 #pragma unroll
       for (int j = 0; j < HEAD / 8; ++j)
 #pragma unroll
-        for (int k = 0; k < 2; ++k) *(u32*)(m.x + swizzled(16 * warp + g + 8 * k, j) + 4 * t) = out[j][k];
+        for (int k = 0; k < 2; ++k) *(u32*)(m.x + (own ^ (j << 4)) + k * 1024) = out[j][k];
       sync_warp();
       mixer_put<N>(q, m, z, head, token0, tokens);
     }
