@@ -9,7 +9,6 @@ The context is the one that is current, which is torch's: memory, streams and CU
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,7 +24,9 @@ SHARED_BY_DEFAULT = 48 * 1024
 
 
 class _Attribute(ctypes.Structure):
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+    """x, y and z: of a cluster; x: other values."""
+
+    _fields_ = [*((name, ctypes.c_int) for name in ("id", "pad", "x", "y", "z")), ("rest", ctypes.c_char * 52)]
 
 
 class _Config(ctypes.Structure):
@@ -72,10 +73,9 @@ class Module:
         gx, gy, gz = (*grid, 1, 1)[:3]
         data = np.ascontiguousarray(fields, np.int64)
         arguments = (ctypes.c_void_p * 1)(data.ctypes.data)
-        wanted = [_Attribute(PROGRAMMATIC_SERIALIZATION, b"", 1, b"")] if overlap else []
+        wanted = [_Attribute(PROGRAMMATIC_SERIALIZATION, x=1)] if overlap else []
         if cluster > 1:
-            rest = (1).to_bytes(4, sys.byteorder) * 2  # y and z
-            wanted.append(_Attribute(CLUSTER_DIMENSION, b"", cluster, rest))
+            wanted.append(_Attribute(CLUSTER_DIMENSION, x=cluster, y=1, z=1))
         attributes = (_Attribute * max(1, len(wanted)))(*wanted)
         config = _Config(gx, gy, gz, threads, 1, 1, shared, stream, attributes, len(wanted))
         code = self._cuda.cuLaunchKernelEx(ctypes.byref(config), function, arguments, None)
@@ -84,8 +84,7 @@ class Module:
     def active_clusters(self, name: str, threads: int, shared: int, cluster: int) -> int:
         """How many clusters of so many blocks the GPU can run at once; 0 where it can run none."""
         function = self._function(name, shared, True, cluster)
-        rest = (1).to_bytes(4, sys.byteorder) * 2
-        attributes = (_Attribute * 1)(_Attribute(CLUSTER_DIMENSION, b"", cluster, rest))
+        attributes = (_Attribute * 1)(_Attribute(CLUSTER_DIMENSION, x=cluster, y=1, z=1))
         config = _Config(cluster, 1, 1, threads, 1, 1, shared, None, attributes, 1)
         out = ctypes.c_int()
         code = self._cuda.cuOccupancyMaxActiveClusters(ctypes.byref(out), function, ctypes.byref(config))

@@ -76,7 +76,8 @@ class Gpu:
         cluster: int = 1,
     ) -> None:
         """Puts a kernel into torch's current stream; `overlap` where the GPU can and the kernel knows how; `spread`:
-        beside others that must find the multiprocessor's memory divided alike; `cluster`: blocks that run at once and see each other's memory."""
+        beside others that must find the multiprocessor's memory divided alike; `cluster`: blocks that run at once and
+        see each other's memory."""
         module = module or self.module(next((m for start, m in MODULE_OF.items() if name.startswith(start)), "main"))
         module.launch(
             name, grid, threads, shared, fields, self._stream(), overlap=overlap and self._overlap, spread=spread,
