@@ -42,17 +42,13 @@ class HostModule:
         *,
         overlap: bool = False,
         spread: bool = False,
-        cluster: int = 1,
     ) -> None:
         data = np.ascontiguousarray(fields, np.int64)
         gx, gy, gz = (*grid, 1, 1)[:3]
         getattr(self._library, name)(
             gx, gy, gz, ctypes.c_longlong(shared), ctypes.c_void_p(data.ctypes.data), ctypes.c_longlong(data.nbytes),
-            threads, cluster,
+            threads,
         )  # fmt: skip
-
-    def active_clusters(self, name: str, threads: int, shared: int, cluster: int) -> int:
-        return 64
 
 
 @cache
@@ -78,10 +74,8 @@ def host_module(module: str = "main", extra: str = "") -> HostModule:
 
 
 @cache
-def host_gpu(
-    blocks: int = 3, shared: int = 227 * 1024, bakes: bool = False, warpgroups: bool = False, clusters: int = 0
-) -> Any:
+def host_gpu(blocks: int = 3, shared: int = 227 * 1024, bakes: bool = False, warpgroups: bool = False) -> Any:
     torch = pytest.importorskip("torch")
     from slimba.runtime.backends.cuda_device import Gpu
 
-    return Gpu(torch.device("cpu"), host_module, blocks, shared, bakes=bakes, warpgroups=warpgroups, clusters=clusters)
+    return Gpu(torch.device("cpu"), host_module, blocks, shared, bakes=bakes, warpgroups=warpgroups)

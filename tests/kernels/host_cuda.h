@@ -44,7 +44,6 @@ struct Fibre {
   void* stack_pointer = nullptr;
   Dim3 thread = {0, 0, 0}, block = {0, 0, 0};
   int block_index = 0, warp = 0, lane = 0, exchanges = 0;
-  unsigned cluster = 0;  // generation of the cluster's barrier at which it arrived
   bool done = false;
 };
 struct Gate {  // a barrier of `size` fibres
@@ -66,8 +65,6 @@ inline std::vector<Block>* blocks = nullptr;
 constexpr std::size_t kStack = 48 * 1024;
 inline std::vector<std::unique_ptr<char[]>> stacks;  // kept: making them costs more than running on them
 inline Dim3 grid_size, block_size;
-inline int cluster_size = 1;  // of the next launch: blocks that run together
-inline Gate cluster_gate;
 inline const std::function<void()>* body = nullptr;
 
 extern "C" void host_switch(void** save, void* load);
@@ -109,18 +106,17 @@ inline void enter() {
   for (;;) yield();
 }
 
-// Runs one cluster of blocks after another.
+// Runs one block after another.
 inline void run(Dim3 grid, int threads, i64 shared_bytes, const std::function<void()>& f) {
   grid_size = grid;
   block_size = {unsigned(threads), 1, 1};
   body = &f;
-  const int total = int(grid.x * grid.y * grid.z), step = cluster_size;
+  const int total = int(grid.x * grid.y * grid.z), step = 1;
   for (int from = 0; from < total; from += step) {
     const int count = step < total - from ? step : total - from;
     std::vector<Block> group(count);
     std::vector<Fibre> fibres(std::size_t(count) * threads);
     blocks = &group;
-    cluster_gate = {count * threads, 0, 0};
     for (int b = 0; b < count; ++b) {
       const int at = from + b;
       group[b].gate = {threads, 0, 0};
@@ -180,14 +176,13 @@ struct Exchange {
 #define SHARED(name) u8* name = host::own_block().shared.data()
 #define KERNEL(name, Params, ...)                                                                                  \
   static void name##_body(const Params& p);                                                                       \
-  extern "C" void name(int gx, int gy, int gz, i64 shared, const void* fields, i64 bytes, int n, int cluster) { \
+  extern "C" void name(int gx, int gy, int gz, i64 shared, const void* fields, i64 bytes, int n) { \
     if (bytes != (i64)sizeof(Params)) {                                                                            \
       std::fprintf(stderr, #name ": %lld bytes of fields for a struct of %lld\n", (long long)bytes,              \
                    (long long)sizeof(Params));                                                                     \
       std::abort();                                                                                                \
     }                                                                                                              \
     const Params& p = *static_cast<const Params*>(fields);                                                         \
-    host::cluster_size = cluster;                                                                               \
     host::run({unsigned(gx), unsigned(gy), unsigned(gz)}, n, shared, [&] { name##_body(p); });    \
   }                                                                                                                \
   static void name##_body(const Params& p)
@@ -371,15 +366,3 @@ DEV void prefetch(const void* p) { volatile char touched = *static_cast<const ch
 DEV void await_previous() {}
 DEV void release_next() {}
 DEV void seen_by_all() {}
-DEV void cluster_arrive() {
-  const unsigned mine = host::cluster_gate.generation;
-  host::current->cluster = mine;
-  if (++host::cluster_gate.arrived == host::cluster_gate.size) host::cluster_gate.arrived = 0, ++host::cluster_gate.generation;
-}
-DEV void cluster_wait() {
-  while (host::cluster_gate.generation == host::current->cluster) host::yield();
-}
-DEV void store_in_cluster(float* to, int rank, float v) {
-  u8* own = host::own_block().shared.data();
-  std::memcpy((*host::blocks)[rank].shared.data() + (reinterpret_cast<u8*>(to) - own), &v, 4);
-}

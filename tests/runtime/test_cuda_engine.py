@@ -270,31 +270,6 @@ def test_kernels_of_usual_shapes_are_the_recurrence(batch: int, groups: int, sta
     np.testing.assert_allclose(got, want, rtol=0, atol=3e-5 if state_dtype == "float32" else 3e-2)
 
 
-@pytest.mark.parametrize(("clusters", "state_dtype"), [(16, "float32"), (8, "float32"), (16, "int8"), (16, "bfloat16")])
-def test_in_proj_and_recurrence_in_one_kernel(clusters: int, state_dtype: str) -> None:
-    """front.cuh, past the token that stores the state; blocks of a cluster write into each other's memory."""
-    from slimba.runtime.backends.cuda import CudaEngine
-    from slimba.runtime.measure import random_model
-
-    spec = mamba2_spec(d_model=2048, d_inner=512, headdim=64, d_state=128, n_layer=2, conv_bias=clusters > 8)
-    checkpoint = random_model(spec, "dfssm")
-    ids = np.random.default_rng(1).integers(0, 67, (1, 20)).astype(np.int32)
-    got = []
-    for gpu in (host_gpu(blocks=16, bakes=True), host_gpu(blocks=16, bakes=True, clusters=clusters)):
-        cuda = CudaEngine(checkpoint, gpu=gpu, state_dtype=state_dtype, exact=True)
-        state = cuda.new_state()
-        cuda.prefill(ids[:, :3], state)
-        got.append(np.stack([cuda.step(ids[:, t], state).numpy().copy() for t in range(3, 20)], axis=1))
-    front = cuda.stepper(state)._front
-    assert front is not None and front.cluster == clusters
-    np.testing.assert_allclose(got[1], got[0], rtol=0, atol=1e-5 * np.abs(got[0]).max())
-    model = NumpyModel(checkpoint) if state_dtype == "float32" else StoredModel(checkpoint, state_dtype)
-    want = model.logits(ids[0])[3:]
-    np.testing.assert_allclose(
-        got[1][0], want, rtol=0, atol=(1e-4 if state_dtype == "float32" else 1e-2) * np.abs(want).max()
-    )
-
-
 @pytest.mark.parametrize("state_dtype", ["float32", "int8", "bfloat16"])
 def test_sequences_join_leave_and_are_saved(state_dtype: str) -> None:
     """Three sequences in slots of one pool, coming and going between steps, see what they would see alone."""

@@ -165,25 +165,6 @@ DEV uint4 load_state(const void* p) {
   return v;
 }
 DEV float load_fresh(const float* p) { return __ldcg(p); }
-// Barrier of a cluster, in two halves; what was written before the first can be seen after the second. And a number into the shared
-// memory of its block `rank`, where `to` is in that of this block.
-DEV void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-#endif
-}
-DEV void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-#endif
-}
-DEV void store_in_cluster(float* to, int rank, float v) {
-#if __CUDA_ARCH__ >= 900
-  u32 at;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"((u32)__cvta_generic_to_shared(to)), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
-#endif
-}
 #define ASSUME(what) __builtin_assume(what)
 DEV void prefetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 // Programmatic dependent launch: wait until everything the kernel before has written can be seen, then let the kernel

@@ -62,32 +62,18 @@ DEV float dot_sums(const float (&v)[N]) {
   return sum;
 }
 
-// Tiles and int8 rows of a block as they are dealt to B blocks in turn, and where their results go.
-template <int B>
-struct Dealt {
-  DEV_MEMBER int tile(int i) const { return (int)blockIdx.x + i * B; }
-  DEV_MEMBER int code(int i) const { return (int)blockIdx.x + i * B; }
-};
-struct ToOutput {
-  const Output& out;
-  DEV_MEMBER void operator()(int unit, int row, float y, float residual, i64 ring) const {
-    if (out.mode == ADD) ((float*)out.y)[row] = residual + y;
-    else put_output(out, ring, row, 0, y);
-  }
-};
-
 // CW warps, X words of 32 columns a lane, TW tiles and RW int8 rows a block, P words of a second plane a warp (those of its columns
-// that the plane has, filled up), PM: which of the tiles may have the plane, LR: 16 ranks of a correction, or 0. where: the numbers
-// of the tiles and rows of the block; put: is given its unit (a row of the tiles in their order, then the int8 rows), row and result by the thread that has them.
-template <int CW, int X, int TW, int RW, int P, int PM, int LR, typename Ready, typename Where, typename Put>
-DEV void dot_rows(const Product& p, u8* smem, Ready ready, const Where& where, const Put& put) {
+// that the plane has, filled up), PM: which of the tiles may have the plane, B: blocks, LR: 16 ranks of a correction, or 0.
+template <int CW, int X, int TW, int RW, int P, int PM, int B, int LR, typename Ready>
+DEV void dot(const Product& p, u8* smem, Ready ready) {
   constexpr u32 ONES = 0x01010101u;
   constexpr int COLUMNS = 128 * X, K = 4 * (TW * TILE + RW) <= CW * WARP ? 4 : 2;  // K threads finish a row
   constexpr int XP = P > 4 ? P / 4 : 1, SPAN = P > 4 ? 4 : P ? P : 1, BITS = 2 * SPAN;  // a lane's words of the plane, bits of one
   DotShared<CW, X, TW, RW, P, LR>& v = *(DotShared<CW, X, TW, RW, P, LR>*)smem;
   const Matrix& m = p.m;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-  const int plane_rows = (int)(m.plane_stop - m.plane_start);
+  const int block = blockIdx.x, plane_rows = (int)(m.plane_stop - m.plane_start);
+  ASSUME(block < B);
   // With one segment of signs, in whole tiles, what a lane reads of them lies at constant distances.
   int signs = 0, only = 0;
 #pragma unroll
@@ -95,7 +81,7 @@ DEV void dot_rows(const Product& p, u8* smem, Ready ready, const Where& where, c
     if (k < (int)m.segments && m.segment[k].format == SIGN) ++signs, only = k;
   const Segment& s = m.segment[only];
   const bool plain = signs == 1 && s.rows % TILE == 0 && m.plane_start % TILE == 0 && plane_rows % TILE == 0 && s.first % TILE == 0;
-  const i64 first_row = (i64)where.tile(0) * TILE + g;
+  const i64 first_row = (i64)block * TILE + g;
   const u8* lane_bits = (const u8*)s.data + first_row * s.stride + warp * (COLUMNS / 8) + 4 * t * X;
   const u8* lane_plane = (const u8*)m.plane_data + (first_row + s.first - m.plane_start) * m.plane_stride + 4 * (warp * P + t % SPAN * XP);
   const float *weight = (const float*)p.in.weight, *col_scale = (const float*)m.col_scale;
@@ -104,14 +90,14 @@ DEV void dot_rows(const Product& p, u8* smem, Ready ready, const Where& where, c
   bool planes[TW], last_there = true;
 #pragma unroll
   for (int i = 0; i < TW; ++i) {
-    const LeanRows r = lean_rows<SIGN>(m, where.tile(i));
+    const LeanRows r = lean_rows<SIGN>(m, block + i * B);
     last_there = r.there;
     const int in_plane = r.first + r.local - (int)m.plane_start;
     planes[i] = (PM >> i & 1) && r.there && in_plane + TILE > 0 && in_plane < plane_rows;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = r.local + g + 8 * h, at = in_plane + g + 8 * h;
-      const i64 further = (where.tile(i) - where.tile(0)) * TILE + 8 * h;
+      const i64 further = i * B * TILE + 8 * h;
       const bool there = r.there && (plain || row < r.rows);
       const u8* from = plain ? lane_bits + further * s.stride : r.data + (i64)row * r.stride + warp * (COLUMNS / 8) + 4 * t * X;
       load_words<X>(there, (const u32*)from, bits[i][h]);
@@ -125,7 +111,7 @@ DEV void dot_rows(const Product& p, u8* smem, Ready ready, const Where& where, c
   u32 codes[RW ? RW : 1][X];
 #pragma unroll
   for (int i = 0; i < RW; ++i) {
-    const LeanRows r = lean_rows<INT8>(m, where.code(i));
+    const LeanRows r = lean_rows<INT8>(m, block + i * B);
 #pragma unroll
     for (int x = 0; x < X; ++x)
       codes[i][x] = r.there ? ((const u32*)(r.data + (i64)r.local * r.stride + warp * COLUMNS))[lane + 32 * x] : 0;
@@ -156,8 +142,8 @@ DEV void dot_rows(const Product& p, u8* smem, Ready ready, const Where& where, c
   // what finishing a row takes: threads K r + k have a K-th of the sums of row r of the tiles, then of the int8 rows
   const int unit = threadIdx.x / K, k = lane % K;
   const bool of_tile = unit < TW * TILE;
-  LeanRows r = of_tile ? lean_rows<SIGN>(m, where.tile(unit / TILE))
-                       : lean_rows<INT8>(m, unit - TW * TILE < RW ? where.code(unit - TW * TILE) : -1);
+  LeanRows r = of_tile ? lean_rows<SIGN>(m, block + unit / TILE * B)
+                       : lean_rows<INT8>(m, unit - TW * TILE < RW ? block + (unit - TW * TILE) * B : -1);
   if (of_tile) r.local += unit % TILE;
   r.there = r.there && r.local < r.rows;
   const int row = r.first + r.local, lr_row = row - (int)m.lr_start, plane_row = row - (int)m.plane_start;
@@ -333,12 +319,6 @@ DEV void dot_rows(const Product& p, u8* smem, Ready ready, const Where& where, c
   if (!r.there || k) return;
   const float norm = p.in.groups ? fast_rsqrt(squares / (float)m.cols + param_float(p.in.eps)) : 1.0f;
   y = fmaf(y, norm, bias);
-  put(unit, row, y, residual, ring);
-}
-
-// B: blocks.
-template <int CW, int X, int TW, int RW, int P, int PM, int B, int LR, typename Ready>
-DEV void dot(const Product& p, u8* smem, Ready ready) {
-  ASSUME(blockIdx.x < B);
-  dot_rows<CW, X, TW, RW, P, PM, LR>(p, smem, ready, Dealt<B>{}, ToOutput{p.out});
+  if (p.out.mode == ADD) ((float*)p.out.y)[row] = residual + y;
+  else put_output(p.out, ring, row, 0, y);
 }

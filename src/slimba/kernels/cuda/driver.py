@@ -18,15 +18,12 @@ from slimba.kernels.cuda.compiler import CudaUnavailable
 __all__ = ["Module"]
 
 MAX_DYNAMIC_SHARED, SHARED_CARVEOUT = 8, 9  # of CUfunction_attribute in cuda.h
-NON_PORTABLE_CLUSTER, PORTABLE_CLUSTER = 13, 8
-CLUSTER_DIMENSION, PROGRAMMATIC_SERIALIZATION = 4, 6  # of CUlaunchAttributeID
+PROGRAMMATIC_SERIALIZATION = 6  # of CUlaunchAttributeID
 SHARED_BY_DEFAULT = 48 * 1024
 
 
 class _Attribute(ctypes.Structure):
-    """x, y and z: of a cluster; x: other values."""
-
-    _fields_ = [*((name, ctypes.c_int) for name in ("id", "pad", "x", "y", "z")), ("rest", ctypes.c_char * 52)]
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
 
 
 class _Config(ctypes.Structure):
@@ -63,34 +60,21 @@ class Module:
         *,
         overlap: bool = False,
         spread: bool = False,
-        cluster: int = 1,
     ) -> None:
         """Puts one kernel into the stream. grid: up to three numbers of blocks; shared: bytes of dynamic shared memory;
-        overlap: it may begin while the kernel before it ends (programmatic dependent launch), which it must expect;
-        cluster: blocks that run at once and see each other's shared memory.
+        overlap: it may begin while the kernel before it ends (programmatic dependent launch), which it must expect.
         """
-        function = self._function(name, shared, spread, cluster)
+        function = self._function(name, shared, spread)
         gx, gy, gz = (*grid, 1, 1)[:3]
         data = np.ascontiguousarray(fields, np.int64)
         arguments = (ctypes.c_void_p * 1)(data.ctypes.data)
-        wanted = [_Attribute(PROGRAMMATIC_SERIALIZATION, x=1)] if overlap else []
-        if cluster > 1:
-            wanted.append(_Attribute(CLUSTER_DIMENSION, x=cluster, y=1, z=1))
-        attributes = (_Attribute * max(1, len(wanted)))(*wanted)
-        config = _Config(gx, gy, gz, threads, 1, 1, shared, stream, attributes, len(wanted))
+        attribute = _Attribute(PROGRAMMATIC_SERIALIZATION, b"", 1, b"")
+        attributes = ctypes.pointer(attribute) if overlap else None
+        config = _Config(gx, gy, gz, threads, 1, 1, shared, stream, attributes, int(overlap))
         code = self._cuda.cuLaunchKernelEx(ctypes.byref(config), function, arguments, None)
         self._check(code, f"launching {name} with {tuple(grid)} blocks and {shared} bytes of shared memory")
 
-    def active_clusters(self, name: str, threads: int, shared: int, cluster: int) -> int:
-        """How many clusters of so many blocks the GPU can run at once; 0 where it can run none."""
-        function = self._function(name, shared, True, cluster)
-        attributes = (_Attribute * 1)(_Attribute(CLUSTER_DIMENSION, x=cluster, y=1, z=1))
-        config = _Config(cluster, 1, 1, threads, 1, 1, shared, None, attributes, 1)
-        out = ctypes.c_int()
-        code = self._cuda.cuOccupancyMaxActiveClusters(ctypes.byref(out), function, ctypes.byref(config))
-        return 0 if code else out.value
-
-    def _function(self, name: str, shared: int, spread: bool, cluster: int) -> ctypes.c_void_p:
+    def _function(self, name: str, shared: int, spread: bool) -> ctypes.c_void_p:
         found, allowed = self._functions.get(name, (None, SHARED_BY_DEFAULT))
         if found is None:
             found = ctypes.c_void_p()
@@ -98,9 +82,6 @@ class Module:
             if spread:  # kernels that share a multiprocessor must agree on how its memory is divided
                 part = ctypes.c_int(self.SHARED_PERCENT)
                 self._cuda.cuFuncSetAttribute(found, ctypes.c_int(SHARED_CARVEOUT), part)
-            if cluster > PORTABLE_CLUSTER:
-                code = self._cuda.cuFuncSetAttribute(found, ctypes.c_int(NON_PORTABLE_CLUSTER), ctypes.c_int(1))
-                self._check(code, f"clusters of {cluster} blocks for {name}")
         if shared > allowed:
             code = self._cuda.cuFuncSetAttribute(found, ctypes.c_int(MAX_DYNAMIC_SHARED), ctypes.c_int(shared))
             self._check(code, f"{shared} bytes of shared memory for {name}")

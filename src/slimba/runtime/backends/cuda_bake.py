@@ -15,8 +15,6 @@ import re
 import numpy as np
 
 from slimba.runtime.backends.cuda_codes import Codes
-from slimba.runtime.backends.cuda_front import RESIDENT as FRONT_RESIDENT
-from slimba.runtime.backends.cuda_front import Front
 from slimba.runtime.backends.cuda_lean import Dot, Lean
 from slimba.runtime.backends.cuda_stream import Stream
 
@@ -89,13 +87,6 @@ class Baked:
         )
         return self._add("slimba_head", kernel("Head", f"{lean.threads}, {lean.resident}", sets, call))
 
-    def front(self, product: np.ndarray, recurrence: np.ndarray, front: Front) -> str:
-        """The kernel for a struct Front."""
-        sets = constants(product, POINTERS, VARYING) + " "
-        sets += constants(recurrence, RECURRENCE_POINTERS, RECURRENCE_VARYING, len(product))
-        call = f"release_next(); {front.name}(s, smem);"
-        return self._add("slimba_front", kernel("Front", f"{front.threads}, {FRONT_RESIDENT}", sets, call))
-
     def recurrence(self, fields: np.ndarray, instance: str) -> str:
         """The kernel for a struct Recurrence; `instance` are the arguments of the template recur, or QUICK."""
         sets = constants(fields, RECURRENCE_POINTERS, RECURRENCE_VARYING)
@@ -135,12 +126,12 @@ class Baked:
         return self._names.setdefault((name, text), f"{name}_{len(self._names)}")
 
 
-def constants(fields: np.ndarray, pointers: set[int], varying: set[int], first: int = 0) -> str:
-    """Assignments of what is the same in every launch, from field `first` on; a pointer only where it is null."""
+def constants(fields: np.ndarray, pointers: set[int], varying: set[int]) -> str:
+    """Assignments of what is the same in every launch; a pointer only where it is null."""
     fixed = [
         (i, int(v)) for i, v in enumerate(fields.tolist()) if i not in varying and (i not in pointers or v == 0)
     ]  # fmt: skip
-    return " ".join(f"f[{first + i}] = {v};" for i, v in fixed)
+    return " ".join(f"f[{i}] = {v};" for i, v in fixed)
 
 
 def kernel(struct: str, bounds: str, sets: str, call: str) -> str:

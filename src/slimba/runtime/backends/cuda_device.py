@@ -28,14 +28,13 @@ MODULE_OF = {  # where a kernel is, by how its name begins; else in "main"
     "slimba_turn": "bulk",
 }  # fmt: skip
 WARPGROUPS = (9, 0)  # the only one with products of warpgroups as we use them
-CLUSTERS = {9: 16, 10: 16, 12: 8}  # blocks of the largest cluster, by the first number of the compute capability
 OVERLAPS = (9, 0)  # first with programmatic dependent launch
 
 
 class Gpu:
     """One device with its kernels. `blocks`: multiprocessors; `shared`: bytes of shared memory for a block; `build`
     makes a module of kernels from its name and text behind it; `bakes`: whether a model gets kernels of its own;
-    `warpgroups`: whether it has what kernels/cuda/warpgroup.cuh wants; `clusters`: blocks of its largest cluster, or 0.
+    `warpgroups`: whether it has what kernels/cuda/warpgroup.cuh wants.
     """
 
     def __init__(
@@ -48,10 +47,9 @@ class Gpu:
         overlap: bool = False,
         bakes: bool = False,
         warpgroups: bool = False,
-        clusters: int = 0,
     ) -> None:
         self.device, self.blocks, self.shared, self.bakes = device, blocks, shared, bakes
-        self.warpgroups, self.clusters = warpgroups, clusters
+        self.warpgroups = warpgroups
         self._overlap = self.overlaps = overlap
         self.module_builder = build
         self._modules: dict[tuple[str, str], Any] = {}
@@ -73,16 +71,13 @@ class Gpu:
         overlap: bool = False,
         module: Any = None,
         spread: bool = False,
-        cluster: int = 1,
     ) -> None:
         """Puts a kernel into torch's current stream; `overlap` where the GPU can and the kernel knows how; `spread`:
-        beside others that must find the multiprocessor's memory divided alike; `cluster`: blocks that run at once and
-        see each other's memory."""
+        beside others that must find the multiprocessor's memory divided alike."""
         module = module or self.module(next((m for start, m in MODULE_OF.items() if name.startswith(start)), "main"))
         module.launch(
-            name, grid, threads, shared, fields, self._stream(), overlap=overlap and self._overlap, spread=spread,
-            cluster=cluster,
-        )  # fmt: skip
+            name, grid, threads, shared, fields, self._stream(), overlap=overlap and self._overlap, spread=spread
+        )
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """What `work` puts into the stream, to be repeated at will: one CUDA graph. `work` must have run before, and is
@@ -135,7 +130,7 @@ def open_gpu(index: int = 0) -> Gpu:
 
     gpu = Gpu(
         device, build, about.multi_processor_count, shared, overlap=capability >= OVERLAPS, bakes=True,
-        warpgroups=capability == WARPGROUPS, clusters=CLUSTERS.get(capability[0], 0),
+        warpgroups=capability == WARPGROUPS,
     )  # fmt: skip
     gpu.module("main")
     return gpu

@@ -22,7 +22,6 @@ from slimba.runtime.backends.cuda_bake import KEYS, QUICK, QUICK_THREADS, Baked
 from slimba.runtime.backends.cuda_bulk import Bulk
 from slimba.runtime.backends.cuda_codes import Codes, codes_of
 from slimba.runtime.backends.cuda_device import Gpu
-from slimba.runtime.backends.cuda_front import Front, front_of
 from slimba.runtime.backends.cuda_lean import Dot, Lean, dot_of, lean_of
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
 from slimba.runtime.backends.cuda_state import KEPT, POINTERS, STATE_CODES, CudaState, StatePointers
@@ -182,7 +181,7 @@ class FusedStep(Step):
     """One token for each of up to LARGEST_BATCH sequences by the fused kernels."""
 
     arithmetic = "23-bit fixed point"
-    DOTS = QUICK = STREAMS = FRONTS = True
+    DOTS = QUICK = STREAMS = True
     # Shared memory that kernels ask for so that their blocks spread over the multiprocessors: neighbours fit beside
     # each other, but never two blocks of one kernel.
     SPREAD, BESIDE = 164 * 1024, {"in_proj": 0.485, "recur": 0.378, "out_proj": 0.5005}
@@ -212,9 +211,7 @@ class FusedStep(Step):
         self._choosing = np.concatenate([self.products[-1], choice, self.embed])  # struct Head
         self._heads = self._choosing.copy()
         self._heads[KEYS] = 0
-        self._chooses, self._front_kernel = False, ""
-        self._front: Front | None = None
-        self._fronts = [np.concatenate([self.products[2 * i], r]) for i, r in enumerate(self.recurrences)]
+        self._chooses = False
         self._kernels, self._own = self._bake() if gpu.bakes else self._generic()
 
     @staticmethod
@@ -256,21 +253,9 @@ class FusedStep(Step):
         if not embedded:
             gpu.launch("slimba_embed", (gpu.blocks,), self.embed, overlap=overlap, spread=self.batch == 1)
         for i, layer in enumerate(self._model.layers):
-            if self._front:
-                self.front(i, overlap)
-            else:
-                self.product(layer.matrices["in_proj"], 2 * i, 1, overlap)
-                self.recur(i, overlap)
+            self.product(layer.matrices["in_proj"], 2 * i, 1, overlap)
+            self.recur(i, overlap)
             self.product(layer.matrices["out_proj"], 2 * i + 1, norm_groups(spec), overlap)
-
-    def front(self, i: int, overlap: bool) -> None:
-        """Launches in_proj and recurrence of layer i, which are one kernel."""
-        assert self._front
-        shared, grid = max(self._front.shared_bytes, self._room("in_proj")), (self._front.dot.blocks,)
-        self._gpu.launch(
-            self._front_kernel, grid, self._fronts[i], shared, threads=self._front.threads, overlap=overlap,
-            module=self._own, spread=True, cluster=self._front.cluster,
-        )  # fmt: skip
 
     def product(self, m: DeviceMatrix, i: int, groups: int, overlap: bool) -> None:
         """Launches the i-th product; `groups` of its input's norm."""
@@ -334,26 +319,7 @@ class FusedStep(Step):
         if len(set(names)) > MOST_KERNELS:
             self._lean, self._quick, self._chooses = {}, False, False
             return self._generic()
-        plain = baked.source
-        for cluster in (16, 8) if self._quick and self.batch == 1 and self.FRONTS else ():
-            if (front := self._front_of(cluster)) is None:
-                continue
-            kernels = {baked.front(self.products[2 * i], r, front) for i, r in enumerate(self.recurrences)}
-            module = self._gpu.module("decode", baked.source)
-            name = kernels.pop()
-            active = module.active_clusters(name, front.threads, front.shared_bytes, cluster)
-            if not kernels and active * cluster >= front.dot.blocks:
-                self._front, self._front_kernel = front, name
-                return names, module
-        return names, self._gpu.module("decode", plain)
-
-    def _front_of(self, cluster: int) -> Front | None:
-        """What front.cuh takes for all layers with such clusters."""
-        if cluster > self._gpu.clusters:
-            return None
-        every = {front_of(layer.matrices["in_proj"], self._model.spec, cluster) for layer in self._model.layers}
-        front = every.pop()
-        return front if front and not every and front.shared_bytes <= self._gpu.shared else None
+        return names, self._gpu.module("decode", baked.source)
 
     def _lean_products(self) -> dict[int, Codes | Dot | Lean | Stream]:
         """The products that dot.cuh, lean.cuh, codes.cuh or stream.cuh takes, by their number."""
