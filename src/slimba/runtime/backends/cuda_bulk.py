@@ -184,7 +184,8 @@ class Bulk:
             layer.a.data_ptr(), layer.d.data_ptr(), layer.dt_bias.data_ptr(), *xbc, dt.data_ptr(), heads,
             y.data_ptr(), inner, float_bits(low), float_bits(high),
         )  # fmt: skip
-        gates = fused and spec.gated_norm and not spec.norm_before_gate and spec.norm_group_size == inner
+        weight = layer.gated_norm
+        gates = fused and weight is not None and not spec.norm_before_gate and spec.norm_group_size == inner
         if fused:
             squares = self._empty(tokens, heads, dtype=torch.float32)
             bias_of_conv = layer.conv_bias.data_ptr() if layer.conv_bias is not None else 0
@@ -201,17 +202,15 @@ class Bulk:
             dt.data_ptr(), heads, layer.dt_bias.data_ptr(), layer.a.data_ptr(), float_bits(low), float_bits(high)
         )  # fmt: skip
         self._push(convolution, steps, channels, batch)
-        if gates and layer.gated_norm is not None:
-            norm = fields_of(
-                y.data_ptr(), squares.data_ptr(), layer.gated_norm.data_ptr(), inner, float_bits(spec.norm_eps)
-            )
+        if gates and weight is not None:
+            norm = fields_of(y.data_ptr(), squares.data_ptr(), weight.data_ptr(), inner, float_bits(spec.norm_eps))
             self._gpu.launch("slimba_rejoin", (tokens,), norm, 32)
             return y
         gated = self._empty(tokens, inner)
         groups = inner // spec.norm_group_size if spec.gated_norm else 0
         fields = fields_of(
             y.data_ptr(), inner, p.data_ptr(), wide, gated.data_ptr(), inner,
-            layer.gated_norm.data_ptr() if layer.gated_norm is not None else 0, inner, groups,
+            weight.data_ptr() if weight is not None else 0, inner, groups,
             float_bits(spec.norm_eps), int(spec.norm_before_gate),
         )  # fmt: skip
         self._launch("gate_norm", (tokens,), fields, 32)
