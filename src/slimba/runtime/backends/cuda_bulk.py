@@ -349,7 +349,10 @@ class Bulk:
         if key not in self._expansions:
             self._expansions[key] = fields_of(m.fields, first, rows, out.data_ptr(), m.cols, m.plane_inverse)
         grid = -(-m.cols // 256), -(-rows // 64)
-        self._launch("expand", grid, self._expansions[key], m.rank * EXPAND_BYTES[self._suffix])
+        if m.rank or self.dtype == torch.float32:
+            self._launch("expand", grid, self._expansions[key], m.rank * EXPAND_BYTES[self._suffix])
+        else:
+            self._gpu.launch("slimba_expand_plain", grid, self._expansions[key])
         return out
 
     def _product32(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
