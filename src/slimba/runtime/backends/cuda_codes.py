@@ -20,8 +20,8 @@ MOST_WARPS = 24  # of a block
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """Arguments of the template `codes`: format, warps, groups of columns of each, tiles of a block at a time, groups of
-    a block of the transform, kind of rounding, and whether a block has more tiles than that."""
+    """Arguments of the template `codes`: format, warps, groups of columns of each, tiles of a block at a time, groups
+    of a block of the transform, kind of rounding, and whether a block has more tiles than that."""
 
     format: str
     warps: int
@@ -65,12 +65,14 @@ def codes_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool) -> Cod
     fitting = [shape for shape in found if shape is not None]
     if not fitting:
         return None
-    warps, pieces, at_once = min(fitting, key=lambda shape: shape[2] < tiles)  # the first that need not loop, or the first
+    warps, pieces, at_once = min(
+        fitting, key=lambda shape: shape[2] < tiles
+    )  # the first that need not loop, or the first
     return Codes(formats[0], warps, pieces, at_once, turned, m.rounding, at_once < tiles)
 
 
 def shape_of(format: str, groups: int, pieces: int, tiles: int) -> tuple[int, int, int] | None:
-    """Warps, groups of each, and tiles at a time of a block with so many tiles; None where the registers do not suffice."""
+    """Warps, groups of each, and tiles at a time of a block with so many tiles; None where registers are short."""
     warps = groups // pieces
     if warps > MOST_WARPS:
         return None
