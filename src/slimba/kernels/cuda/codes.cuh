@@ -23,28 +23,19 @@ struct CodesShared {
 // Stages 1 to 128 of the transform over a warp's 256 columns.
 DEV void turn_warp(float (&e)[8]) {
   const int lane = threadIdx.x % WARP;
-  auto inside = [&](int step) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (i & step) continue;
-      const float a = e[i], b = e[i + step];
-      e[i] = a + b;
-      e[i + step] = a - b;
-    }
-  };
   auto across = [&](int step) {
     const float sign = lane & step ? -1.0f : 1.0f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) e[i] = fmaf(e[i], sign, shuffle_xor(e[i], step));
   };
-  inside(1);
-  inside(2);
+  butterfly(e, 1);
+  butterfly(e, 2);
   across(1);
   across(2);
   across(4);
   across(8);
   across(16);
-  inside(4);
+  butterfly(e, 4);
 }
 
 // The other stages, over HW pieces, of what lies in `turned`; ends with a barrier.
@@ -56,14 +47,7 @@ DEV void turn_pieces(float* turned, float root) {
 #pragma unroll
     for (int i = 0; i < HW; ++i) v[i] = at[i * PIECE_ROOM];
 #pragma unroll
-    for (int step = 1; step < HW; step *= 2)
-#pragma unroll
-      for (int i = 0; i < HW; ++i) {
-        if (i & step) continue;
-        const float a = v[i], b = v[i + step];
-        v[i] = a + b;
-        v[i + step] = a - b;
-      }
+    for (int step = 1; step < HW; step *= 2) butterfly(v, step);
 #pragma unroll
     for (int i = 0; i < HW; ++i) at[i * PIECE_ROOM] = v[i] * root;
   }
