@@ -92,8 +92,9 @@ class Baked:
         struct, bounds, call, varying = MANY[kind]
         arguments = numbers.split("_") if numbers else []
         if kind in ("states", "steps"):
-            bounds += "3" if arguments[0] == "2" else "2"
-            call += f", *({kind.title()}Shared<{arguments[1]}>*)smem"
+            bounds += {"states": "3", "steps": "4"}[kind] if arguments[0] == "2" else "2"
+            shape = arguments[1] if kind == "states" else ", ".join(arguments)
+            call += f", *({kind.title()}Shared<{shape}>*)smem"
         else:
             call += ", smem"
         if kind in ("still", "few"):

@@ -51,6 +51,7 @@ class BroadStep(RecordedStep):
             recurrence(spec, layer, self._state(i), batch, state_dtype, self._dt, self._z, self._u)
             for i, layer in enumerate(model.layers)
         ]
+        self._state_dtype = state_dtype
         self._steps = f"slimba_steps_{STATE_CODES[state_dtype]}_{spec.d_state}"
         self._layers(recorder)
         self._launches = made(gpu, recorder.launches, "broad")
@@ -83,7 +84,7 @@ class BroadStep(RecordedStep):
                 self._recurrences[i].tolist(), weight, self._broad.images, squares[0], self._broad.padded, plane_of(out)
             )  # fmt: skip
             grid = spec.n_heads // STATE_HEADS, self.batch
-            gpu.launch(self._steps, grid, fields, steps_bytes(spec.d_state), overlap=True)
+            gpu.launch(self._steps, grid, fields, steps_bytes(spec.d_state, self._state_dtype), overlap=True)
             self._broad.product(out, to_parts, self._state(i), stride, squares)
             added[3] = self._broad.shape(out).parts
         source = [self._u.data_ptr(), spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, eps]
@@ -116,7 +117,9 @@ def by_blocks(m: DeviceMatrix) -> bool:
     return bool(((m.slots < 0) | (m.slots // CHANNELS == block)).all())
 
 
-def steps_bytes(n: int) -> int:
+def steps_bytes(n: int, state_dtype: str) -> int:
     """Shared memory of slimba_steps: StepsShared in kernels/cuda/steps.cu."""
-    floats = 2 * 256 + STATE_HEADS * KEPT + STATE_HEADS + KEPT + 2 * n + 8 + 3 * n // 4 + KEPT * n + KEPT * 256
-    return 4 * floats
+    exact = state_dtype == "float32"
+    rows = 4 * KEPT * (CHANNELS + n) if exact else KEPT * (2 * CHANNELS + 16) + 2 * KEPT * (n + 4)
+    floats = 3 * n // 4 + 2 * n + 2 * CHANNELS + 2 * STATE_HEADS * KEPT + STATE_HEADS + 8
+    return rows + 4 * floats + 2 * STATE_HEADS * 3 * KEPT
