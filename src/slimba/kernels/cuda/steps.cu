@@ -107,6 +107,7 @@ DEV Taps older_taps(const Recurrence& p, const float* ring, int time, int channe
   return out;
 }
 
+DEV u32 plane_places(const Steps& all) { return (u32)all.plane_kpad * THREADS / (u32)all.r.inner; }
 // The image's places of a block's 256 channels, from values in the order of channels.
 DEV void put_image(const Steps& all, const float* v, int b) {
   if (threadIdx.x < THREADS / 2) {
@@ -114,12 +115,12 @@ DEV void put_image(const Steps& all, const float* v, int b) {
     const u32 two = pack_halves(v[image_column(eight, 2 * i)], v[image_column(eight, 2 * i + 1)]);
     *(u32*)(image_at(all.image, (int)all.padded, b, blockIdx.x * 32 + eight) + i * 4) = two;
   }
-  const int places = (int)all.plane_kpad * THREADS / (int)all.r.inner, first = (int)blockIdx.x * THREADS;
-  for (int i = THREADS - 1 - (int)threadIdx.x; i < places / 2; i += THREADS) {
-    const int place = (int)blockIdx.x * places + i / 16 * 32 + i % 16, step = place % 256 / 32 % 2 * 8 + place % 16 / 2;
+  const u32 places = plane_places(all), first = blockIdx.x * THREADS;  // u32: shifts and masks without care of signs
+  for (u32 i = THREADS - 1 - threadIdx.x; i < places / 2; i += THREADS) {
+    const u32 place = blockIdx.x * places + i / 16 * 32 + i % 16, step = place % 256 / 32 % 2 * 8 + place % 16 / 2;
     const i32 low = ((const i32*)all.plane_index)[place], high = ((const i32*)all.plane_index)[place + 16];
-    const u32 two = pack_halves(low < 0 ? 0.0f : v[low - first], high < 0 ? 0.0f : v[high - first]);
-    *(u32*)(image_at(all.image2, (int)all.padded, b, place / 256 * 32 + step * 2 + place % 2) + place / 64 % 4 * 4) = two;
+    const u32 two = pack_halves(low < 0 ? 0.0f : v[low - (i32)first], high < 0 ? 0.0f : v[high - (i32)first]);
+    *(u32*)(image_at(all.image2, (int)all.padded, b, (int)(place / 256 * 32 + step * 2 + place % 2)) + place / 64 % 4 * 4) = two;
   }
 }
 
@@ -206,24 +207,28 @@ DEV void steps(const Steps& all, StepsShared<TYPE, N>& m) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, b = blockIdx.y;
   const int inner = (int)p.inner, heads = (int)p.heads, groups = (int)p.groups, head0 = (int)blockIdx.x * STATE_HEADS;
   const int group = head0 / (heads / groups), first = head0 * 64, channel = first + threadIdx.x, head = channel / 64;
-  const i64 slot = slot_of(p.state, b), row0 = (p.state.layer * state_array(p.state, 4) + slot) * inner + first;
+  const i64 slot = slot_of(p.state, b);
+  const int place = (int)p.state.layer * (int)state_array(p.state, 4) + (int)slot;  // 32 bits, or each address takes six instructions
+  const i64 row0 = (i64)place * inner + first;
   const int time = (int)position(p.state, slot), j = time % KEPT;
-  const float* ring = (const float*)state_array(p.state, 2) + (p.state.layer * state_array(p.state, 4) + slot) * p.state.taps * p.state.channels;
+  const float* ring = (const float*)state_array(p.state, 2) + (i64)place * (int)(p.state.taps * p.state.channels);
   const float* newest = ring + time % (int)p.state.taps * (int)p.state.channels;
-  u8* ssm = (u8*)state_array(p.state, 0);
-  float* scales = (float*)state_array(p.state, 1);
-  const Kept kept = kept_of(p.state, TYPE, slot, inner, groups * N, heads);
+  u8* rows = (u8*)state_array(p.state, 0) + row0 * (N * SIZE);
+  float* scales = (float*)state_array(p.state, 1) + row0;
+  const Kept kept = {TYPE, state_array(p.state, 5) + (i64)place * (KEPT * inner * KEPT_SIZE),
+                     state_array(p.state, 6) + (i64)place * (KEPT * groups * N * KEPT_SIZE), (float*)state_array(p.state, 7) + (i64)place * (KEPT * heads)};
+  const u8* own_rows = rows + (warp * 32 + g) * (N * SIZE) + t * 16;
   uint4 raw[AHEAD][2][Q];
   auto open = [&](int tile, uint4 (&to)[2][Q]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
       for (int q = 0; q < Q; ++q)
-        to[h][q] = load_state(ssm + ((row0 + warp * 32 + tile * TILE + g + 8 * h) * N) * SIZE + (q * 4 + t) * 16);
+        to[h][q] = load_state(own_rows + (tile * TILE + 8 * h) * (N * SIZE) + q * 64);
   };
 #pragma unroll
   for (int tile = 0; tile < AHEAD; ++tile) open(tile, raw[tile]);
-  const float scale = TYPE == STATE_INT8 ? scales[row0 + threadIdx.x] : 1.0f;
+  const float scale = TYPE == STATE_INT8 ? scales[threadIdx.x] : 1.0f;
   ask_kept<TYPE>(m.u, (const u8*)kept.u + first * KEPT_SIZE, inner * KEPT_SIZE, j);
   const bool of_bc = (int)threadIdx.x < 2 * N;
   const int entry = threadIdx.x % N, bc_channel = inner + (group + (threadIdx.x < N ? 0 : groups)) * N + entry;
@@ -240,6 +245,7 @@ DEV void steps(const Steps& all, StepsShared<TYPE, N>& m) {
   // Lane r STATE_HEADS + h makes the weight of head h and row r of the kept b
   const int of_head = lane % STATE_HEADS, of_token = lane / STATE_HEADS % (KEPT / WARPS) * WARPS + warp;
   const float l_before = of_token < j ? kept.l[of_token * heads + head0 + of_head] : 0.0f;
+  if (all.image && threadIdx.x * 32u < plane_places(all)) prefetch((const i32*)all.plane_index + blockIdx.x * plane_places(all) + threadIdx.x * 32);
   release_next();
   await_previous();
   const float raw_dt = load_fresh((const float*)p.dt + b * (int)p.dt_stride + head), in = load_fresh(newest + channel);
@@ -323,7 +329,6 @@ DEV void steps(const Steps& all, StepsShared<TYPE, N>& m) {
 
   __syncthreads();
   m.sum[threadIdx.x] = expf(now) * scale;
-  u8* rows = ssm + row0 * N * SIZE;
   if constexpr (TYPE == STATE_F32) {
     for (int i = threadIdx.x; i < KEPT * N; i += THREADS)
       m.b[i] = i / N == j ? m.bc[i % N] : kept_value(kept, kept.b, ((i64)(i / N) * groups + group) * N + i % N);
@@ -337,6 +342,6 @@ DEV void steps(const Steps& all, StepsShared<TYPE, N>& m) {
       ((u32*)m.b)[pair * (N + 4) + at] = low | high << 16;
     }
     __syncthreads();
-    store_state<TYPE, N>(m, rows, scales + row0);
+    store_state<TYPE, N>(m, rows, scales);
   }
 }
