@@ -155,6 +155,8 @@ DEV void broad(const Broad& p, u8* smem) {
     scale[h] = there && FORMAT == SIGN ? fmaxf(half_bits_to_float(tile.scale[local]), 5.9e-8f) : 1.0f;  // never 0, the plane's is divided by it
     scale2[h] = in ? half_bits_to_float(((const u16*)m.plane_scale)[in_plane]) : 0.0f;
   }
+  if (p.out.mode == IN_PROJ && (int)threadIdx.x < N && first + (int)threadIdx.x < (int)p.batch)
+    rings[threadIdx.x] = (i64)next_ring_row(p.state, first + threadIdx.x);
   release_next();
   __syncthreads();
   await_previous();
@@ -163,8 +165,6 @@ DEV void broad(const Broad& p, u8* smem) {
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i) fetch(i);
   }
-  if (p.out.mode == IN_PROJ && (int)threadIdx.x < N && first + (int)threadIdx.x < (int)p.batch)
-    rings[threadIdx.x] = (i64)next_ring_row(p.state, first + threadIdx.x);
   if (p.squares && (int)threadIdx.x < N) {
     float sum = 0;
     const i64 v = least(first + threadIdx.x, p.batch - 1);

@@ -12,9 +12,21 @@ struct BroadNorm {
   i64 x, x2, padded;
 };
 
+// Four columns side by side, from 0 beyond the last; `whole`: in one request.
+DEV float4 load_columns(const float* from, int c, int cols, bool whole) {
+  if (whole) return c < cols ? load_fresh_quad(from + c) : float4{0, 0, 0, 0};
+  float v[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = c + i < cols ? load_fresh(from + c + i) : 0.0f;
+  return float4{v[0], v[1], v[2], v[3]};
+}
+DEV void add_columns(float4& to, const float4& v) { to.x += v.x, to.y += v.y, to.z += v.z, to.w += v.w; }
+
+#define NORM_QUADS 2  // fours of columns that a thread has on their way
 DEV void broad_norm(const BroadNorm& p, u8* smem) {
   const Matrix& m = p.m;
   const int b = blockIdx.x, cols = (int)m.cols, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const bool whole = cols % 4 == 0 && p.in.x_stride % 4 == 0 && p.in.gate_stride % 4 == 0;
   float *e = (float*)smem, *scratch = e + m.kpad;
   const float *weight = (const float*)p.in.weight, *col_scale = (const float*)m.col_scale;
   const float* gate = p.in.gate ? (const float*)p.in.gate + b * p.in.gate_stride : nullptr;
@@ -27,31 +39,42 @@ DEV void broad_norm(const BroadNorm& p, u8* smem) {
     const int place = known ? image_column(threadIdx.x, i) : 0;
     chosen[i] = known && place < (int)m.plane_cols ? ((const i32*)m.plane_index)[place] : -1;
   }
-  for (int i = threadIdx.x * 32; i < cols; i += THREADS * 32)  // comes into L1 while the kernel before runs
-    if (weight) prefetch(weight + i);
+  float4 norm[NORM_QUADS];
+#pragma unroll
+  for (int k = 0; k < NORM_QUADS; ++k)
+    norm[k] = weight ? load_columns(weight, 4 * (threadIdx.x + k * THREADS), cols, cols % 4 == 0) : float4{1, 1, 1, 1};
   release_next();
   await_previous();
   float squares = 0;
 #pragma unroll 1
-  for (int eight = threadIdx.x; eight < (int)m.kpad / 8; eight += THREADS) {
-    float v[8];  // all loads before any store, which might be to where they come from
+  for (int at = 0; at < (int)m.kpad; at += 4 * THREADS * NORM_QUADS) {
+    float4 v[NORM_QUADS];  // all loads before any store, which might be to where they come from
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int c = image_column(eight, i);
-      v[i] = c < cols ? load_fresh(x + c) : 0.0f;
+    for (int k = 0; k < NORM_QUADS; ++k) {
+      const int c = at + 4 * (threadIdx.x + k * THREADS);
+      v[k] = load_columns(x, c, cols, whole);
 #pragma unroll
-      for (int k = 0; k < MOST_PARTS; ++k)
-        if (c < cols && k < (int)p.n_parts) v[i] += load_fresh(added + k * p.part_stride + c);
+      for (int part = 0; part < MOST_PARTS; ++part)
+        if (part < (int)p.n_parts) add_columns(v[k], load_columns(added + part * p.part_stride, c, cols, whole && p.part_stride % 4 == 0));
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int c = image_column(eight, i);
-      if (c < cols && p.residual) x[c] = v[i];
-      squares += v[i] * v[i];
-      if (c < cols && weight) v[i] *= weight[c];
-      if (c < cols && col_scale) v[i] *= col_scale[c];
-      if (c < cols && gate) v[i] *= silu(load_fresh(gate + c));
-      e[c] = v[i];
+    for (int k = 0; k < NORM_QUADS; ++k) {
+      const int c = at + 4 * (threadIdx.x + k * THREADS);
+      if (c >= (int)m.kpad) continue;
+      float y[4] = {v[k].x, v[k].y, v[k].z, v[k].w};
+      if (p.residual && whole && c < cols) *(float4*)(x + c) = v[k];
+      const float4 w = at == 0 ? norm[k] : weight ? load_columns(weight, c, cols, cols % 4 == 0) : float4{1, 1, 1, 1};
+      const float by[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool there = c + i < cols;
+        if (p.residual && !whole && there) x[c + i] = y[i];
+        squares += y[i] * y[i];
+        y[i] *= by[i];
+        if (there && col_scale) y[i] *= col_scale[c + i];
+        if (there && gate) y[i] *= silu(load_fresh(gate + c + i));
+      }
+      *(float4*)(e + c) = float4{y[0], y[1], y[2], y[3]};
     }
   }
   squares = warp_sum(squares);
