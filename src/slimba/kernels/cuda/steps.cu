@@ -27,12 +27,12 @@ struct StepsShared {
   float bc[2 * N], sum[THREADS], of_kept[THREADS];
   float since[STATE_HEADS][KEPT], weight[STATE_HEADS][KEPT], now[STATE_HEADS], part[WARPS];
   u16 piece[STATE_HEADS][3][KEPT];  // of the weights, which they add up to
-
-  DEV_MEMBER float kept_u(int token, int row) const {
-    const u8* at = u + token * KeptRows<TYPE>::STRIDE;
-    return EXACT ? ((const float*)at)[row] : bfloat_to_float(((const u16*)at)[row]);
-  }
 };
+template <int TYPE>
+DEV float kept_u(const u8* rows, int token, int row) {
+  const u8* at = rows + token * KeptRows<TYPE>::STRIDE;
+  return TYPE == STATE_F32 ? ((const float*)at)[row] : bfloat_to_float(((const u16*)at)[row]);
+}
 // Asks for the u of the tokens before the j-th; rows behind it become 0.
 template <int TYPE>
 DEV void ask_kept(u8* rows, const u8* from, i64 stride, int j) {
@@ -71,21 +71,20 @@ DEV void put_pieces(u16 (&to)[3][KEPT], int at, float v) {
   }
 }
 // of_kept[row] = the kept tokens' u of a warp's rows by their weights, on the tensor cores: rows of the product are channels.
-template <int TYPE, int N>
-DEV void kept_sums(StepsShared<TYPE, N>& m) {
+DEV void kept_sums(const u16 (&piece)[STATE_HEADS][3][KEPT], const u8* rows, float* of_kept) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-  const u32* weights = (const u32*)m.piece[warp / 2][g < 3 ? g : 2];
+  const u32* weights = (const u32*)piece[warp / 2][g < 3 ? g : 2];
   const u32 b0 = weights[t], b1 = weights[t + 4];
 #pragma unroll
   for (int tile = 0; tile < 2; ++tile) {
     u32 a[4];
     float sum[4] = {};
-    load_transposed(a, (const u16*)(m.u + (lane / 16 * 8 + lane % 8) * KeptRows<TYPE>::STRIDE) + warp * 32 + tile * TILE + lane / 8 % 2 * 8);
+    load_transposed(a, (const u16*)(rows + (lane / 16 * 8 + lane % 8) * KeptRows<STATE_BF16>::STRIDE) + warp * 32 + tile * TILE + lane / 8 % 2 * 8);
     mma_bf16(sum, a[0], a[1], a[2], a[3], b0, b1);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float last = shuffle(sum[2 * h], lane + 1 < WARP ? lane + 1 : lane);
-      if (t == 0) m.of_kept[warp * 32 + tile * TILE + g + 8 * h] = sum[2 * h] + (sum[2 * h + 1] + last);
+      if (t == 0) of_kept[warp * 32 + tile * TILE + g + 8 * h] = sum[2 * h] + (sum[2 * h + 1] + last);
     }
   }
 }
@@ -109,15 +108,15 @@ DEV Taps older_taps(const Recurrence& p, const float* ring, int time, int channe
 
 DEV u32 plane_places(const Steps& all) { return (u32)all.plane_kpad * THREADS / (u32)all.r.inner; }
 // The image's places of a block's 256 channels, from values in the order of channels.
-DEV void put_image(const Steps& all, const float* v, int b) {
+DEV void put_image(const Steps& all, const float* v, int four, int b) {
   if (threadIdx.x < THREADS / 2) {
     const int eight = threadIdx.x / 4, i = threadIdx.x % 4;
     const u32 two = pack_halves(v[image_column(eight, 2 * i)], v[image_column(eight, 2 * i + 1)]);
-    *(u32*)(image_at(all.image, (int)all.padded, b, blockIdx.x * 32 + eight) + i * 4) = two;
+    *(u32*)(image_at(all.image, (int)all.padded, b, four * 32 + eight) + i * 4) = two;
   }
-  const u32 places = plane_places(all), first = blockIdx.x * THREADS;  // u32: shifts and masks without care of signs
+  const u32 places = plane_places(all), first = four * THREADS;  // u32: shifts and masks without care of signs
   for (u32 i = THREADS - 1 - threadIdx.x; i < places / 2; i += THREADS) {
-    const u32 place = blockIdx.x * places + i / 16 * 32 + i % 16, step = place % 256 / 32 % 2 * 8 + place % 16 / 2;
+    const u32 place = four * places + i / 16 * 32 + i % 16, step = place % 256 / 32 % 2 * 8 + place % 16 / 2;
     const i32 low = ((const i32*)all.plane_index)[place], high = ((const i32*)all.plane_index)[place + 16];
     const u32 two = pack_halves(low < 0 ? 0.0f : v[low - (i32)first], high < 0 ? 0.0f : v[high - (i32)first]);
     *(u32*)(image_at(all.image2, (int)all.padded, b, (int)(place / 256 * 32 + step * 2 + place % 2)) + place / 64 % 4 * 4) = two;
@@ -139,7 +138,7 @@ DEV void store_exact(const StepsShared<STATE_F32, N>& m, u8* rows) {
       v.x *= m.sum[row], v.y *= m.sum[row], v.z *= m.sum[row], v.w *= m.sum[row];
 #pragma unroll 4
       for (int i = 0; i < KEPT; ++i) {
-        const float *b = &m.b[i * N + (q * 4 + t) * 4], u = m.kept_u(i, row) * m.since[row / 64][i];
+        const float *b = &m.b[i * N + (q * 4 + t) * 4], u = kept_u<STATE_F32>(m.u, i, row) * m.since[row / 64][i];
         v.x = fmaf(u, b[0], v.x), v.y = fmaf(u, b[1], v.y);
         v.z = fmaf(u, b[2], v.z), v.w = fmaf(u, b[3], v.w);
       }
@@ -149,11 +148,11 @@ DEV void store_exact(const StepsShared<STATE_F32, N>& m, u8* rows) {
 }
 // The same in fewer bits, on the tensor cores: KEPT tokens are the columns of the left operand, u in two bfloat16 numbers. The
 // right operand's columns are permuted so that a lane's sums are of the entries that it loads.
-template <int TYPE, int N>
-DEV void store_state(const StepsShared<TYPE, N>& m, u8* rows, float* scales) {
+template <int TYPE, int N, typename Open>
+DEV void store_state(const u8* u, const float (&since)[STATE_HEADS][KEPT], const float* decay, const float* b_pairs, Open open, u8* rows, float* scales) {
   constexpr int SIZE = Stored<TYPE>::SIZE, E = Stored<TYPE>::E, Q = N * SIZE / 64;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-  const u32* pairs = (const u32*)m.b + t * (N + 4);
+  const u32* pairs = (const u32*)b_pairs + t * (N + 4);
 #pragma unroll 1
   for (int tile = 0; tile < 2; ++tile) {
     const int row = warp * 32 + tile * TILE + g;  // and 8 below
@@ -164,7 +163,7 @@ DEV void store_state(const StepsShared<TYPE, N>& m, u8* rows, float* scales) {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const int token = 2 * t + k + i / 2 * 8;
-        const float v = m.kept_u(token, row + i % 2 * 8) * m.since[row / 64][token];
+        const float v = kept_u<TYPE>(u, token, row + i % 2 * 8) * since[row / 64][token];
         h[k] = float_to_bfloat(v), l[k] = float_to_bfloat(v - bfloat_to_float((u16)h[k]));
       }
       high[i] = h[0] | h[1] << 16, low[i] = l[0] | l[1] << 16;
@@ -173,7 +172,7 @@ DEV void store_state(const StepsShared<TYPE, N>& m, u8* rows, float* scales) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
-      for (int q = 0; q < Q; ++q) stored_values<TYPE>(((const uint4*)(rows + (row + 8 * h) * N * SIZE))[q * 4 + t], m.sum[row + 8 * h], v[h][q]);
+      for (int q = 0; q < Q; ++q) stored_values<TYPE>(open(row + 8 * h, q), decay[row + 8 * h], v[h][q]);
 #pragma unroll
     for (int q = 0; q < Q; ++q)
 #pragma unroll
@@ -195,6 +194,35 @@ DEV void store_state(const StepsShared<TYPE, N>& m, u8* rows, float* scales) {
 #pragma unroll
       for (int q = 0; q < Q; ++q) ((uint4*)(rows + (row + 8 * h) * N * SIZE))[q * 4 + t] = stored_bits<TYPE>(v[h][q], code.to_code);
     }
+  }
+}
+
+// C as fixed point of three slices by all warps; `top`: the bits of its largest entry. Returns the unit.
+template <int N>
+DEV float put_slices(u32 (&to)[3][N / 4], const float* c, u32 top) {
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const float most = bits_to_float(top), to_fixed = LIMIT * fast_reciprocal(most);
+  const bool damaged = top >= INF_BITS, zero = most < 1e-30f;
+  if (lane < N / 4 / WARPS) {
+    const int w = warp * (N / 4 / WARPS) + lane;
+    int fixed[4];
+    u32 digits[3];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) fixed[k] = damaged || zero ? 0 : __float2int_rn(c[4 * w + k] * to_fixed);
+    slice_words(fixed, digits);
+#pragma unroll
+    for (int s = 0; s < 3; ++s) to[s][w] = digits[s];
+  }
+  return damaged ? bits_to_float(0x7fc00000u) : zero ? 0.0f : most * (1.0f / LIMIT);
+}
+// Pairs of kept rows of b for store_state; the j-th is `now`.
+template <int N>
+DEV void put_pairs(float* to, const u16* rows, int stride, const float* now, int j) {
+  for (int i = threadIdx.x; i < KEPT / 2 * N; i += THREADS) {
+    const int pair = i / N, at = i % N;
+    const u16* b0 = rows + 2 * pair * stride + at;
+    const u32 low = b0[0], high = 2 * pair + 1 == j ? float_to_bfloat(now[at]) : b0[stride];
+    ((u32*)to)[pair * (N + 4) + at] = low | high << 16;
   }
 }
 
@@ -281,31 +309,15 @@ DEV void steps(const Steps& all, StepsShared<TYPE, N>& m) {
     else put_pieces(m.piece[of_head], of_token, weight);
   }
   float factor = expf(now);
-  if constexpr (TYPE == STATE_INT8) {
-    top = warp_max_bits(top);
-    const float most = bits_to_float(top);
-    const bool damaged = top >= INF_BITS, zero = most < 1e-30f;
-    const float to_fixed = LIMIT * fast_reciprocal(most);
-    factor *= scale * (damaged ? bits_to_float(0x7fc00000u) : zero ? 0.0f : most * (1.0f / LIMIT));
-    if (lane < N / 4 / WARPS) {
-      const int w = warp * (N / 4 / WARPS) + lane;
-      int fixed[4];
-      u32 digits[3];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) fixed[k] = damaged || zero ? 0 : __float2int_rn(m.bc[N + 4 * w + k] * to_fixed);
-      slice_words(fixed, digits);
-#pragma unroll
-      for (int s = 0; s < 3; ++s) m.slices[s][w] = digits[s];
-    }
-  }
+  if constexpr (TYPE == STATE_INT8) factor *= scale * put_slices<N>(m.slices, m.bc + N, warp_max_bits(top));
   __syncthreads();
   state_sums<TYPE, N, AHEAD>(raw, open, (const uint4*)m.slices[g < 3 ? g : 2], m.bc + N, m.sum);
-  if constexpr (TYPE != STATE_F32) kept_sums<TYPE, N>(m);
+  if constexpr (TYPE != STATE_F32) kept_sums(m.piece, m.u, m.of_kept);
   __syncthreads();
   float y = fmaf(m.sum[threadIdx.x], factor, d * x);
   if constexpr (TYPE == STATE_F32) {
 #pragma unroll
-    for (int i = 0; i < KEPT; ++i) y = fmaf(m.weight[threadIdx.x / 64][i], m.kept_u(i, threadIdx.x), y);
+    for (int i = 0; i < KEPT; ++i) y = fmaf(m.weight[threadIdx.x / 64][i], kept_u<TYPE>(m.u, i, threadIdx.x), y);
   } else {
     y += m.of_kept[threadIdx.x];
   }
@@ -315,7 +327,7 @@ DEV void steps(const Steps& all, StepsShared<TYPE, N>& m) {
     if (lane == 0) m.part[warp] = squares;
     m.sum[threadIdx.x] = y * weight * IMAGE_SCALE;
     __syncthreads();
-    put_image(all, m.sum, b);
+    put_image(all, m.sum, blockIdx.x, b);
     if (threadIdx.x == 0) {
       float sum = 0;
 #pragma unroll
@@ -335,13 +347,9 @@ DEV void steps(const Steps& all, StepsShared<TYPE, N>& m) {
     __syncthreads();
     store_exact<N>(m, rows);
   } else {
-    for (int i = threadIdx.x; i < KEPT / 2 * N; i += THREADS) {
-      const int pair = i / N, at = i % N;
-      const u16* b0 = (const u16*)kept.b + ((i64)(2 * pair) * groups + group) * N + at;
-      const u32 low = b0[0], high = 2 * pair + 1 == j ? float_to_bfloat(m.bc[at]) : b0[(i64)groups * N];
-      ((u32*)m.b)[pair * (N + 4) + at] = low | high << 16;
-    }
+    put_pairs<N>(m.b, (const u16*)kept.b + group * N, groups * N, m.bc, j);
     __syncthreads();
-    store_state<TYPE, N>(m, rows, scales);
+    auto stored = [&](int row, int q) { return ((const uint4*)(rows + row * N * SIZE))[q * 4 + lane % 4]; };
+    store_state<TYPE, N>(m.u, m.since, m.sum, m.b, stored, rows, scales);
   }
 }

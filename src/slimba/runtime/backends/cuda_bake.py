@@ -43,6 +43,7 @@ MANY = {
     "broad_codes": ("Broad", "THREADS", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
     "broad_norm": ("BroadNorm", "THREADS", "s", {MATRIX + 9, MATRIX + 13}),
     "steps": ("Steps", "THREADS, ", "s", RECURRENCE_VARYING),
+    "flow": ("Steps", "THREADS, 2", "s", RECURRENCE_VARYING),
     "prepare": ("BatchRecurrence", "THREADS", "s", RECURRENCE_VARYING),
     "states": ("BatchRecurrence", "THREADS, ", "s", RECURRENCE_VARYING),
 }
@@ -95,6 +96,8 @@ class Baked:
             bounds += {"states": "3", "steps": "4"}[kind] if arguments[0] == "2" else "2"
             shape = arguments[1] if kind == "states" else ", ".join(arguments)
             call += f", *({kind.title()}Shared<{shape}>*)smem"
+        elif kind == "flow":
+            call += f", *(FlowShared<{arguments[0]}>*)smem"
         else:
             call += ", smem"
         if kind in ("still", "few"):

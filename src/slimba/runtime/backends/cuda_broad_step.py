@@ -23,11 +23,16 @@ from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_
 __all__ = ["BroadStep"]
 
 CHANNELS = 64 * STATE_HEADS  # of a block of slimba_steps
+FLOW_TAPS = 4  # for which the registers of flow.cu do
 
 
 class BroadStep(RecordedStep):
     FEWEST = 2  # sequences
     BROAD_HEAD_FROM = 64  # sequences from which broad.cu takes an int4 head
+    FLOW, FLOW_FILLS = (
+        (8, 4, 2),
+        1.8,
+    )  # fours of heads of a block of flow.cu, where there are so many for a multiprocessor
     WIDE_HEAD_FROM = 256  # and from which another is expanded for cuBLAS
 
     def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str, bulk: Bulk) -> None:
@@ -51,8 +56,7 @@ class BroadStep(RecordedStep):
             recurrence(spec, layer, self._state(i), batch, state_dtype, self._dt, self._z, self._u)
             for i, layer in enumerate(model.layers)
         ]
-        self._state_dtype = state_dtype
-        self._steps = f"slimba_steps_{STATE_CODES[state_dtype]}_{spec.d_state}"
+        self._recur_name, self._recur_fours, self._recur_bytes = self._recur_kernel(state_dtype)
         self._layers(recorder)
         self._launches = made(gpu, recorder.launches, "broad")
 
@@ -65,6 +69,20 @@ class BroadStep(RecordedStep):
         matrices = [m for layer in model.layers for m in layer.matrices.values()]
         out = [layer.matrices["out_proj"] for layer in model.layers]
         return normed and all(map(Broad.fits, matrices)) and all(map(by_blocks, out)) and Mid.fits(model.head)
+
+    def _recur_kernel(self, state_dtype: str) -> tuple[str, int, int]:
+        """The recurrence's kernel, how many fours of heads a block of it takes, and its shared memory."""
+        spec, blocks = self._model.spec, self._gpu.blocks
+        n, units = spec.d_state, self.batch * spec.n_heads // STATE_HEADS
+        per_group = spec.n_heads // spec.n_groups // STATE_HEADS
+        if state_dtype == "int8" and spec.d_conv <= FLOW_TAPS:
+            for fours in self.FLOW:
+                if per_group % fours == 0 and units >= self.FLOW_FILLS * fours * blocks:
+                    return f"slimba_flow_{n}_{fours}", fours, flow_bytes(n)
+        # Few blocks go to multiprocessors of their own where they ask for so much that no other fits
+        beside = -(-units // blocks)
+        room = (self._gpu.shared + 1024) // (beside + 1) // 128 * 128 if beside < 3 else 0
+        return f"slimba_steps_{STATE_CODES[state_dtype]}_{n}", 1, max(steps_bytes(n, state_dtype), room)
 
     def _layers(self, gpu: Recorder) -> None:
         """Everything before the choice of the next ids."""
@@ -83,8 +101,8 @@ class BroadStep(RecordedStep):
             fields = fields_of(
                 self._recurrences[i].tolist(), weight, self._broad.images, squares[0], self._broad.padded, plane_of(out)
             )  # fmt: skip
-            grid = spec.n_heads // STATE_HEADS, self.batch
-            gpu.launch(self._steps, grid, fields, steps_bytes(spec.d_state, self._state_dtype), overlap=True)
+            grid = spec.n_heads // STATE_HEADS // self._recur_fours, self.batch
+            gpu.launch(self._recur_name, grid, fields, self._recur_bytes, overlap=True)
             self._broad.product(out, to_parts, self._state(i), stride, squares)
             added[3] = self._broad.shape(out).parts
         source = [self._u.data_ptr(), spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, eps]
@@ -123,3 +141,9 @@ def steps_bytes(n: int, state_dtype: str) -> int:
     rows = 4 * KEPT * (CHANNELS + n) if exact else KEPT * (2 * CHANNELS + 16) + 2 * KEPT * (n + 4)
     floats = 3 * n // 4 + 2 * n + 2 * CHANNELS + 2 * STATE_HEADS * KEPT + STATE_HEADS + 8
     return rows + 4 * floats + 2 * STATE_HEADS * 3 * KEPT
+
+
+def flow_bytes(n: int) -> int:
+    """Shared memory of slimba_flow: FlowShared in kernels/cuda/flow.cu."""
+    floats = KEPT // 2 * (n + 4) + 3 * n // 4 + 2 * n + 3 * CHANNELS + STATE_HEADS * KEPT + STATE_HEADS + 8
+    return 2 * CHANNELS * n + 2 * KEPT * (2 * CHANNELS + 16) + 4 * floats + 2 * STATE_HEADS * 3 * KEPT
