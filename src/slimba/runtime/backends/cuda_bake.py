@@ -41,7 +41,7 @@ MANY = {
     "few": ("Mid", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 20}),
     "broad": ("Broad", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
     "broad_codes": ("Broad", "THREADS", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
-    "broad_norm": ("BroadNorm", "THREADS", "s", {MATRIX + 9, MATRIX + 13}),
+    "broad_norm": ("BroadNorm", "THREADS", "s", {MATRIX + 9, MATRIX + 13, MATRIX + 26}),
     "steps": ("Steps", "THREADS, ", "s", RECURRENCE_VARYING),
     "flow": ("Steps", "THREADS, 2", "s", RECURRENCE_VARYING),
     "prepare": ("BatchRecurrence", "THREADS", "s", RECURRENCE_VARYING),

@@ -45,7 +45,7 @@ class BroadStep(RecordedStep):
         self._broad = Broad(recorder, batch, [*matrices, model.head] if self._broad_head else matrices)
         self._mid = Mid(recorder, batch, [model.head])
         parts = max(self._broad.shape(layer.matrices["out_proj"]).parts for layer in model.layers)
-        self._u = zeros(batch, spec.d_model)
+        self._u, self._other_u = zeros(batch, spec.d_model), zeros(batch, spec.d_model)  # in turn, a layer each
         self._z, self._dt = zeros(batch, spec.d_inner), zeros(batch, spec.n_heads)
         self._parts = zeros(parts, batch, spec.d_model)  # results of out_proj, each of some of its columns
         self._squares = zeros(batch, spec.d_inner // CHANNELS)
@@ -92,11 +92,14 @@ class BroadStep(RecordedStep):
         to_state = [IN_PROJ, self._dt.data_ptr(), spec.n_heads, 0, inner, self._z.data_ptr(), inner, inner, ring, ring]
         to_parts = [STORE, self._parts.data_ptr(), spec.d_model, *[0] * 7]
         squares = [self._squares.data_ptr(), inner // CHANNELS, eps]
-        added = [RESIDUAL, self._parts.data_ptr(), stride, 0]
+        u, other = self._u.data_ptr(), self._other_u.data_ptr()
+        added = [self._parts.data_ptr(), stride, 0]
         for i, layer in enumerate(model.layers):
             m, out = layer.matrices["in_proj"], layer.matrices["out_proj"]
-            self._broad.norm(m, [self._u.data_ptr(), spec.d_model, 0, 0, layer.norm.data_ptr(), 1, eps], added)
-            self._broad.product(m, to_state, self._state(i))
+            source, early = [u, spec.d_model, 0, 0, layer.norm.data_ptr(), 1, eps], self._broad.codes_by_norm(m)
+            self._broad.norm(m, source, [other, *added], [*to_state, *self._state(i)] if early else ())
+            u, other = other, u
+            self._broad.product(m, to_state, self._state(i), signs_only=early)
             weight = layer.gated_norm.data_ptr() if layer.gated_norm is not None else 0
             fields = fields_of(
                 self._recurrences[i].tolist(), weight, self._broad.images, squares[0], self._broad.padded, plane_of(out)
@@ -104,15 +107,15 @@ class BroadStep(RecordedStep):
             grid = spec.n_heads // STATE_HEADS // self._recur_fours, self.batch
             gpu.launch(self._recur_name, grid, fields, self._recur_bytes, overlap=True)
             self._broad.product(out, to_parts, self._state(i), stride, squares)
-            added[3] = self._broad.shape(out).parts
-        source = [self._u.data_ptr(), spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, eps]
+            added[2] = self._broad.shape(out).parts
+        source = [u, spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, eps]
         to_logits = [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7]
         if self._broad_head:
-            self._broad.norm(model.head, source, added)
+            self._broad.norm(model.head, source, [0, *added])
             self._broad.product(model.head, to_logits, self._state(0))
             return
         wide = self.batch >= self.WIDE_HEAD_FROM
-        self._mid.norm(model.head, source, 1, added, natural=wide)
+        self._mid.norm(model.head, source, 1, [RESIDUAL, *added], natural=wide)
         if wide:
             gpu.call(lambda: self._bulk.head(self._mid.vectors(model.head), self.logits))
         else:
