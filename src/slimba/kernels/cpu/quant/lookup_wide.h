@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kWordGroups = 13, kLaneRows = 32;  // of 64 columns; of a vector of indices
 constexpr int64_t kChunkWords = 4, kChunkGroups = kChunkWords * kWordGroups;
 constexpr int kTileLanes = 4, kTileTokens = 6;      // 24 sums in registers
-constexpr int64_t kWideRows = 512, kWideTokens = 256;  // whose sums stay in the second-level cache
+constexpr int64_t kWideRows = 1024, kWideTokens = 128;  // whose sums stay in the second-level cache
 constexpr int64_t kTableBytes = 64;
 
 // and a line more: or tokens would fight for the same cache sets
