@@ -192,7 +192,7 @@ class Bulk:
             more = fields_of(p[:, inner:].data_ptr(), wide, layer.conv.data_ptr(), bias_of_conv,
                              p.data_ptr() if gates else 0, wide, squares.data_ptr())  # fmt: skip
             fields = np.concatenate([scan, more])
-            self._gpu.launch(f"slimba_mixer_{n}", (batch * heads,), fields, mixer_bytes(n))
+            self._gpu.launch(f"slimba_mixer_{n}", (batch * heads,), fields, mixer_bytes(n), threads=128)
         elif self._by_chunks(length, chunked):
             self._gpu.launch(f"slimba_ssd_{n}", (batch * heads,), scan, ssd_bytes(n))
         else:
