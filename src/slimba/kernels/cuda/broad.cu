@@ -26,6 +26,7 @@ struct Broad {
   i64 batch, x, x2, padded;  // images of `padded` vectors
   i64 parts, part_stride;    // the units are divided among so many blocks, each with its own result
   i64 squares, pieces, eps;  // squares: float32 [B][pieces], of vectors that steps.cu has not divided by their RMS; or 0
+  i64 late;  // let the next kernel begin only when the one before has ended; of broad_codes: wait for the one before at the end
 };
 #define IMAGE_SCALE 0.0625f  // of such vectors
 
@@ -158,9 +159,10 @@ DEV void broad(const Broad& p, u8* smem) {
   }
   if (p.out.mode == IN_PROJ && (int)threadIdx.x < N && first + (int)threadIdx.x < (int)p.batch)
     rings[threadIdx.x] = (i64)next_ring_row(p.state, first + threadIdx.x);
-  release_next();
+  if (!p.late) release_next();
   __syncthreads();
   await_previous();
+  if (p.late) release_next();
   if (threadIdx.x < WARP) {
     see_stores();
 #pragma unroll
