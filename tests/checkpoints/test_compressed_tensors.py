@@ -1,12 +1,14 @@
 """The description of packed files in the words of compressed-tensors, and their tensors under its names.
 
-Run: `pytest tests/checkpoints/test_compressed_tensors.py`.
+Run: `pytest tests/checkpoints/test_compressed_tensors.py`. The last tests ask the library, where it is
+installed.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -90,3 +92,59 @@ def test_the_description_is_in_the_file_and_must_agree_with_it(tmp_path: Path) -
     del config["quantization_config"]["compressed_tensors"]  # as files written before have none
     file.write_text(json.dumps(config))
     read_packed(tmp_path / "m", verify=False)
+
+
+@pytest.fixture
+def library() -> ModuleType:
+    return pytest.importorskip(
+        "compressed_tensors", reason="the library compressed-tensors is not installed: pip install compressed-tensors"
+    )
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "w4a8", "w4a16"])
+def test_the_library_reads_the_description(preset: str, library: ModuleType) -> None:
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.transform import TransformConfig
+
+    spec = mamba2_spec(d_model=128, d_inner=256, headdim=64, d_state=64)
+    said = metadata(preset_layouts(spec, preset), preset_numerics(preset))
+    assert said is not None
+    turns = TransformConfig.model_validate(said.pop("transform_config"))
+    assert sorted(t.head_dim or 0 for t in turns.config_groups.values()) == [128, 256]
+    assert [str(a.location) for t in turns.config_groups.values() for a in t.apply] == ["input", "weight_input"] * 2
+    config = QuantizationConfig.model_validate(said)
+    (group,) = config.config_groups.values()
+    assert config.format == ("int-quantized" if preset == "w8a8" else "pack-quantized")
+    assert group.weights.num_bits == (8 if preset == "w8a8" else 4) and len(group.targets) == 2 * spec.n_layer
+    entering = group.input_activations
+    assert (entering is None) == (preset == "w4a16")
+    assert entering is None or (entering.dynamic is True and str(entering.strategy) == "token")
+    wrong = json.loads(json.dumps(said).replace('"symmetric"', '"symetric"'))
+    with pytest.raises(ValueError, match="symetric"):  # it does look at the words
+        QuantizationConfig.model_validate(wrong)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_the_library_unpacks_the_same_matrix(format: str, library: ModuleType) -> None:
+    """Codes, scales and transform of a matrix by the library's functions."""
+    import torch
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+    from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_matrix
+
+    layout = MatrixLayout(256, (Segment(9, format),), hadamard=128)
+    matrix = random_matrix(np.random.default_rng(0), layout)
+    said = metadata({"m": layout}, {"activations": "int8"})
+    assert said is not None
+    turn = said.pop("transform_config")["config_groups"]["hadamard_128"]
+    weights = QuantizationConfig.model_validate(said).config_groups["group_0"].weights
+    given = {k: torch.from_numpy(v.copy()) for k, v in standard_tensors(matrix, "m").items()}
+    if format == "int4":
+        codes = unpack_from_int32(given["m.weight_packed"], 4, torch.Size(given["m.weight_shape"].tolist()))
+    else:
+        codes = given["m.weight"]
+    stored = dequantize(codes, given["m.weight_scale"].float(), args=weights).numpy()
+    turned = deterministic_hadamard_matrix(turn["head_dim"]).float().numpy() / np.sqrt(np.float32(turn["head_dim"]))
+    whole = (stored.reshape(9, 2, 128) @ turned).reshape(9, 256)
+    np.testing.assert_allclose(whole, matrix.dequantize(), rtol=0, atol=1e-5)

@@ -121,6 +121,8 @@ CODES_LAYOUTS: dict[str, MatrixLayout] = {
     "codes-2560": MatrixLayout(2560, (Segment(31, "int8"),), hadamard=512, input_scale=True),
     "codes-4096": MatrixLayout(4096, (Segment(70, "int8"),), hadamard=4096),
     "codes-5120": MatrixLayout(5120, (Segment(33, "int4"),), hadamard=1024),
+    "codes-pieces": MatrixLayout(5120, (Segment(100, "int4"),), hadamard=1024),
+    "codes-pieces8": MatrixLayout(4608, (Segment(90, "int8"),), hadamard=512),
     "codes-loop": MatrixLayout(2048, (Segment(1500, "int8"),)),
     "codes-loop4": MatrixLayout(1024, (Segment(1003, "int4"),), hadamard=1024),
 }

@@ -10,11 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import slimba.methods.dfssm.run as dfssm
 import slimba.methods.ptq.run as ptq
 from helpers.tiny import TEXT, tiny_directory
+from kernels.cuda_host import host_gpu
 from slimba import compress
 from slimba.checkpoints.packed import read_packed
 from slimba.cli.main import main
@@ -70,6 +72,24 @@ def test_two_stages_are_the_two_methods_one_after_the_other(here: Path, capsys: 
     assert "a second sign plane on 30% of the columns in the rows x" in card
     assert "rank 2; int8 in the rows dt; float16 in the rows out" in card and "out at int4" in card
     assert len(load("out", backend="cpu").generate("The sea", max_new_tokens=3).ids) >= 1
+
+
+def test_every_engine_runs_what_the_stages_leave(here: Path) -> None:
+    """Signs with int8 rows and a second plane in in_proj, int4 in out_proj; the CUDA kernels on this processor."""
+    from slimba.runtime.backends.cuda import CudaEngine
+
+    run("out")
+    packed = read_packed(Path("out"))
+    ids = np.random.default_rng(0).integers(0, packed.spec.vocab_size, (1, 6)).astype(np.int32)
+    cuda = CudaEngine(packed, gpu=host_gpu())
+    state = cuda.new_state()
+    got = {"cuda": np.stack([cuda.step(ids[:, t], state).numpy().copy() for t in range(6)], axis=1)}
+    for name in ("cpu", "reference"):
+        got[name] = load("out", backend=name).logits(ids[0])[None]
+    for name in ("cpu", "cuda"):
+        np.testing.assert_allclose(got[name], got["reference"], rtol=0, atol=1e-3 * np.abs(got["reference"]).max())
+    plain = load("teacher", backend="reference").logits(ids[0])
+    assert np.abs(plain - got["reference"][0]).max() > 1e-2 * np.abs(plain).max()  # the stages did something
 
 
 def test_resume_passes_over_the_stage_that_is_done(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

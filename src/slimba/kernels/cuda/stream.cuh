@@ -10,7 +10,7 @@ template <int FORMAT, int CG, int TILES, int ROUND>
 struct StreamShared {
   static constexpr bool CODES = FORMAT == INT8;
   static constexpr int SLICES = ROUND ? 1 : 3, STRIDE = 320;  // of codes; free of bank conflicts as they are read
-  float turned[CODES ? CG : 1][2][WARP][4];
+  float turned[CODES ? CG : 1][PIECE_ROOM];
   u8 q[CODES ? CG : 1][SLICES][STRIDE];
   u16 x[CODES ? 1 : CG][3][256];
   float part[2][CG][TILES * SLIM], squares[CG], weighted[CG], top[CG];
@@ -64,8 +64,9 @@ DEV float float_input(const float* x, const float4 (&w)[2], u16 (&to)[3][256], f
 }
 
 // CG warps; TILES of a round in groups, all there are of the block unless LOOP; HW and ROUND as in codes.cuh, for int8 rows.
-template <int FORMAT, int CG, int TILES, int GROUP, int DEPTH, int HW, int ROUND, int LOOP, typename Ready>
-DEV void stream(const Product& p, u8* smem, Ready ready) {
+// done: as in codes.cuh.
+template <int FORMAT, int CG, int TILES, int GROUP, int DEPTH, int HW, int ROUND, int LOOP, typename Ready, typename Done = Unchosen>
+DEV void stream(const Product& p, u8* smem, Ready ready, Done&& done = {}) {
   typedef StreamShared<FORMAT, CG, TILES, ROUND> Shared;
   constexpr bool CODES = Shared::CODES;
   Shared& v = *(Shared*)smem;
@@ -76,13 +77,10 @@ DEV void stream(const Product& p, u8* smem, Ready ready) {
   Weights ring;
   ring.start(s, cg);
   const float* norm_weight = (const float*)p.in.weight;
-  const int column = CODES ? cg * 256 + g * 32 + t * 2 : cg * 256 + lane * 4;
-  float2 pairs[4];
-  float4 quads[2];
+  const int column = cg * 256 + lane * 4;
+  float4 quads[1][2];
 #pragma unroll
-  for (int b = 0; b < 4; ++b)
-    if (CODES) pairs[b] = norm_weight ? *(const float2*)(norm_weight + column + 8 * b) : float2{1, 1};
-    else if (b < 2) quads[b] = norm_weight ? *(const float4*)(norm_weight + column + 128 * b) : float4{1, 1, 1, 1};
+  for (int b = 0; b < 2; ++b) quads[0][b] = norm_weight ? *(const float4*)(norm_weight + column + 128 * b) : float4{1, 1, 1, 1};
   int row = ((int)blockIdx.x + (int)threadIdx.x / SLIM * blocks) * SLIM + (int)threadIdx.x % SLIM;  // that this thread finishes
   bool finishes = (int)threadIdx.x < TILES * SLIM && row < rows;
   float scale = CODES && finishes ? half_bits_to_float(((const u16*)s.scale)[row]) : 1.0f;
@@ -92,10 +90,10 @@ DEV void stream(const Product& p, u8* smem, Ready ready) {
   const float residual = !LOOP && finishes && p.out.mode == ADD ? load_fresh((const float*)p.out.y + row) : 0.0f;
   float by = 1;
   if constexpr (CODES) {
-    by = codes_input<FORMAT, CG, HW, ROUND>(p, pairs, column, v);
+    by = codes_input<FORMAT, CG, 1, HW, ROUND>(p, quads, v);
   } else {
     float squares;
-    by = float_input<FORMAT>((const float*)p.in.x + column, quads, v.x[cg], squares);
+    by = float_input<FORMAT>((const float*)p.in.x + column, quads[0], v.x[cg], squares);
     if (lane == 0) v.squares[cg] = squares;
   }
   const u8* slice = v.q[CODES ? cg : 0][g < v.SLICES ? g : v.SLICES - 1] + t * 16;
@@ -156,6 +154,7 @@ DEV void stream(const Product& p, u8* smem, Ready ready) {
       y += bias;
       if (!LOOP && p.out.mode == ADD) ((float*)p.out.y)[row] = residual + y;
       else put_output(p.out, kept, row, 0, y);
+      done(row, y);
     }
     if (!LOOP) break;
     row += TILES * blocks * SLIM;

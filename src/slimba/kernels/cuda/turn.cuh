@@ -5,6 +5,18 @@
 enum Rounding { KEEP_FLOAT, ROUND_TOKEN, ROUND_FIXED };  // of the struct Matrix: not, by the token's largest, by a stored step
 #define MOST_CODE 127.0f
 
+// The stage of a transform that joins numbers `step` apart, of N in registers.
+template <int N>
+DEV void butterfly(float (&v)[N], int step) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (i & step) continue;
+    const float a = v[i], b = v[i + step];
+    v[i] = a + b;
+    v[i + step] = a - b;
+  }
+}
+
 // x[cols] in shared memory, each `block` (a power of two) of columns, is transformed; stages of distance 1, 2, 4, ..., three
 // at a time. By `lanes` threads, of which this is `lane`; all threads of the block must come here. Ends with a barrier.
 DEV void transform(float* x, int cols, int block, int lane, int lanes) {
@@ -21,14 +33,7 @@ DEV void transform(float* x, int cols, int block, int lane, int lanes) {
       for (int k = 0; k < 8; ++k) v[k] = k < fold ? at[k * d] : 0.0f;
 #pragma unroll
       for (int step = 1; step < 8; step *= 2) {
-        if (step >= fold) continue;
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          if (k & step) continue;
-          const float a = v[k], b = v[k + step];
-          v[k] = a + b;
-          v[k + step] = a - b;
-        }
+        if (step < fold) butterfly(v, step);
       }
 #pragma unroll
       for (int k = 0; k < 8; ++k)

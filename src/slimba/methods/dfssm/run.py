@@ -24,6 +24,7 @@ from slimba.errors import UserError
 from slimba.methods.dfssm.distil import DistilTask
 from slimba.methods.dfssm.recipe import DfssmRecipe, layouts
 from slimba.methods.dfssm.student import Student
+from slimba.methods.one_pass import check_finite
 from slimba.models.lm import SSMForCausalLM, load_weights
 from slimba.training import distributed
 from slimba.training.loop import LoopSettings, pick_device, train
@@ -112,15 +113,6 @@ def settings_of(recipe: DfssmRecipe, batches: WindowBatches, tokens: int | None)
         micro_batch=recipe.micro_batch,
         label="distilling",
     )
-
-
-def check_finite(teacher: Checkpoint) -> None:
-    """UserError naming the first tensor of the teacher that holds NaN or infinity."""
-    for name, tensor in teacher.tensors.items():
-        if not np.isfinite(np.asarray(tensor).astype(np.float32)).all():
-            raise UserError(
-                f"the teacher's {name} holds NaN or infinity; the checkpoint is damaged or diverged in training"
-            )
 
 
 def build(

@@ -10,7 +10,6 @@ Legend: n windows, L length, D d_model. Tests: `pytest tests/methods/test_ptq.py
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,15 @@ import numpy as np
 import torch
 from torch import nn
 
-import slimba
 from slimba.checkpoints.checkpoint import Checkpoint
-from slimba.checkpoints.packed import write_packed
 from slimba.data.batches import WindowBatches
 from slimba.data.tokens import Tokens
-from slimba.errors import UserError
 from slimba.formats import FORMATS, Matrix, MatrixLayout
 from slimba.formats.hadamard import hadamard
-from slimba.methods.dfssm.run import check_finite
 from slimba.methods.gptq import GROUP, Grid, Quantised, gptq, round_to_nearest
+from slimba.methods.one_pass import Made, for_tokens, one_pass
 from slimba.methods.ptq.recipe import PtqRecipe, layouts, pieces
 from slimba.models.lm import SSMForCausalLM, load_weights
-from slimba.training import distributed
-from slimba.training.loop import pick_device
 
 __all__ = ["quantised", "run"]
 
@@ -56,38 +50,20 @@ def run(
     `tokens`: how many to calibrate on instead of the recipe's windows. Started by torchrun, the first process works and
     the others wait. Raises UserError for chosen rows that are not float, for NaN, and where memory runs out.
     """
-    if resume:
-        raise UserError("ptq takes minutes and keeps nothing to resume; start it again without --resume")
-    if tokens is not None:
-        recipe = dataclasses.replace(recipe, windows=max(1, tokens // recipe.window))
+    recipe = for_tokens(recipe, tokens)
     layouts(teacher.spec, teacher.layouts, recipe)  # refuses a recipe that does not fit before anything is read
-    check_finite(teacher)
-    with distributed.group(pick_device(device)) as where:
+
+    def gather(where: torch.device) -> tuple[torch.Tensor, dict[str, Any]]:
         batches = WindowBatches(ids, recipe.window, 1, seed)
+        windows = torch.from_numpy(batches.first(recipe.windows)[:, :-1]).to(where).long()
+        return windows, batches.tokens.origin
 
-        def work() -> dict[str, Any]:
-            begin = time.monotonic()
-            windows = torch.from_numpy(batches.first(recipe.windows)[:, :-1]).to(where).long()
-            try:
-                packed, error = quantised(teacher, recipe, windows)
-            except torch.cuda.OutOfMemoryError:
-                raise UserError("the GPU's memory is too small; set micro_batch to 1, or use fewer windows") from None
-            packed.provenance = record = {
-                "method": "ptq",
-                "slimba": slimba.__version__,
-                "recipe": dataclasses.asdict(recipe),
-                "seed": seed,
-                "data": data | batches.tokens.origin,
-                "teacher_sha256": teacher.sha256(),
-                "tokens": windows.numel(),
-                "device": distributed.name_of(where),
-                "seconds": round(time.monotonic() - begin, 1),
-                "final": {"error": round(error, 7)},
-            }
-            write_packed(packed, out, card=card(record), overwrite=overwrite)
-            return record
+    def quantise(windows: torch.Tensor, _where: torch.device) -> Made:
+        packed, error = quantised(teacher, recipe, windows)
+        return Made(packed, windows.numel(), {"error": round(error, 7)})
 
-        return distributed.from_first(work)
+    settings: dict[str, Any] = {"data": data, "seed": seed, "device": device, "resume": resume, "overwrite": overwrite}
+    return one_pass("ptq", teacher, out, recipe, gather, quantise, card, **settings)
 
 
 @torch.no_grad()

@@ -5,8 +5,6 @@ run(teacher, out, ids, recipe, device="auto", ...)
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,19 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-import slimba
 from slimba.checkpoints.checkpoint import Checkpoint
-from slimba.checkpoints.packed import write_packed
 from slimba.data.tokens import ArrayTokens, Tokens
 from slimba.errors import UserError
 from slimba.evaluation.perplexity import progress_bar
-from slimba.methods.dfssm.run import check_finite
+from slimba.methods.one_pass import Made, for_tokens, one_pass
 from slimba.methods.quamba2.fold import Source
 from slimba.methods.quamba2.model import Fitness, calibrate, compare
 from slimba.methods.quamba2.recipe import QuambaRecipe, folds
 from slimba.methods.quamba2.search import budget_of, search
-from slimba.training import distributed
-from slimba.training.loop import pick_device
 
 __all__ = ["quantised", "run", "sample"]
 
@@ -52,40 +46,20 @@ def run(
     the others wait. Raises UserError for a teacher that is not float or holds NaN, for `resume`, and where memory runs
     out.
     """
-    if resume:
-        raise UserError("quamba2 takes minutes and keeps nothing to resume; start it again without --resume")
     teacher.require_float("the teacher")
-    check_finite(teacher)
-    if tokens is not None:
-        recipe = dataclasses.replace(recipe, windows=max(1, tokens // recipe.window))
+    recipe = for_tokens(recipe, tokens)
     text = ArrayTokens(ids) if isinstance(ids, np.ndarray) else ids
-    with distributed.group(pick_device(device)) as where:
 
-        def work() -> dict[str, Any]:
-            windows = sample(text, recipe, seed)
-            begin = time.monotonic()
-            try:
-                packed, figures = quantised(teacher, recipe, windows, where, seed)
-            except torch.cuda.OutOfMemoryError:
-                raise UserError("the GPU's memory is too small; set micro_batch to 1, or use fewer windows") from None
-            record: dict[str, Any] = {
-                "method": "quamba2",
-                "slimba": slimba.__version__,
-                "recipe": dataclasses.asdict(recipe),
-                "seed": seed,
-                "data": data | text.origin,
-                "teacher_sha256": teacher.sha256(),
-                "tokens": figures.pop("tokens"),
-                **({"modes": figures.pop("modes")} if "modes" in figures else {}),
-                "device": distributed.name_of(where),
-                "seconds": round(time.monotonic() - begin, 1),
-                "final": {k: round(v, 5) for k, v in figures.items()},
-            }
-            packed.provenance = record
-            write_packed(packed, out, card=card(record), overwrite=overwrite)
-            return record
+    def gather(_where: torch.device) -> tuple[torch.Tensor, dict[str, Any]]:
+        return sample(text, recipe, seed), text.origin
 
-        return distributed.from_first(work)
+    def quantise(windows: torch.Tensor, where: torch.device) -> Made:
+        packed, figures = quantised(teacher, recipe, windows, where, seed)
+        used, also = figures.pop("tokens"), {k: figures.pop(k) for k in ("modes",) if k in figures}
+        return Made(packed, used, {k: round(v, 5) for k, v in figures.items()}, also)
+
+    settings: dict[str, Any] = {"data": data, "seed": seed, "device": device, "resume": resume, "overwrite": overwrite}
+    return one_pass("quamba2", teacher, out, recipe, gather, quantise, card, **settings)
 
 
 def sample(text: Tokens, recipe: QuambaRecipe, seed: int) -> torch.Tensor:

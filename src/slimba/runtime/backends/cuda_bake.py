@@ -18,7 +18,7 @@ from slimba.runtime.backends.cuda_codes import Codes
 from slimba.runtime.backends.cuda_lean import Dot, Lean
 from slimba.runtime.backends.cuda_stream import Stream
 
-__all__ = ["QUICK", "QUICK_THREADS", "Baked"]
+__all__ = ["KEYS", "QUICK", "QUICK_THREADS", "Baked"]
 
 QUICK, QUICK_THREADS = "quick", 288  # the kernel of kernels/cuda/quick.cuh, threads of its block
 
@@ -29,6 +29,8 @@ POINTERS = {
     *(MATRIX + i for i in (0, 2, 4)), *(MATRIX + 7 + i for i in (1, 5)), MATRIX + 17, MATRIX + 18, MATRIX + 23,
 }  # fmt: skip
 VARYING = {MATRIX + 19, MATRIX + 22}  # layer, batch
+HEAD = MATRIX + 24  # fields of struct Product, which struct Head in kernels/cuda/choice.cuh begins with
+KEYS = HEAD + 13  # 0 where nothing is chosen
 RECURRENCE_POINTERS = {0, 1, 15, 16, 17, 18, 19, 20, 22, 24}
 RECURRENCE_VARYING = {2, 5}
 
@@ -41,8 +43,9 @@ MANY = {
     "few": ("Mid", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 20}),
     "broad": ("Broad", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
     "broad_codes": ("Broad", "THREADS", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
-    "broad_norm": ("BroadNorm", "THREADS", "s", {MATRIX + 9, MATRIX + 13}),
+    "broad_norm": ("BroadNorm", "THREADS", "s", {MATRIX + 9, MATRIX + 13, MATRIX + 26}),
     "steps": ("Steps", "THREADS, ", "s", RECURRENCE_VARYING),
+    "flow": ("Steps", "THREADS, 2", "s", RECURRENCE_VARYING),
     "prepare": ("BatchRecurrence", "THREADS", "s", RECURRENCE_VARYING),
     "states": ("BatchRecurrence", "THREADS, ", "s", RECURRENCE_VARYING),
 }
@@ -74,6 +77,17 @@ class Baked:
         call = f"product<{tokens}>(s, smem, {first}, blockIdx.x, gridDim.x, InOrder());"
         return self._add(f"slimba_product_{tokens}", kernel("Product", bounds, sets, call))
 
+    def head(self, fields: np.ndarray, lean: Codes | Stream) -> str:
+        """The kernel for a struct Head that chooses or not: the last product of a step of one sequence."""
+        sets = constants(fields[:HEAD], POINTERS, VARYING)
+        further = enumerate(fields[HEAD:].tolist(), HEAD)
+        sets += " ".join(f" f[{i}] = {v};" for i, v in further if 0 <= v < 1 << 32 and i != KEYS)
+        call = (
+            f"Choosing c{{*(const i32*)s.choice.n_valid}}; {lean.name}(s.p, smem, HeadOrder{{s}}, c);"
+            f" if (s.choice.keys) choose<{lean.threads // 32}>(s, c.key, (u64*)smem);"
+        )
+        return self._add("slimba_head", kernel("Head", f"{lean.threads}, {lean.resident}", sets, call))
+
     def recurrence(self, fields: np.ndarray, instance: str) -> str:
         """The kernel for a struct Recurrence; `instance` are the arguments of the template recur, or QUICK."""
         sets = constants(fields, RECURRENCE_POINTERS, RECURRENCE_VARYING)
@@ -92,8 +106,11 @@ class Baked:
         struct, bounds, call, varying = MANY[kind]
         arguments = numbers.split("_") if numbers else []
         if kind in ("states", "steps"):
-            bounds += "3" if arguments[0] == "2" else "2"
-            call += f", *({kind.title()}Shared<{arguments[1]}>*)smem"
+            bounds += {"states": "3", "steps": "4"}[kind] if arguments[0] == "2" else "2"
+            shape = arguments[1] if kind == "states" else ", ".join(arguments)
+            call += f", *({kind.title()}Shared<{shape}>*)smem"
+        elif kind == "flow":
+            call += f", *(FlowShared<{arguments[0]}>*)smem"
         else:
             call += ", smem"
         if kind in ("still", "few"):

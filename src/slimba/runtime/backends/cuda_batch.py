@@ -36,7 +36,12 @@ __all__ = ["BatchStep"]
 
 STATE_HEADS = 4  # of kernels/cuda/batch.cu
 RESIDUAL = 1
-ONLY_MADE = ("slimba_few", "slimba_broad", "slimba_steps")  # kernels that there are for one model's shape alone
+ONLY_MADE = (
+    "slimba_few",
+    "slimba_broad",
+    "slimba_steps",
+    "slimba_flow",
+)  # kernels that there are for one model's shape alone
 
 
 # Arguments of a launch by position and by name, or something to be called
@@ -83,8 +88,8 @@ class RecordedStep(Step):
 
     _launches: list[Launch]
 
-    def work(self, *, choose: bool) -> None:
-        """Launches one step. choose: the most likely ids become the next ids."""
+    def work(self, *, choose: bool, follows: bool = False) -> None:
+        """Launches one step, as in Step."""
         for arguments, settings in self._launches:
             if callable(arguments):
                 arguments()

@@ -9,20 +9,23 @@ from slimba.runtime.backends.cuda_weights import FORMAT_CODES, DeviceMatrix
 
 __all__ = ["Codes", "codes_of"]
 
-COLUMNS, TILE = 256, 16  # columns of a warp, rows of a tile in kernels/cuda/codes.cuh
-REGISTERS = {"int4": 18, "int8": 32}  # of a lane for a tile's codes and scales
-OTHER_REGISTERS = 72  # of a lane for all else
+COLUMNS, TILE = 256, 16  # of a piece, of a tile of rows in kernels/cuda/codes.cuh
+PIECE_ROOM = 320  # floats in which a piece is transformed
+PIECES = 1, 2  # of a warp
+REGISTERS = {"int4": 18, "int8": 32}  # of a lane for the codes and scales of a tile and piece
+OTHER_REGISTERS, MORE_REGISTERS = 72, 24  # of a lane for all else, and for each piece more
 ALL_REGISTERS, MOST_REGISTERS = 65536, 255  # of a multiprocessor, of a thread
-MOST_GROUPS = 24  # warps of a block
+MOST_WARPS = 24  # of a block
 
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """Arguments of the template `codes`: format, groups of columns, a warp each, tiles of a block at a time, groups of
-    a block of the transform, kind of rounding, and whether a block has more tiles than that."""
+    """Arguments of the template `codes`: format, warps, groups of columns of each, tiles of a block at a time, groups
+    of a block of the transform, kind of rounding, and whether a block has more tiles than that."""
 
     format: str
-    groups: int
+    warps: int
+    pieces: int
     tiles: int
     turned: int
     rounding: int
@@ -32,18 +35,20 @@ class Codes:
 
     @property
     def threads(self) -> int:
-        return 32 * self.groups
+        return 32 * self.warps
 
     @property
     def name(self) -> str:
         format = FORMAT_CODES[self.format]
-        return f"codes<{format}, {self.groups}, {self.tiles}, {self.turned}, {self.rounding}, {int(self.loop)}>"
+        numbers = self.warps, self.pieces, self.tiles, self.turned, self.rounding, int(self.loop)
+        return f"codes<{format}, {', '.join(map(str, numbers))}>"
 
     @property
     def shared_bytes(self) -> int:
         """CodesShared."""
         slices = (1 if self.rounding else 3) * (272 if self.format == "int4" else 320)
-        return self.groups * (4 * 256 + slices + 2 * self.tiles * TILE * 4 + 3 * 4)
+        parts = 2 * self.tiles * TILE * (self.warps | 1) + 3 * self.warps
+        return self.warps * self.pieces * (4 * PIECE_ROOM + slices) + 4 * parts
 
 
 def codes_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool) -> Codes | None:
@@ -53,16 +58,29 @@ def codes_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool) -> Cod
     if formats not in (["int4"], ["int8"]) or m.rank or m.layout.plane or m.col_scale or norm_groups > 1 or gated:
         return None
     groups, turned = m.cols // COLUMNS, m.hadamard // COLUMNS
-    if m.cols % COLUMNS or m.cols != m.kpad or groups > MOST_GROUPS or (m.hadamard and not turned):
+    if m.cols % COLUMNS or m.cols != m.kpad or (m.hadamard and not turned):
         return None
-    each = min(MOST_REGISTERS, ALL_REGISTERS // (32 * groups)) - OTHER_REGISTERS
-    most, tiles = each // REGISTERS[formats[0]], math.ceil(math.ceil(m.rows / TILE) / blocks)
-    loop = tiles > most
-    if loop:
+    tiles = math.ceil(math.ceil(m.rows / TILE) / blocks)
+    found = [shape_of(formats[0], groups, pieces, tiles) for pieces in PIECES if groups % pieces == 0]
+    fitting = [shape for shape in found if shape is not None]
+    if not fitting:
+        return None
+    warps, pieces, at_once = min(
+        fitting, key=lambda shape: shape[2] < tiles
+    )  # the first that need not loop, or the first
+    return Codes(formats[0], warps, pieces, at_once, turned, m.rounding, at_once < tiles)
+
+
+def shape_of(format: str, groups: int, pieces: int, tiles: int) -> tuple[int, int, int] | None:
+    """Warps, groups of each, and tiles at a time of a block with so many tiles; None where registers are short."""
+    warps = groups // pieces
+    if warps > MOST_WARPS:
+        return None
+    registers = min(MOST_REGISTERS, ALL_REGISTERS // (32 * warps)) - OTHER_REGISTERS - MORE_REGISTERS * (pieces - 1)
+    most = registers // (REGISTERS[format] * pieces)
+    if tiles > most:
         most //= 2  # those that are multiplied and those that come
         if most < 1:
             return None
         tiles = math.ceil(tiles / math.ceil(tiles / most))
-    if tiles * TILE > 32 * groups:
-        return None
-    return Codes(formats[0], groups, tiles, turned, m.rounding, loop)
+    return (warps, pieces, tiles) if tiles * TILE <= 32 * warps else None

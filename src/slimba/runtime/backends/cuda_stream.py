@@ -51,7 +51,7 @@ class Stream:
         """StreamShared."""
         codes = self.format == "int8"
         slices = 1 if self.rounding else 3
-        own = self.groups * (1024 + 320 * slices) + 1536 if codes else 1024 + 320 * slices + self.groups * 1536
+        own = self.groups * (1280 + 320 * slices) + 1536 if codes else 1280 + 320 * slices + self.groups * 1536
         return own + self.groups * (2 * self.tiles * SLIM * 4 + 12)
 
     @property
