@@ -129,7 +129,8 @@ def decode_parts(engine: CudaEngine, state_dtype: str) -> str:
         "recur": (n, lambda o: [step.recur(i, o) for i in range(n)] and None),
         "out_proj": (n, lambda o: [step.product(w.matrices["out_proj"], 2 * i + 1, 1, o)
                                     for i, w in enumerate(layers)] and None),
-        "head": (1, lambda o: step.product(engine.model.head, 2 * n, 1, o)),
+        "head": (1, step.head),
+        "head and choice": (1, lambda o: step.head(o, choose=True)),
         "argmax": (1, lambda o: step.after(True, o)),
         "embed x48": (48, lambda o: [gpu.launch("slimba_embed", (gpu.blocks,), step.embed, overlap=o)
                                       for _ in range(48)] and None),

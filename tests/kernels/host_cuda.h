@@ -365,3 +365,4 @@ DEV float load_fresh(const float* p) { return *p; }
 DEV void prefetch(const void* p) { volatile char touched = *static_cast<const char*>(p); (void)touched; }
 DEV void await_previous() {}
 DEV void release_next() {}
+DEV void seen_by_all() {}

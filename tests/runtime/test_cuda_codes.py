@@ -36,6 +36,33 @@ def test_kernels_for_codes_are_those_for_any_matrix(format: str) -> None:
     assert difference < (0.05 if format.endswith("a8") else 1e-5)
 
 
+@pytest.mark.parametrize("format", ["dfssm", "int8", "float16", "bfloat16", "w4a16"])
+def test_the_head_chooses_and_embeds_as_the_kernels_apart(format: str) -> None:
+    """Eleven tokens, so that eight steps follow each other; ids from n_valid on are not chosen, and a NaN is seen."""
+    from slimba.errors import UserError
+    from slimba.runtime.backends.cuda import CudaEngine
+    from slimba.runtime.engine import SamplingParams
+    from slimba.runtime.measure import random_model
+
+    spec = mamba2_spec(d_model=512, d_inner=1024, headdim=64, d_state=64, n_layer=2, vocab_size=530)
+    checkpoint = random_model(spec, format)
+    prompt = np.random.default_rng(0).integers(0, 530, (1, 3)).astype(np.int32)
+    chosen, logits = [], []
+    for gpu in (host_gpu(), host_gpu(blocks=12, bakes=True)):
+        cuda = CudaEngine(checkpoint, gpu=gpu)
+        for n_valid in (0, 200):
+            state, params = cuda.new_state(), SamplingParams(max_new_tokens=12, n_valid=n_valid)
+            chosen.append(np.concatenate(list(cuda.generate(prompt, state, params, stride=16)), axis=1)[0].tolist())
+            logits.append(cuda.step(np.array([7], np.int32), state).numpy().copy())
+            assert int(state.pos[0]) == 3 + 11 + 1
+    assert cuda.stepper(state)._chooses  # type: ignore[attr-defined]
+    assert chosen[0] == chosen[2] and chosen[1] == chosen[3] and max(chosen[1]) < 200 <= max(chosen[0])
+    np.testing.assert_allclose(logits[2:], logits[:2], rtol=0, atol=1e-5 * np.abs(logits[0]).max())
+    cuda.model.norm_f[3] = float("nan")
+    with pytest.raises(UserError, match="NaN"):
+        cuda._steps_ahead(prompt[:, 0], cuda.new_state(), 2, SamplingParams(), 0)
+
+
 @pytest.mark.parametrize("format", ["float16", "bfloat16", "int8", "w8a8"])
 def test_few_sequences_of_uncompressed_models(format: str) -> None:
     from slimba.runtime.backends.cuda import CudaEngine

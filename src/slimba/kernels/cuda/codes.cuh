@@ -208,9 +208,9 @@ DEV float codes_input(const Product& p, const float4 (&w)[PIECES][2], Shared& v)
 }
 
 // CG warps of PIECES x 256 columns; TW tiles at a time, all there are of the block unless LOOP; HW pieces of a block of the
-// transform, 0 for none.
-template <int FORMAT, int CG, int PIECES, int TW, int HW, int ROUND, int LOOP, typename Ready>
-DEV void codes(const Product& p, u8* smem, Ready ready) {
+// transform, 0 for none. done: is told each row's number and value by the thread that finishes it.
+template <int FORMAT, int CG, int PIECES, int TW, int HW, int ROUND, int LOOP, typename Ready, typename Done = Unchosen>
+DEV void codes(const Product& p, u8* smem, Ready ready, Done&& done = {}) {
   typedef CodesShared<FORMAT, CG, PIECES, TW, ROUND> Shared;
   Shared& v = *(Shared*)smem;
   const Matrix& m = p.m;
@@ -267,6 +267,7 @@ DEV void codes(const Product& p, u8* smem, Ready ready) {
       y = fmaf(y, by * scale, bias);
       if (!LOOP && p.out.mode == ADD) ((float*)p.out.y)[row] = residual + y;
       else put_output(p.out, ring, row, 0, y);
+      done(row, y);
     }
     if (!LOOP) break;
 #pragma unroll

@@ -144,6 +144,7 @@ DEV uint2 load_pair(const void* p) {
 }
 DEV u64 load_fresh(const u64* p) { return __ldcg(p); }
 DEV void store_fresh(u64* p, u64 v) { __stcg(p, v); }
+DEV void seen_by_all() { __threadfence(); }  // what this thread wrote, before what it does next
 // How many blocks have come here before; what this thread wrote can be seen by those that come later.
 DEV u32 take_ticket(u32* p) {
   __threadfence();

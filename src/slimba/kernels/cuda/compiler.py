@@ -27,7 +27,7 @@ PRODUCTS = (*BASE, "tiles.cuh", "product.cuh", "step.cuh", "decode.cu")
 ONE_VECTOR = ("rows.cuh", "lean.cuh", "dot.cuh", "codes.cuh", "ring.cuh", "stream.cuh")
 MODULES = {  # apart, because a process needs few; cuda_bake.py adds the kernels of a model to "decode" and "many"
     "main": (*BASE, "decode.cu"),
-    "decode": (*BASE, "tiles.cuh", "product.cuh", *ONE_VECTOR, "step.cuh", "quick.cuh", "decode.cu"),
+    "decode": (*BASE, "tiles.cuh", "product.cuh", "step.cuh", "quick.cuh", "decode.cu", "choice.cuh", *ONE_VECTOR),
     "generic": (*PRODUCTS, "generic.cu"),
     "bulk": (*BASE, "step.cuh", "bulk.cu", "turn.cu", "expand.cu", "scan.cu", "scan1.cu", "ssd.cu"),
     "mid": (*BASE, "step.cuh", "mid_norm.cu", "mid.cu", "batch.cu", "many.cu"),

@@ -64,8 +64,9 @@ DEV float float_input(const float* x, const float4 (&w)[2], u16 (&to)[3][256], f
 }
 
 // CG warps; TILES of a round in groups, all there are of the block unless LOOP; HW and ROUND as in codes.cuh, for int8 rows.
-template <int FORMAT, int CG, int TILES, int GROUP, int DEPTH, int HW, int ROUND, int LOOP, typename Ready>
-DEV void stream(const Product& p, u8* smem, Ready ready) {
+// done: as in codes.cuh.
+template <int FORMAT, int CG, int TILES, int GROUP, int DEPTH, int HW, int ROUND, int LOOP, typename Ready, typename Done = Unchosen>
+DEV void stream(const Product& p, u8* smem, Ready ready, Done&& done = {}) {
   typedef StreamShared<FORMAT, CG, TILES, ROUND> Shared;
   constexpr bool CODES = Shared::CODES;
   Shared& v = *(Shared*)smem;
@@ -153,6 +154,7 @@ DEV void stream(const Product& p, u8* smem, Ready ready) {
       y += bias;
       if (!LOOP && p.out.mode == ADD) ((float*)p.out.y)[row] = residual + y;
       else put_output(p.out, kept, row, 0, y);
+      done(row, y);
     }
     if (!LOOP) break;
     row += TILES * blocks * SLIM;

@@ -43,8 +43,10 @@ GRAPH_TOKENS, MOST_GRAPHS = 2048, 4  # of a recorded piece of a prompt; of piece
 AHEAD, AHEAD_BATCH = 8, 8  # steps of a graph, and of how many sequences at most: between graphs the GPU waits a little
 
 
-def drop(_: object) -> None:
-    """For work that gives a value nobody wants."""
+def steps_of(step: Step) -> None:
+    """AHEAD steps, each choosing the ids of the next."""
+    for i in range(AHEAD):
+        step.work(choose=True, follows=i > 0)
 
 
 class PromptGraph:
@@ -264,7 +266,7 @@ class CudaEngine:
                 continue
             many = (*key, AHEAD)
             if many not in self._graphs:
-                self._graphs[many] = self.gpu.record(lambda: drop([step.work(choose=True) for _ in range(AHEAD)]))
+                self._graphs[many] = self.gpu.record(lambda: steps_of(step))
             self._graphs[many]()
             count -= AHEAD
 

@@ -18,7 +18,7 @@ from slimba.runtime.backends.cuda_codes import Codes
 from slimba.runtime.backends.cuda_lean import Dot, Lean
 from slimba.runtime.backends.cuda_stream import Stream
 
-__all__ = ["QUICK", "QUICK_THREADS", "Baked"]
+__all__ = ["KEYS", "QUICK", "QUICK_THREADS", "Baked"]
 
 QUICK, QUICK_THREADS = "quick", 288  # the kernel of kernels/cuda/quick.cuh, threads of its block
 
@@ -29,6 +29,8 @@ POINTERS = {
     *(MATRIX + i for i in (0, 2, 4)), *(MATRIX + 7 + i for i in (1, 5)), MATRIX + 17, MATRIX + 18, MATRIX + 23,
 }  # fmt: skip
 VARYING = {MATRIX + 19, MATRIX + 22}  # layer, batch
+HEAD = MATRIX + 24  # fields of struct Product, which struct Head in kernels/cuda/choice.cuh begins with
+KEYS = HEAD + 13  # 0 where nothing is chosen
 RECURRENCE_POINTERS = {0, 1, 15, 16, 17, 18, 19, 20, 22, 24}
 RECURRENCE_VARYING = {2, 5}
 
@@ -73,6 +75,17 @@ class Baked:
         first = "0" if tokens == 1 else f"{tokens} * blockIdx.y"
         call = f"product<{tokens}>(s, smem, {first}, blockIdx.x, gridDim.x, InOrder());"
         return self._add(f"slimba_product_{tokens}", kernel("Product", bounds, sets, call))
+
+    def head(self, fields: np.ndarray, lean: Codes | Stream) -> str:
+        """The kernel for a struct Head that chooses or not: the last product of a step of one sequence."""
+        sets = constants(fields[:HEAD], POINTERS, VARYING)
+        further = enumerate(fields[HEAD:].tolist(), HEAD)
+        sets += " ".join(f" f[{i}] = {v};" for i, v in further if 0 <= v < 1 << 32 and i != KEYS)
+        call = (
+            f"Choosing c{{*(const i32*)s.choice.n_valid}}; {lean.name}(s.p, smem, HeadOrder{{s}}, c);"
+            f" if (s.choice.keys) choose<{lean.groups}>(s, c.key, (u64*)smem);"
+        )
+        return self._add("slimba_head", kernel("Head", f"{lean.threads}, {lean.resident}", sets, call))
 
     def recurrence(self, fields: np.ndarray, instance: str) -> str:
         """The kernel for a struct Recurrence; `instance` are the arguments of the template recur, or QUICK."""

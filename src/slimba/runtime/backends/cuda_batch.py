@@ -83,8 +83,8 @@ class RecordedStep(Step):
 
     _launches: list[Launch]
 
-    def work(self, *, choose: bool) -> None:
-        """Launches one step. choose: the most likely ids become the next ids."""
+    def work(self, *, choose: bool, follows: bool = False) -> None:
+        """Launches one step, as in Step."""
         for arguments, settings in self._launches:
             if callable(arguments):
                 arguments()

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from slimba.models.spec import ModelSpec
-from slimba.runtime.backends.cuda_bake import QUICK, QUICK_THREADS, Baked
+from slimba.runtime.backends.cuda_bake import KEYS, QUICK, QUICK_THREADS, Baked
 from slimba.runtime.backends.cuda_bulk import Bulk
 from slimba.runtime.backends.cuda_codes import Codes, codes_of
 from slimba.runtime.backends.cuda_device import Gpu
@@ -109,8 +109,9 @@ class Step(ABC):
         )  # fmt: skip
 
     @abstractmethod
-    def work(self, *, choose: bool) -> None:
-        """Launches one step. choose: the most likely ids become the next ids."""
+    def work(self, *, choose: bool, follows: bool = False) -> None:
+        """Launches one step. choose: the most likely ids become the next ids. follows: it is launched directly after a
+        step that chose its ids."""
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype, device=self._gpu.device)
@@ -169,8 +170,8 @@ class BulkStep(Step):
         super().__init__(model, gpu, batch)
         self._bulk = bulk
 
-    def work(self, *, choose: bool) -> None:
-        """Launches one step. choose: the most likely ids become the next ids."""
+    def work(self, *, choose: bool, follows: bool = False) -> None:
+        """Launches one step, as in Step."""
         u = self._bulk.residual(self.ids[:, None], self.pointers, advance=False)
         self._bulk.logits(u, out=self.logits)
         self.after(choose)
@@ -201,10 +202,17 @@ class FusedStep(Step):
         self.products.append(self._head())
         self._lean: dict[int, Codes | Dot | Lean | Stream] = {}
         self._quick = False
-        self._kernels, self._own = self._bake() if gpu.bakes else self._generic()
         self.embed = fields_of(
             model.embedding.fields, self._state(0), batch, self.ids.data_ptr(), self.u.data_ptr()
         )  # fmt: skip
+        self._block_keys = zeros(gpu.blocks, dtype=torch.int64)
+        choice = self._argmax.copy()
+        choice[-2] = self._block_keys.data_ptr()
+        self._choosing = np.concatenate([self.products[-1], choice, self.embed])  # struct Head
+        self._heads = self._choosing.copy()
+        self._heads[KEYS] = 0
+        self._chooses = False
+        self._kernels, self._own = self._bake() if gpu.bakes else self._generic()
 
     @staticmethod
     def tokens_of(batch: int) -> int:
@@ -220,16 +228,30 @@ class FusedStep(Step):
         matrices = [m for layer in model.layers for m in layer.matrices.values()]
         return all(m.shared_bytes(cls.tokens_of(batch), groups) <= gpu.shared for m in [*matrices, model.head])
 
-    def work(self, *, choose: bool, overlap: bool = True) -> None:
-        """Launches one step. choose: the most likely ids become the next ids. overlap: by dependent launch."""
-        self.layers(overlap)
-        self.product(self._model.head, len(self.products) - 1, 1, overlap)
-        self.after(choose, overlap)
+    def work(self, *, choose: bool, follows: bool = False, overlap: bool = True) -> None:
+        """Launches one step, as in Step. overlap: by dependent launch."""
+        by_head = self._chooses and not self.samples
+        self.layers(overlap, embedded=follows and by_head)
+        self.head(overlap, choose and by_head)
+        if not (choose and by_head):
+            self.after(choose, overlap)
 
-    def layers(self, overlap: bool) -> None:
-        """Launches everything before the head."""
+    def head(self, overlap: bool, choose: bool = False) -> None:
+        """Launches the last product; choose: the ids and inputs of the next step are made by the same kernel."""
+        i = len(self.products) - 1
+        if not self._chooses:
+            return self.product(self._model.head, i, 1, overlap)
+        lean, fields = self._lean[i], self._choosing if choose else self._heads
+        self._gpu.launch(
+            self._kernels[i], (self._gpu.blocks,), fields, max(lean.shared_bytes, 8 * (lean.threads // 32 + 1)),
+            threads=lean.threads, overlap=overlap, module=self._own, spread=True,
+        )  # fmt: skip
+
+    def layers(self, overlap: bool, embedded: bool = False) -> None:
+        """Launches everything before the head. embedded: the inputs are there already."""
         gpu, spec = self._gpu, self._model.spec
-        gpu.launch("slimba_embed", (gpu.blocks,), self.embed, overlap=overlap, spread=self.batch == 1)
+        if not embedded:
+            gpu.launch("slimba_embed", (gpu.blocks,), self.embed, overlap=overlap, spread=self.batch == 1)
         for i, layer in enumerate(self._model.layers):
             self.product(layer.matrices["in_proj"], 2 * i, 1, overlap)
             self.recur(i, overlap)
@@ -238,11 +260,10 @@ class FusedStep(Step):
     def product(self, m: DeviceMatrix, i: int, groups: int, overlap: bool) -> None:
         """Launches the i-th product; `groups` of its input's norm."""
         if lean := self._lean.get(i):
-            last = i == len(self.products) - 1
-            room = 0 if last else self._room("in_proj" if i % 2 == 0 else "out_proj")
+            room = self._room("in_proj" if i % 2 == 0 else "out_proj")
             self._gpu.launch(
-                self._kernels[i], (self._gpu.blocks,), self.products[i],
-                max(lean.shared_bytes, room), threads=lean.threads, overlap=overlap, module=self._own, spread=True,
+                self._kernels[i], (self._gpu.blocks,), self.products[i], max(lean.shared_bytes, room),
+                threads=lean.threads, overlap=overlap, module=self._own, spread=True,
             )  # fmt: skip
             return
         blocks = self._gpu.blocks * (2 if m.items >= 2 * WARPS * self._gpu.blocks else 1)  # two fit a multiprocessor
@@ -287,10 +308,16 @@ class FusedStep(Step):
         self._quick = self.QUICK and spec.d_state == QUICK_STATE and span_of(spec.headdim) == QUICK_SPAN
         baked, instance = Baked(), QUICK if self._quick else RECUR[entries_of(spec.d_state)]
         self._lean = self._lean_products()
-        names = [baked.product(fields, self._tokens, self._lean.get(i)) for i, fields in enumerate(self.products)]
+        names = [baked.product(fields, self._tokens, self._lean.get(i)) for i, fields in enumerate(self.products[:-1])]
+        head = self._lean.get(len(names))
+        self._chooses = isinstance(head, Codes | Stream)
+        if isinstance(head, Codes | Stream):
+            names.append(baked.head(self._choosing, head))
+        else:
+            names.append(baked.product(self.products[-1], self._tokens, head))
         names += [baked.recurrence(fields, instance) for fields in self.recurrences]
         if len(set(names)) > MOST_KERNELS:
-            self._lean, self._quick = {}, False
+            self._lean, self._quick, self._chooses = {}, False, False
             return self._generic()
         return names, self._gpu.module("decode", baked.source)
 
