@@ -83,7 +83,7 @@ class Baked:
         sets += " ".join(f" f[{i}] = {v};" for i, v in further if 0 <= v < 1 << 32 and i != KEYS)
         call = (
             f"Choosing c{{*(const i32*)s.choice.n_valid}}; {lean.name}(s.p, smem, HeadOrder{{s}}, c);"
-            f" if (s.choice.keys) choose<{lean.groups}>(s, c.key, (u64*)smem);"
+            f" if (s.choice.keys) choose<{lean.threads // 32}>(s, c.key, (u64*)smem);"
         )
         return self._add("slimba_head", kernel("Head", f"{lean.threads}, {lean.resident}", sets, call))
 
