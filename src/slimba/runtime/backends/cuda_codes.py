@@ -13,9 +13,14 @@ COLUMNS, TILE = 256, 16  # of a piece, of a tile of rows in kernels/cuda/codes.c
 PIECE_ROOM = 320  # floats in which a piece is transformed
 PIECES = 1, 2  # of a warp
 REGISTERS = {"int4": 18, "int8": 32}  # of a lane for the codes and scales of a tile and piece
+SLOT_BYTES = {"int4": 64, "int8": 128}  # of a lane for the same codes in shared memory
 OTHER_REGISTERS, MORE_REGISTERS = 72, 24  # of a lane for all else, and for each piece more
 ALL_REGISTERS, MOST_REGISTERS = 65536, 255  # of a multiprocessor, of a thread
 MOST_WARPS = 24  # of a block
+
+
+def STAGED(m: DeviceMatrix) -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,7 @@ class Codes:
     turned: int
     rounding: int
     loop: bool
+    staged: bool = False
 
     resident = 1  # blocks for which a multiprocessor should have registers
 
@@ -40,7 +46,7 @@ class Codes:
     @property
     def name(self) -> str:
         format = FORMAT_CODES[self.format]
-        numbers = self.warps, self.pieces, self.tiles, self.turned, self.rounding, int(self.loop)
+        numbers = self.warps, self.pieces, self.tiles, self.turned, self.rounding, int(self.loop), int(self.staged)
         return f"codes<{format}, {', '.join(map(str, numbers))}>"
 
     @property
@@ -48,7 +54,10 @@ class Codes:
         """CodesShared."""
         slices = (1 if self.rounding else 3) * (272 if self.format == "int4" else 320)
         parts = 2 * self.tiles * TILE * (self.warps | 1) + 3 * self.warps
-        return self.warps * self.pieces * (4 * PIECE_ROOM + slices) + 4 * parts
+        known = self.warps * self.pieces * (4 * PIECE_ROOM + slices) + 4 * parts
+        if not self.staged:
+            return known
+        return -(-known // 16) * 16 + self.threads * self.pieces * self.tiles * SLOT_BYTES[self.format]
 
 
 def codes_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool) -> Codes | None:
@@ -68,7 +77,8 @@ def codes_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool) -> Cod
     warps, pieces, at_once = min(
         fitting, key=lambda shape: shape[2] < tiles
     )  # the first that need not loop, or the first
-    return Codes(formats[0], warps, pieces, at_once, turned, m.rounding, at_once < tiles)
+    loop = at_once < tiles
+    return Codes(formats[0], warps, pieces, at_once, turned, m.rounding, loop, STAGED(m) and not loop)
 
 
 def shape_of(format: str, groups: int, pieces: int, tiles: int) -> tuple[int, int, int] | None:
