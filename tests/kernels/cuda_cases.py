@@ -115,6 +115,8 @@ def turned(gpu: Any, matrix: Matrix, x: np.ndarray, activations: str, exact: boo
 
 CODES_LAYOUTS: dict[str, MatrixLayout] = {
     "codes-512": MatrixLayout(512, (Segment(50, "int4"),)),
+    "codes-768": MatrixLayout(768, (Segment(50, "int4"),), hadamard=256),
+    "codes-768b": MatrixLayout(768, (Segment(41, "int8"),), input_scale=True),
     "codes-1024": MatrixLayout(1024, (Segment(37, "int4"),), hadamard=256),
     "codes-1536": MatrixLayout(1536, (Segment(21, "int8"),), hadamard=512),
     "codes-2048": MatrixLayout(2048, (Segment(100, "int4"),), hadamard=2048, input_scale=True),

@@ -67,7 +67,7 @@ def codes_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool) -> Cod
     if formats not in (["int4"], ["int8"]) or m.rank or m.layout.plane or m.col_scale or norm_groups > 1 or gated:
         return None
     groups, turned = m.cols // COLUMNS, m.hadamard // COLUMNS
-    if m.cols % COLUMNS or m.cols != m.kpad or (m.hadamard and not turned):
+    if m.cols % COLUMNS or (m.hadamard and not turned):
         return None
     tiles = math.ceil(math.ceil(m.rows / TILE) / blocks)
     found = [shape_of(formats[0], groups, pieces, tiles) for pieces in PIECES if groups % pieces == 0]
