@@ -48,7 +48,8 @@ template <int F>
 struct Wrapped {
   static void few(const QuantArgs& a) { const Clocked c(kFew + F); base->quant[F]->few(a); }
   static void many(const QuantArgs& a) { const Clocked c(kMany + F); base->quant[F]->many(a); }
-  static void prepare(const std::int8_t* x, std::int64_t n, std::uint8_t* o) { const Clocked c(kPrepare); base->quant[F]->prepare(x, n, o); }
+  static void prepare_few(const std::int8_t* x, std::int64_t n, std::uint8_t* o) { const Clocked c(kPrepare); base->quant[F]->few_input.prepare(x, n, o); }
+  static void prepare_many(const std::int8_t* x, std::int64_t n, std::uint8_t* o) { const Clocked c(kPrepare); base->quant[F]->many_input.prepare(x, n, o); }
   static void product(const MatmulArgs& a) { const Clocked c(kFloat + F); base->format[F]->matmul(a); }
 };
 
@@ -61,7 +62,8 @@ inline void wrap(Kernels& k, FormatKernels* formats, QuantFormat* quants) {
   quants[F] = *base->quant[F];
   quants[F].few = Wrapped<F>::few;
   quants[F].many = Wrapped<F>::many;
-  quants[F].prepare = Wrapped<F>::prepare;
+  quants[F].few_input.prepare = Wrapped<F>::prepare_few;
+  quants[F].many_input.prepare = Wrapped<F>::prepare_many;
   k.quant[F] = &quants[F];
 }
 

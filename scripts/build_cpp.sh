@@ -28,7 +28,7 @@ case $arch in
   x86_64*)
     flags+=(-DSLIMBA_X86)
     for family in sign int8 int4 floats norm ssm; do sources+=("$family/avx2" "$family/avx512"); done
-    sources+=(quant/avx2 quant/avxvnni quant/avx512vnni quant/amx)
+    sources+=(quant/avx2 quant/avxvnni quant/avx512vnni quant/avx512lookup quant/amx)
     ;;
   aarch64*)
     flags+=(-DSLIMBA_NEON)
@@ -42,7 +42,7 @@ compile() {  # source without .cpp -> object
     */avx2) extra=("${avx2[@]}") ;;
     */avxvnni) extra=("${avx2[@]}" -mavxvnni) ;;
     */avx512) extra=("${avx512[@]}") ;;
-    */avx512vnni | */amx) extra=("${avx512[@]}"); [ -n "${SIMDE:-}" ] || extra+=(-mavx512vnni) ;;
+    */avx512vnni | */avx512lookup | */amx) extra=("${avx512[@]}"); [ -n "${SIMDE:-}" ] || extra+=(-mavx512vnni) ;;
     */neon) extra=(-march=armv8.2-a+dotprod) ;;
   esac
   $cxx "${flags[@]}" "${extra[@]}" -c "$cpu/$1.cpp" -o "$build/${1//\//_}.o"

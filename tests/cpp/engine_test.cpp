@@ -18,7 +18,7 @@ using std::int64_t;
 
 namespace {
 
-const char* const kIsas[] = {"portable", "avx2", "avxvnni", "avx512", "avx512vnni", "amx", "neon"};
+const char* const kIsas[] = {"portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512lookup", "amx", "neon"};
 int checks = 0, failures = 0;
 
 void check(bool good, const std::string& what) {
@@ -51,11 +51,11 @@ Quantised quantise(const Kernels& k, const std::vector<float>& x, int64_t tokens
 std::vector<float> quant_product(const Kernels& k, Format f, const std::uint8_t* data, const std::uint8_t* scale,
                                  const Quantised& x, int64_t rows, int64_t cols, int64_t tokens, bool many) {
   const QuantFormat& format = *k.quant[f];
-  const int64_t ready = format.prepared_bytes(cols);
+  const QuantInput& input = many ? format.many_input : format.few_input;
+  const int64_t ready = input.bytes(cols);
   Buffer prepared, scratch;
   auto* made = reinterpret_cast<std::uint8_t*>(prepared.at_least(tokens * ready / 4 + 16));
-  if (!many || format.many_prepared)
-    for (int64_t t = 0; t < tokens; ++t) format.prepare(x.q.data() + t * x.stride, cols, made + t * ready);
+  for (int64_t t = 0; t < tokens && ready; ++t) input.prepare(x.q.data() + t * x.stride, cols, made + t * ready);
   std::vector<float> y(std::size_t(tokens * rows), NAN);
   auto* room = reinterpret_cast<std::uint8_t*>(scratch.at_least(format.scratch_bytes(cols) / 4 + 16));
   (many ? format.many : format.few)({data, scale, rows, cols, 0, rows, x.q.data(), x.stride, x.scale.data(),
@@ -68,7 +68,7 @@ void test_products(const Kernels& k) {
   const Kernels& portable = *kernels_for("portable");
   const int64_t sizes[][3] = {{1, 1, 1},   {7, 3, 2},     {16, 64, 1},  {19, 40, 5},  {33, 65, 3},    {70, 127, 4},
                               {65, 128, 13}, {130, 129, 7}, {300, 200, 9}, {17, 513, 70}, {64, 1000, 33}, {37, 8300, 2},
-                              {40, 1100, 300}};
+                              {40, 1100, 300}, {610, 330, 7}, {545, 256, 261}};
   std::mt19937_64 random(7);
   for (const auto& [rows, cols, tokens] : sizes) {
     std::vector<float> x(static_cast<std::size_t>(tokens * cols));

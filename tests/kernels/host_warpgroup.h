@@ -23,6 +23,11 @@ DEV void copy_block(void* to, const void* from, int bytes, u64*) {
   std::memcpy(to, from, bytes);
 }
 DEV void see_stores() {}
+DEV void see_shared_stores() {}
+DEV float short_exp2(float v) { return std::exp2(v); }
+DEV float short_reciprocal(float v) { return 1.0f / v; }
+template <int HALF>
+DEV void settle(float (&)[HALF]) {}
 DEV void products_begin() {}
 DEV void products_commit() {}
 template <int LEFT>
@@ -44,6 +49,28 @@ DEV void product_at(float (&d)[HALF], const u32 (&a)[4], u64 b, int step) {
       const int piece = (2 * step + k / 8) ^ (vector & 7);
       const u16 right = reinterpret_cast<const u16*>(std::uintptr_t(b) + vector * 128 + piece * 16)[k % 8];
       d[i] += half_bits_to_float(u16(left)) * half_bits_to_float(right);
+    }
+  }
+}
+// A right operand that lies across, with its second panel of 64 numbers a row.
+struct Across {
+  const u8* at;
+  int panel;
+};
+DEV Across across_at(const u8* x, int panel) {
+  if (std::uintptr_t(x) % 1024) std::abort();
+  return {x, panel};
+}
+template <int HALF>
+DEV void product_across(float (&d)[HALF], const u32 (&a)[4], Across b) {
+  host::Exchange e(a[0], a[1], a[2], a[3]);
+  const int g = host::current->lane / 4, t = host::current->lane % 4;
+  for (int i = 0; i < HALF; ++i) {
+    const int row = g + i / 2 % 2 * 8, vector = i / 4 * 8 + 2 * t + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const u32 left = e.at(row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2) >> k % 2 * 16;
+      const u8* of = b.at + vector / 64 * b.panel + k * 128 + ((vector % 64 / 8 ^ k % 8) << 4) + vector % 8 * 2;
+      d[i] += half_bits_to_float(u16(left)) * half_bits_to_float(*reinterpret_cast<const u16*>(of));
     }
   }
 }

@@ -23,7 +23,9 @@ def _runs(isa: str) -> bool:
         return False
 
 
-ISAS = [isa for isa in ("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "amx", "neon") if _runs(isa)]
+ISAS = [
+    isa for isa in ("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512lookup", "amx", "neon") if _runs(isa)
+]
 
 
 def nan(*shape: int) -> np.ndarray:

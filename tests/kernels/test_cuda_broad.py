@@ -49,8 +49,9 @@ def broad_product(gpu: Any, matrix: Matrix, x: np.ndarray, shape: tuple[int, int
             out[1:, :, first : first + segment.rows] = 0
         first += segment.rows
     broad = Fixed(recorder, len(x), [m])
-    broad.norm(m, [given.data_ptr(), m.cols, 0, 0, 0, 0, 0])
-    broad.product(m, [STORE, out.data_ptr(), m.rows, *[0] * 7], [0] * 5, len(x) * m.rows)
+    to, early = [STORE, out.data_ptr(), m.rows, *[0] * 7], broad.codes_by_norm(m)  # of up to 32 vectors
+    broad.norm(m, [given.data_ptr(), m.cols, 0, 0, 0, 0, 0], codes=[*to, *[0] * 5] if early else ())
+    broad.product(m, to, [0] * 5, len(x) * m.rows, signs_only=early)
     baked = Baked()
     names = [baked.of_many(a[0], a[2]) for a, _ in recorder.launches]  # type: ignore[index]
     module = gpu.module("broad", baked.source)

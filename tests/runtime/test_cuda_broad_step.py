@@ -15,11 +15,18 @@ from slimba.runtime.measure import random_model
 torch = pytest.importorskip("torch")
 
 
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("state_dtype", "fours"), [("float32", ()), ("bfloat16", ()), ("int8", ()), ("int8", (4,)), ("int8", (2,))]
+)
 @pytest.mark.parametrize(("d_state", "groups"), [(64, 2), (128, 1)])
-def test_steps_are_the_recurrence(d_state: int, groups: int, state_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each sequence elsewhere in its buffer, past the token that stores the state; batch.cu's too."""
+def test_steps_are_the_recurrence(
+    d_state: int, groups: int, state_dtype: str, fours: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each sequence elsewhere in its buffer, past the token that stores the state; batch.cu's too. fours: of heads that
+    a block of flow.cu takes, none: steps.cu."""
     from slimba.runtime.backends.cuda import CudaEngine
+
+    monkeypatch.setattr("slimba.runtime.backends.cuda_broad_step.BroadStep.FLOW", fours)
 
     monkeypatch.setattr("slimba.runtime.backends.cuda_broad_step.BroadStep.BROAD_HEAD_FROM", 2 if groups == 1 else 99)
     spec = mamba2_spec(

@@ -76,7 +76,7 @@ const Kernels& choose_kernels(const std::string& isa) {
   const Kernels* k = kernels_for(isa.c_str());
   if (!k) {
     bad("this machine cannot run the instruction set '" + isa +
-        "', known are portable, avx2, avxvnni, avx512, avx512vnni, amx and neon");
+        "', known are portable, avx2, avxvnni, avx512, avx512vnni, avx512lookup, amx and neon");
   }
   return *k;
 }

@@ -67,7 +67,8 @@ void quant_matmul(const std::string& isa, int format, const Bytes& data, const B
   const Kernels& kernels = table(isa);
   const QuantFormat& k = *kernels.quant[format];
   const int64_t tokens = int64_t(x.shape(0)), cols = int64_t(x.shape(1)), rows = int64_t(y.shape(1));
-  const int64_t stride = (cols + 63) / 64 * 64 + 64, sums = (cols + 127) / 128 + 1, ready = k.prepared_bytes(cols);
+  const QuantInput& input = many ? k.many_input : k.few_input;
+  const int64_t stride = (cols + 63) / 64 * 64 + 64, sums = (cols + 127) / 128 + 1, ready = input.bytes(cols);
   const int64_t room = (tokens + kQuantBlock - 1) / kQuantBlock * kQuantBlock;
   Buffer q, scales, totals, prepared, scratch;
   const auto poisoned = [](Buffer& b, int64_t bytes) {  // nothing may be read before it is written
@@ -81,7 +82,7 @@ void quant_matmul(const std::string& isa, int format, const Bytes& data, const B
   scales.at_least(tokens);
   for (int64_t t = 0; t < tokens; ++t) {
     kernels.quantize(x.data() + t * cols, cols, codes + t * stride, scales.data() + t, whole + t * sums);
-    if (!many || k.many_prepared) k.prepare(codes + t * stride, cols, made + t * ready);
+    if (ready) input.prepare(codes + t * stride, cols, made + t * ready);
   }
   (many ? k.many : k.few)({data.data(), scale.data(), rows, cols, begin, end, codes, stride, scales.data(), whole, made,
                            tokens, y.data(), rows, add, poisoned(scratch, k.scratch_bytes(cols))});

@@ -78,6 +78,18 @@ Kernels make_avx512vnni(const char* isa) {
   return k;
 }
 
+Kernels make_avx512lookup() {
+  Kernels k = make_avx512vnni("avx512lookup");
+  avx512lookup_quant(k);
+  return k;
+}
+
+// Whether a look-up in a register of 32 words is one operation: on Intel it is more, and multiplying bytes is faster.
+bool fast_lookups() {
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+}
+
 Kernels make_amx() {
   Kernels k = make_avx512vnni("amx");
   amx_quant(k);
@@ -149,6 +161,10 @@ const Kernels* kernels_for(const char* isa) {
 #if defined(SLIMBA_X86)
   if (wanted("amx") && has_amx()) {
     static const Kernels table = make_amx();
+    return &table;
+  }
+  if (wanted("avx512lookup") && has_avx512vnni() && (*isa || fast_lookups())) {
+    static const Kernels table = make_avx512lookup();
     return &table;
   }
   if (wanted("avx512vnni") && has_avx512vnni()) {

@@ -50,7 +50,7 @@ struct QuantArgs {
   std::int64_t x_stride;
   const float* x_scale;       // [T]
   const std::int32_t* x_sums;  // [T, ceil(cols / 128) + 1]: sum of q over each 128 columns, then over all
-  const std::uint8_t* prepared;  // [T, prepared_bytes(cols)] by `prepare`, for `few` and, if it says so, for `many`
+  const std::uint8_t* prepared;  // [T, bytes(cols)] by `prepare` of what is called: `few` or `many`
   std::int64_t tokens;
   float* y;
   std::int64_t y_stride;
@@ -59,14 +59,19 @@ struct QuantArgs {
   bool once = false;      // the rows come from memory and will not be in a cache the next time either
 };
 
-struct QuantFormat {
-  std::int64_t (*prepared_bytes)(std::int64_t cols);  // a multiple of 64, or 0: nothing to prepare
+// What a product wants of each token besides its codes.
+struct QuantInput {
+  std::int64_t (*bytes)(std::int64_t cols);  // a multiple of 64, or 0: nothing to prepare
   void (*prepare)(const std::int8_t* x, std::int64_t cols, std::uint8_t* out);
+};
+
+struct QuantFormat {
+  QuantInput few_input, many_input;
   std::int64_t (*scratch_bytes)(std::int64_t cols);
   void (*few)(const QuantArgs& a);   // reads rows as they are stored: best for up to few_tokens tokens
   void (*many)(const QuantArgs& a);  // expands rows to bytes first; same results
   std::int64_t few_tokens;
-  bool many_prepared;  // whether `many` reads what `prepare` made, too
+  std::int64_t many_rows;  // that `many` likes to get at a time, where there are enough of them for all threads
 };
 
 // Causal depthwise convolution and SiLU of `channels` channels over T tokens that continue from `state`.
@@ -190,6 +195,7 @@ extern const FormatKernels kAvx2Float32, kAvx2Float16, kAvx2Bfloat16, kAvx2Int8,
 void avx2_quant(Kernels& k);
 void avxvnni_quant(Kernels& k);
 void avx512vnni_quant(Kernels& k);
+void avx512lookup_quant(Kernels& k);  // over the table that avx512vnni_quant filled
 void amx_quant(Kernels& k);  // over the table that avx512vnni_quant filled
 void avx2_norm(Kernels& k);
 void avx2_ssm(Kernels& k);
@@ -202,7 +208,7 @@ void avx512_ssm(Kernels& k);
 void neon_quant(Kernels& k);
 #endif
 
-// The table for `isa`: "" chooses by cpuid; "portable", "avx2", "avxvnni", "avx512", "avx512vnni", "amx" and "neon" force
+// The table for `isa`: "" chooses by cpuid; "portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512lookup", "amx" and "neon" force
 // one. Null when this machine cannot run it.
 const Kernels* kernels_for(const char* isa);
 

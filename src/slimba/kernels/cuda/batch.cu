@@ -135,8 +135,10 @@ DEV uint4 stored_bits(const float (&v)[16 / Stored<TYPE>::SIZE], float to_code) 
     } else if constexpr (TYPE == STATE_BF16) {
       w[i] = float_to_bfloat(v[2 * i]) | (u32)float_to_bfloat(v[2 * i + 1]) << 16;
     } else {
+      u32 r[4];  // the last byte of a number with 1.5 2^23 added is its nearest integer
 #pragma unroll
-      for (int k = 0; k < 4; ++k) w[i] |= (u32)(u8)(i8)__float2int_rn(v[4 * i + k] * to_code) << 8 * k;
+      for (int k = 0; k < 4; ++k) r[k] = float_to_bits(fmaf(v[4 * i + k], to_code, 12582912.0f));
+      w[i] = byte_perm(byte_perm(r[0], r[1], 0x0040u), byte_perm(r[2], r[3], 0x0040u), 0x5410u);
     }
   }
   return uint4{w[0], w[1], w[2], w[3]};

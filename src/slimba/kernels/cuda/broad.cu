@@ -118,6 +118,7 @@ DEV void broad(const Broad& p, u8* smem) {
       to[h] = there && (!plane || (tile.plane && in_plane >= 0 && in_plane < tile.plane_rows)) ? load_pair(at + 8 * t) : uint2{0, 0};
     }
   };
+  const bool all_here = (int)p.padded == N;  // then the quarters of a unit are side by side, and one copy does
   auto fetch = [&](int round) {  // by the first warp: a lane copies the 64 places of one quarter of a unit
     if (round >= rounds) return;
     u64* bar = &full[round % DEPTH];
@@ -127,11 +128,11 @@ DEV void broad(const Broad& p, u8* smem) {
     if (lane == 0) barrier_expect(bar, bytes);
     sync_warp();
     const int k = lane / 4, quarter = lane % 4, unit = from + mine * k / KS + round;
-    if (k >= KS || unit >= from + mine * (k + 1) / KS) return;
+    if (k >= KS || unit >= from + mine * (k + 1) / KS || (all_here && quarter)) return;
     const i64 image = unit < planes ? p.x2 : p.x;
     const int at = (unit < planes ? unit : unit - planes) * 4 + quarter;
     copy_block(stages + round % DEPTH * STAGE + k * SHARE + quarter * (SHARE / 4),
-               (const u8*)image + ((i64)at * p.padded + first) * 128, SHARE / 4, bar);
+               (const u8*)image + ((i64)at * p.padded + first) * 128, all_here ? SHARE : SHARE / 4, bar);
   };
 
   BroadBits<SIGN> bits, next;  // of signs two units are in registers, of codes only the one that is multiplied
@@ -155,6 +156,8 @@ DEV void broad(const Broad& p, u8* smem) {
     scale[h] = there && FORMAT == SIGN ? fmaxf(half_bits_to_float(tile.scale[local]), 5.9e-8f) : 1.0f;  // never 0, the plane's is divided by it
     scale2[h] = in ? half_bits_to_float(((const u16*)m.plane_scale)[in_plane]) : 0.0f;
   }
+  if (p.out.mode == IN_PROJ && (int)threadIdx.x < N && first + (int)threadIdx.x < (int)p.batch)
+    rings[threadIdx.x] = (i64)next_ring_row(p.state, first + threadIdx.x);
   release_next();
   __syncthreads();
   await_previous();
@@ -163,8 +166,6 @@ DEV void broad(const Broad& p, u8* smem) {
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i) fetch(i);
   }
-  if (p.out.mode == IN_PROJ && (int)threadIdx.x < N && first + (int)threadIdx.x < (int)p.batch)
-    rings[threadIdx.x] = (i64)next_ring_row(p.state, first + threadIdx.x);
   if (p.squares && (int)threadIdx.x < N) {
     float sum = 0;
     const i64 v = least(first + threadIdx.x, p.batch - 1);

@@ -1,7 +1,8 @@
 // Many tokens at once (prefill, large batches): what surrounds the matrix products, which cuBLAS does in float16 over a
 // scratch of one matrix that slimba_expand fills.
 //
-// slimba_add_norm -> slimba_expand, product -> slimba_conv, slimba_push -> slimba_scan or slimba_ssd -> slimba_gate_norm -> slimba_expand, product
+// slimba_norm -> slimba_expand, product -> slimba_conv, slimba_push -> slimba_scan or slimba_ssd -> slimba_gate_norm -> slimba_expand, product; or
+// slimba_conv of B and C, slimba_mixer (mixer.cu), slimba_rejoin in their place.
 // Every kernel exists for float16 activations (_half) and, for checks, for float32 (_float). Token t of sequence b is
 // row b * L + t. Naive twin of all of them together: tests/runtime/numpy_reference.py.
 struct Half {
@@ -12,9 +13,9 @@ DEV float load(const Half* p, i64 i) { return half_bits_to_float(p[i].bits); }
 DEV void store(float* p, i64 i, float v) { p[i] = v; }
 DEV void store(Half* p, i64 i, float v) { p[i].bits = float_to_half_bits(v); }
 
-// u += delta (where there is one); x = norm(u) weight. One block a token.
-struct AddNorm {
-  i64 u, delta, x, weight, width, eps;  // u float32; delta and x as the kernel's type; weight float32
+// x = norm(u) weight. One block a token.
+struct Norm {
+  i64 u, x, weight, width, eps;  // u and weight float32, x as the kernel's type
 };
 DEV float block_sum(float v, float* scratch) {
   v = warp_sum(v);
@@ -26,29 +27,39 @@ DEV float block_sum(float v, float* scratch) {
   return v;
 }
 template <typename T>
-DEV void add_norm(const AddNorm& p, float* scratch) {
-  const i64 at = (i64)blockIdx.x * p.width;
-  float* u = (float*)p.u + at;
+DEV void norm(const Norm& p, float* scratch) {
+  const float* u = (const float*)p.u + blockIdx.x * p.width;
   float squares = 0;
-  for (i64 i = threadIdx.x; i < p.width; i += THREADS) {
-    float e = u[i];
-    if (p.delta) u[i] = e += load((const T*)p.delta, at + i);
-    squares += e * e;
-  }
-  if (!p.x) return;
+  for (i64 i = threadIdx.x; i < p.width; i += THREADS) squares += u[i] * u[i];
   const float inverse = 1.0f / sqrtf(block_sum(squares, scratch) / (float)p.width + param_float(p.eps));
   for (i64 i = threadIdx.x; i < p.width; i += THREADS)
-    store((T*)p.x, at + i, u[i] * inverse * ((const float*)p.weight)[i]);
+    store((T*)p.x, blockIdx.x * p.width + i, u[i] * inverse * ((const float*)p.weight)[i]);
 }
-
-// How a call of `length` tokens lies to the writings of the state: `stored` of its tokens are in the state when it ends, or
-// none is written; the others are kept, from place `at` of the buffer on.
-struct Span {
-  int before, stored, at;  // before: tokens that were kept when the call began
-};
-DEV Span span_of(int time, i64 length) {
-  const int before = time % KEPT, end = (int)((before + length) / KEPT) * KEPT;
-  return end ? Span{before, end - before, 0} : Span{before, 0, before};
+#define NORM_QUADS 4  // of a token that a thread holds
+// The usual case in float16: everything is read once, by 16 bytes.
+DEV void norm_wide(const Norm& p, float* scratch) {
+  const int quads = (int)p.width / 4;
+  const float4* u = (const float4*)((const float*)p.u + blockIdx.x * p.width);
+  float4 own[NORM_QUADS], w[NORM_QUADS];
+  float squares = 0;
+#pragma unroll
+  for (int k = 0; k < NORM_QUADS; ++k) {
+    const int at = threadIdx.x + k * THREADS;
+    own[k] = at < quads ? u[at] : float4{0, 0, 0, 0};
+    w[k] = at < quads ? ((const float4*)p.weight)[at] : float4{0, 0, 0, 0};
+  }
+#pragma unroll
+  for (int k = 0; k < NORM_QUADS; ++k)
+    squares += own[k].x * own[k].x + own[k].y * own[k].y + own[k].z * own[k].z + own[k].w * own[k].w;
+  const float inverse = 1.0f / sqrtf(block_sum(squares, scratch) / (float)p.width + param_float(p.eps));
+#pragma unroll
+  for (int k = 0; k < NORM_QUADS; ++k) {
+    const int at = threadIdx.x + k * THREADS;
+    if (at >= quads) break;
+    ((uint2*)((u16*)p.x + blockIdx.x * p.width))[at] =
+        uint2{pack_halves(own[k].x * inverse * w[k].x, own[k].y * inverse * w[k].y),
+              pack_halves(own[k].z * inverse * w[k].z, own[k].w * inverse * w[k].w)};
+  }
 }
 
 // out = silu(conv(in)) for the tokens of this call. Grid: channels in 256s, tokens in 16s, sequences.
@@ -56,12 +67,13 @@ struct Conv {
   StateRef state;
   i64 batch, length, in, in_stride, out, out_stride, weight, bias;
   i64 state_type, inner, entries, heads;  // entries: channels of B, from `inner` on; 0, as are heads, for Mamba-1
+  i64 first;                              // channel that is convolved; `push` takes them all
   i64 dt, dt_stride, dt_bias, a, dt_low, dt_high;  // as in Scan
 };
 #define CONV_TOKENS 16
 template <typename T>
 DEV void conv(const Conv& p) {
-  const i64 channel = (i64)blockIdx.x * THREADS + threadIdx.x, first = (i64)blockIdx.y * CONV_TOKENS;
+  const i64 channel = p.first + (i64)blockIdx.x * THREADS + threadIdx.x, first = (i64)blockIdx.y * CONV_TOKENS;
   const int b = blockIdx.z, taps = (int)p.state.taps;
   if (channel >= p.state.channels) return;
   const i64 slot = slot_of(p.state, b), pos = position(p.state, slot);
@@ -92,7 +104,7 @@ DEV void conv(const Conv& p) {
 #define CONV_AHEAD 8
 #define PAIR_TAPS 4
 DEV void conv_pairs(const Conv& p) {
-  const int channel = 2 * (blockIdx.x * THREADS + threadIdx.x), b = blockIdx.z;
+  const int channel = (int)p.first + 2 * (blockIdx.x * THREADS + threadIdx.x), b = blockIdx.z;
   if (channel >= (int)p.state.channels) return;
   const i64 first = (i64)blockIdx.y * CONV_TOKENS, slot = slot_of(p.state, b), pos = position(p.state, slot);
   const u16* in = (const u16*)p.in + (i64)b * p.length * p.in_stride + channel;
@@ -217,17 +229,51 @@ DEV void gate_norm_wide(const GateNorm& p, float* scratch) {
   }
 }
 
+// norm(g) weight in place, of what mixer.cu leaves: each head's 64 entries divided by their root mean square, and its squares.
+struct Rejoin {
+  i64 g, squares, weight, width, eps;  // squares float32 [tokens][width / 64], weight float32
+};
+DEV void rejoin(const Rejoin& p, float* scratch) {
+  const i64 token = blockIdx.x;
+  const int words = (int)p.width / 8, heads = (int)p.width / HEAD;
+  uint4* g = (uint4*)((u16*)p.g + token * p.width);
+  const float* squares = (const float*)p.squares + token * heads;
+  uint4 own[GATE_WORDS];
+#pragma unroll
+  for (int k = 0; k < GATE_WORDS; ++k) {
+    const int at = threadIdx.x + k * THREADS;
+    if (at < words) own[k] = g[at];
+  }
+  float sum = 0;
+  for (int i = threadIdx.x; i < heads; i += THREADS) sum += squares[i];
+  const float inverse = 1.0f / sqrtf(block_sum(sum, scratch) / (float)p.width + param_float(p.eps));
+#pragma unroll
+  for (int k = 0; k < GATE_WORDS; ++k) {
+    const int at = threadIdx.x + k * THREADS;
+    if (at >= words) break;
+    const float by = sqrtf(squares[at / (HEAD / 8)] / HEAD + MIXER_LEAST) * inverse;
+    u32 out[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 w = *(const float2*)((const float*)p.weight + at * 8 + 2 * i);
+      out[i] = pack_halves(low_half(word(own[k], i)) * by * w.x, high_half(word(own[k], i)) * by * w.y);
+    }
+    g[at] = uint4{out[0], out[1], out[2], out[3]};
+  }
+}
+
 #define INSTANCES(name, Params, body_half, body_float) \
   KERNEL(name##_half, Params, THREADS) { body_half; } \
   KERNEL(name##_float, Params, THREADS) { body_float; }
 
-KERNEL(slimba_add_norm_half, AddNorm, THREADS) {
+KERNEL(slimba_norm_half, Norm, THREADS) {
   SHARED(smem);
-  add_norm<Half>(p, (float*)smem);
+  if (p.width % 4 == 0 && p.width <= NORM_QUADS * 4 * THREADS) norm_wide(p, (float*)smem);
+  else norm<Half>(p, (float*)smem);
 }
-KERNEL(slimba_add_norm_float, AddNorm, THREADS) {
+KERNEL(slimba_norm_float, Norm, THREADS) {
   SHARED(smem);
-  add_norm<float>(p, (float*)smem);
+  norm<float>(p, (float*)smem);
 }
 KERNEL(slimba_gate_norm_half, GateNorm, THREADS) {
   SHARED(smem);
@@ -241,8 +287,12 @@ KERNEL(slimba_gate_norm_float, GateNorm, THREADS) {
   SHARED(smem);
   gate_norm<float>(p, (float*)smem);
 }
+KERNEL(slimba_rejoin, Rejoin, THREADS) {
+  SHARED(smem);
+  rejoin(p, (float*)smem);
+}
 DEV void conv_half(const Conv& p) {
-  const bool pairs = p.state.taps == PAIR_TAPS && !((p.state.channels | p.in_stride | p.out_stride | p.in >> 1) & 1);  // all even, in on 4 bytes
+  const bool pairs = p.state.taps == PAIR_TAPS && !((p.state.channels | p.first | p.in_stride | p.out_stride | p.in >> 1) & 1);  // all even, in on 4 bytes
   if (pairs) conv_pairs(p);
   else conv<Half>(p);
 }

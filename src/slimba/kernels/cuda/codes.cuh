@@ -2,7 +2,7 @@
 // (runtime/backends/cuda_codes.py says which): y = W f(norm(x)).
 //
 // A warp owns one or more pieces of 256 columns and multiplies all tiles of the block by them, and everything that the input
-// does not decide is in registers before `ready`: with int4 these are all weights of a projection. All blocks read the same
+// does not decide is in registers before `ready`, or on its way to shared memory: with int4 all weights of a projection. All blocks read the same
 // vector, so it comes by 16 bytes a lane: two bits of the column and the last one in a lane's registers, the others in its
 // number, and the transform of a piece is additions and shuffles. Blocks of several pieces go on in shared memory, where
 // each lane finds the columns of the words that it fills afterwards. The fixed point of matrix.cuh takes the
@@ -63,7 +63,8 @@ struct CodesRaw {
 };
 // staged: where the codes go instead, a thread's own in shared memory, `stride` apart.
 template <int FORMAT, int TW, int STAGED>
-DEV void load_codes(const Segment& s, int tile0, int blocks, int piece, CodesRaw<FORMAT, TW>& out, uint4* staged, int stride) {
+DEV void load_codes(const Segment& s, int tile0, int blocks, int piece, CodesRaw<FORMAT, TW>& out, uint4* staged,
+                    int stride) {
   const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < TW; ++i)
@@ -212,8 +213,10 @@ DEV float codes_input(const Product& p, const float4 (&w)[PIECES][2], Shared& v)
 }
 
 // CG warps of PIECES x 256 columns; TW tiles at a time, all there are of the block unless LOOP; HW pieces of a block of the
-// transform, 0 for none; STAGED: codes wait in shared memory, not in registers. done: is told each row's number and value by the thread that finishes it.
-template <int FORMAT, int CG, int PIECES, int TW, int HW, int ROUND, int LOOP, int STAGED, typename Ready, typename Done = Unchosen>
+// transform, 0 for none; STAGED: codes wait in shared memory, not in registers. done: is told each row's number and value by
+// the thread that finishes it.
+template <int FORMAT, int CG, int PIECES, int TW, int HW, int ROUND, int LOOP, int STAGED, typename Ready,
+          typename Done = Unchosen>
 DEV void codes(const Product& p, u8* smem, Ready ready, Done&& done = {}) {
   typedef CodesShared<FORMAT, CG, PIECES, TW, ROUND> Shared;
   Shared& v = *(Shared*)smem;
@@ -255,7 +258,8 @@ DEV void codes(const Product& p, u8* smem, Ready ready, Done&& done = {}) {
     const int tile0 = block + round * TW * blocks;
     if (LOOP)
 #pragma unroll
-      for (int k = 0; k < PIECES; ++k) load_codes<FORMAT, TW, 0>(s, tile0 + TW * blocks, blocks, cg * PIECES + k, next[k], staged, 0);
+      for (int k = 0; k < PIECES; ++k)
+        load_codes<FORMAT, TW, 0>(s, tile0 + TW * blocks, blocks, cg * PIECES + k, next[k], staged, 0);
     float(*part)[CG | 1] = v.part[round & 1];
 #pragma unroll
     for (int i = 0; i < TW; ++i) {

@@ -29,16 +29,17 @@ MODULES = {  # apart, because a process needs few; cuda_bake.py adds the kernels
     "main": (*BASE, "decode.cu"),
     "decode": (*BASE, "tiles.cuh", "product.cuh", "step.cuh", "quick.cuh", "decode.cu", "choice.cuh", *ONE_VECTOR),
     "generic": (*PRODUCTS, "generic.cu"),
-    "bulk": (*BASE, "step.cuh", "bulk.cu", "turn.cu", "expand.cu", "scan.cu", "scan1.cu", "ssd.cu"),
+    "bulk": (*BASE, "step.cuh", "span.cuh", "bulk.cu", "turn.cu", "expand.cu", "scan.cu", "scan1.cu", "ssd.cu"),
     "mid": (*BASE, "step.cuh", "mid_norm.cu", "mid.cu", "batch.cu", "many.cu"),
     "many": (*BASE, "rows.cuh", "step.cuh", "mid_norm.cu", "mid.cu", "still.cu", "ring.cuh", "few.cu", "batch.cu"),
     "broad": (
         *(*BASE, "rows.cuh", "step.cuh", "mid_norm.cu", "mid.cu", "still.cu", "batch.cu"),
-        *("warpgroup.cuh", "broad.cu", "broad_norm.cu", "steps.cu"),
+        *("warpgroup.cuh", "broad.cu", "broad_norm.cu", "steps.cu", "flow.cu"),
     ),
+    "mixer": (*BASE, "step.cuh", "span.cuh", "warpgroup.cuh", "mixer.cu"),
     "sample": (*BASE, "decode.cu", "sample.cu"),
 }
-WARPGROUPS = ("broad",)  # modules for sm_90 alone, with what that has and later ones have not
+WARPGROUPS = ("broad", "mixer")  # modules for sm_90 alone, with what that has and later ones have not
 OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
 
 

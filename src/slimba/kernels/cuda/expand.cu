@@ -127,11 +127,74 @@ DEV OctetBits octet_bits(const Expand& p, int local, int octet, const ChosenOcte
   return out;
 }
 
+// Whether the block's 64 rows from `local0` on are signs of one segment without corrections but, for all or none, the second plane.
+DEV bool plain_signs(const Expand& p, int local0, int rows) {
+  const Matrix& m = p.m;
+  if (m.rank || m.col_scale || (m.cols | p.out_stride) % 8) return false;
+  const int row = (int)p.row0 + local0, k = segment_at(m, row);
+  if (m.segment[k].format != SIGN || segment_at(m, row + rows - 1) != k) return false;
+  const int start = (int)m.plane_start, stop = (int)m.plane_stop;
+  return !m.plane_cols || (row >= start && row + rows <= stop) || row + rows <= start || row >= stop;
+}
+
+// These rows, the usual ones: addresses are made once, and what becomes of a plane's bits is known for all rows.
+DEV void expand_signs(const Expand& p, int local0, int rows) {
+  const Matrix& m = p.m;
+  const int octet = blockIdx.x * 32 + threadIdx.x % 32, c = octet * 8, warp = threadIdx.x / 32;
+  if (c >= (int)m.cols) return;
+  const int row = (int)p.row0 + local0 + warp;
+  const Segment& s = m.segment[segment_at(m, (int)p.row0 + local0)];
+  const int stride = 8 * (int)s.stride, in_plane = row - (int)m.plane_start;
+  const u8* bits = (const u8*)s.data + (i64)(row - (int)s.first) * s.stride + octet;
+  const u16* scales = (const u16*)s.scale + (row - (int)s.first);
+  const bool planes = m.plane_cols && in_plane >= 0 && (int)p.row0 + local0 < (int)m.plane_stop;  // warps agree: plain_signs
+  const ChosenOctet chosen = planes ? chosen_octet(p, c, 8) : ChosenOctet{0, 0};
+  const int plane_stride = 8 * (int)m.plane_stride;
+  const u8* plane = planes ? (const u8*)m.plane_data + (i64)in_plane * m.plane_stride + (chosen.place >> 3) : nullptr;
+  const int more = (chosen.place & 7) + count_bits(chosen.mask) > 8 ? 1 : 0;
+  u32 own[8], scale[8], two[8], scale2[8];  // all loads before any store
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    const bool there = warp + 8 * k < rows;
+    own[k] = there ? bits[k * stride] : 0;
+    scale[k] = there ? scales[8 * k] * 0x10001u : 0;
+    two[k] = scale2[k] = 0;
+    if (!planes || !there) continue;
+    two[k] = plane[k * plane_stride] | (u32)plane[k * plane_stride + more] << 8;
+    scale2[k] = ((const u16*)m.plane_scale)[in_plane + 8 * k] * 0x10001u;
+  }
+  u32 keep[4];
+  int up[8];  // by which a chosen column's bit of the plane comes to the sign of its half
+#pragma unroll
+  for (int i = 0; i < 8; ++i) up[i] = (i % 2 ? 31 : 15) - ((chosen.place & 7) + chosen.rank(i));
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    keep[i] = (chosen.mask >> 2 * i & 1 ? 0xffffu : 0) | (chosen.mask >> (2 * i + 1) & 1 ? 0xffff0000u : 0);
+  u16* to = (u16*)p.out + (i64)(local0 + warp) * p.out_stride + c;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    if (warp + 8 * k >= rows) break;
+    const u32 minus = ~own[k], minus2 = ~two[k];
+    u32 out[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      out[i] = scale[k] ^ ((minus << (15 - 2 * i) & 0x8000u) | (minus << (30 - 2 * i) & 0x80000000u));
+      if (planes) {
+        const u32 low = up[2 * i] < 0 ? minus2 >> -up[2 * i] : minus2 << up[2 * i];
+        out[i] = add_halves(out[i], (scale2[k] ^ ((low & 0x8000u) | (minus2 << up[2 * i + 1] & 0x80000000u))) & keep[i]);
+      }
+    }
+    *(uint4*)(to + (i64)(8 * k) * p.out_stride) = uint4{out[0], out[1], out[2], out[3]};
+  }
+}
+
 // The same in float16: the low-rank product is summed in float16, which is what it is rounded to. Shared memory:
 // rank * (128 + 64) pairs of halves, B and then A, each of whose entries fills a pair.
 DEV void expand_half(const Expand& p, u32* right) {
   const Matrix& m = p.m;
   const int octet = blockIdx.x * 32 + threadIdx.x % 32, c = octet * 8, rank = (int)m.rank;
+  const int local0 = (int)blockIdx.y * 64, rows = (int)least(64, p.rows - local0);
+  if (plain_signs(p, local0, rows)) return expand_signs(p, local0, rows);
   u32* left = right + rank * 128;
   for (int i = threadIdx.x; i < rank * 128; i += THREADS) {
     const int col = blockIdx.x * 256 + i % 128 * 2;

@@ -6,21 +6,6 @@
 // inputs lie in shared memory; a warp owns rows of N state entries, which stay in registers.
 #define SCAN_TOKENS 16
 
-struct Scan {
-  StateRef state;
-  i64 batch, length, heads, headdim, d_state, groups, inner, span, state_type, d_per_channel;
-  i64 a, d, dt_bias;                          // float32
-  i64 xbc, xbc_stride, dt, dt_stride, y, y_stride;  // x | B | C after the convolution; dt float32, before its bias
-  i64 dt_low, dt_high;
-};
-
-// A value as it is after being stored and opened again.
-DEV float rounded(i64 type, float v, const Int8Scale& code) {
-  if (type == STATE_BF16) return bfloat_to_float(float_to_bfloat(v));
-  if (type == STATE_INT8) return code.step * (float)__float2int_rn(v * code.to_code);
-  return v;
-}
-
 template <typename T, int VEC, bool QUAD>
 DEV void scan(const Scan& p, u8* smem) {
   constexpr int ROWS = 4, EACH = 4 * VEC;

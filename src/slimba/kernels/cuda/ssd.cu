@@ -8,9 +8,6 @@
 // products are float16 with float32 sums. Headdim 64, N 64 or 128; other shapes take scan.cu. A state stored in bfloat16 or
 // int8 is rounded once, after the last multiple of KEPT tokens (step.cuh); tokens beyond it are a chunk of their own, and
 // those that were kept when the call begins are one without outputs.
-#define CHUNK 64
-#define HEAD 64
-
 template <int N>
 struct SsdShared {  // rows are padded by 16 bytes, so that eight of them lie in different banks; of this chunk and the next
   static constexpr int XS = HEAD + 8, NS = N + 8;
@@ -21,13 +18,6 @@ struct SsdShared {  // rows are padded by 16 bytes, so that eight of them lie in
   float within[CHUNK];                                       // exp(c_e - c_s) dt_s, e the last of the 16 tokens around s
   u32 top[2][HEAD];
 };
-
-// Eight kept values as halves.
-DEV uint4 kept_octet(const Kept& k, i64 array, i64 i) {
-  u32 two[4];
-  for (int c = 0; c < 4; ++c) two[c] = pack_halves(kept_value(k, array, i + 2 * c), kept_value(k, array, i + 2 * c + 1));
-  return uint4{two[0], two[1], two[2], two[3]};
-}
 
 // The state in registers, laid out as in ssd(), to memory in its type.
 template <int N>

@@ -13,12 +13,81 @@ struct Steps {
   i64 plane_index, plane_kpad;                 // of out_proj: places in groups (plane_slots in cuda_weights.py)
 };
 
-template <int N>
-struct StepsShared {
-  float sum[THREADS], scale[THREADS], since[STATE_HEADS][KEPT], now[STATE_HEADS], dots[KEPT], bc[2 * N], part[WARPS];
-  u32 slices[3][N / 4];
-  float b[KEPT][N], u[KEPT][THREADS];  // b: or pairs of tokens in bfloat16, N + 4 words a pair
+// The kept u of a block's channels, a row a token: float32, or bfloat16 with a piece of padding for load_transposed.
+template <int TYPE>
+struct KeptRows {
+  static constexpr int SIZE = TYPE == STATE_F32 ? 4 : 2, PIECES = THREADS * SIZE / 16, STRIDE = THREADS * SIZE + (TYPE == STATE_F32 ? 0 : 16);
 };
+template <int TYPE, int N>
+struct StepsShared {
+  static constexpr bool EXACT = TYPE == STATE_F32;
+  u8 u[KEPT * KeptRows<TYPE>::STRIDE];
+  float b[EXACT ? KEPT * N : KEPT / 2 * (N + 4)];  // or pairs of tokens in bfloat16, N + 4 words a pair
+  u32 slices[3][N / 4];
+  float bc[2 * N], sum[THREADS], of_kept[THREADS];
+  float since[STATE_HEADS][KEPT], weight[STATE_HEADS][KEPT], now[STATE_HEADS], part[WARPS];
+  u16 piece[STATE_HEADS][3][KEPT];  // of the weights, which they add up to
+};
+template <int TYPE>
+DEV float kept_u(const u8* rows, int token, int row) {
+  const u8* at = rows + token * KeptRows<TYPE>::STRIDE;
+  return TYPE == STATE_F32 ? ((const float*)at)[row] : bfloat_to_float(((const u16*)at)[row]);
+}
+// Asks for the u of the tokens before the j-th; rows behind it become 0.
+template <int TYPE>
+DEV void ask_kept(u8* rows, const u8* from, i64 stride, int j) {
+  constexpr int PIECES = KeptRows<TYPE>::PIECES;
+#pragma unroll
+  for (int i = 0; i < KEPT * PIECES / THREADS; ++i) {
+    const int token = (threadIdx.x + i * THREADS) / PIECES, piece = threadIdx.x % PIECES;
+    u8* to = rows + token * KeptRows<TYPE>::STRIDE + piece * 16;
+    if (token < j) copy_async(to, from + token * stride + piece * 16);
+    else if (token > j) *(uint4*)to = uint4{0, 0, 0, 0};
+  }
+  commit_copies();
+}
+// Entries lane E .. of a kept row.
+template <int TYPE, int E>
+DEV void kept_entries(const u8* row, bool there, float (&to)[E]) {
+  const int lane = threadIdx.x % WARP;
+  u32 w[E] = {};
+  if constexpr (TYPE == STATE_F32) {
+    load_words<E>(there, (const u32*)row + lane * E, w);
+#pragma unroll
+    for (int e = 0; e < E; ++e) to[e] = bits_to_float(w[e]);
+  } else {
+    u32 two[E / 2];
+    load_words<E / 2>(there, (const u32*)row + lane * (E / 2), two);
+#pragma unroll
+    for (int e = 0; e < E; ++e) to[e] = bits_to_float(e % 2 ? two[e / 2] & 0xffff0000u : two[e / 2] << 16);
+  }
+}
+// A number as three of bfloat16.
+DEV void put_pieces(u16 (&to)[3][KEPT], int at, float v) {
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    to[k][at] = float_to_bfloat(v);
+    v -= bfloat_to_float(to[k][at]);
+  }
+}
+// of_kept[row] = the kept tokens' u of a warp's rows by their weights, on the tensor cores: rows of the product are channels.
+DEV void kept_sums(const u16 (&piece)[STATE_HEADS][3][KEPT], const u8* rows, float* of_kept) {
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+  const u32* weights = (const u32*)piece[warp / 2][g < 3 ? g : 2];
+  const u32 b0 = weights[t], b1 = weights[t + 4];
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile) {
+    u32 a[4];
+    float sum[4] = {};
+    load_transposed(a, (const u16*)(rows + (lane / 16 * 8 + lane % 8) * KeptRows<STATE_BF16>::STRIDE) + warp * 32 + tile * TILE + lane / 8 % 2 * 8);
+    mma_bf16(sum, a[0], a[1], a[2], a[3], b0, b1);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float last = shuffle(sum[2 * h], lane + 1 < WARP ? lane + 1 : lane);
+      if (t == 0) of_kept[warp * 32 + tile * TILE + g + 8 * h] = sum[2 * h] + (sum[2 * h + 1] + last);
+    }
+  }
+}
 
 // A channel of the convolution without the token's own input, which comes last.
 struct Taps {
@@ -37,26 +106,26 @@ DEV Taps older_taps(const Recurrence& p, const float* ring, int time, int channe
   return out;
 }
 
+DEV u32 plane_places(const Steps& all) { return (u32)all.plane_kpad * THREADS / (u32)all.r.inner; }
 // The image's places of a block's 256 channels, from values in the order of channels.
-DEV void put_image(const Steps& all, const float* v, int b) {
-  if (threadIdx.x < 32) {
-    u32 w[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) w[i] = pack_halves(v[image_column(threadIdx.x, 2 * i)], v[image_column(threadIdx.x, 2 * i + 1)]);
-    *(uint4*)image_at(all.image, (int)all.padded, b, blockIdx.x * 32 + threadIdx.x) = uint4{w[0], w[1], w[2], w[3]};
+DEV void put_image(const Steps& all, const float* v, int four, int b) {
+  if (threadIdx.x < THREADS / 2) {
+    const int eight = threadIdx.x / 4, i = threadIdx.x % 4;
+    const u32 two = pack_halves(v[image_column(eight, 2 * i)], v[image_column(eight, 2 * i + 1)]);
+    *(u32*)(image_at(all.image, (int)all.padded, b, four * 32 + eight) + i * 4) = two;
   }
-  const int places = (int)all.plane_kpad * THREADS / (int)all.r.inner, first = (int)blockIdx.x * THREADS;
-  for (int i = threadIdx.x; i < places / 2; i += THREADS) {
-    const int place = (int)blockIdx.x * places + i / 16 * 32 + i % 16, step = place % 256 / 32 % 2 * 8 + place % 16 / 2;
+  const u32 places = plane_places(all), first = four * THREADS;  // u32: shifts and masks without care of signs
+  for (u32 i = THREADS - 1 - threadIdx.x; i < places / 2; i += THREADS) {
+    const u32 place = four * places + i / 16 * 32 + i % 16, step = place % 256 / 32 % 2 * 8 + place % 16 / 2;
     const i32 low = ((const i32*)all.plane_index)[place], high = ((const i32*)all.plane_index)[place + 16];
-    const u32 two = pack_halves(low < 0 ? 0.0f : v[low - first], high < 0 ? 0.0f : v[high - first]);
-    *(u32*)(image_at(all.image2, (int)all.padded, b, place / 256 * 32 + step * 2 + place % 2) + place / 64 % 4 * 4) = two;
+    const u32 two = pack_halves(low < 0 ? 0.0f : v[low - (i32)first], high < 0 ? 0.0f : v[high - (i32)first]);
+    *(u32*)(image_at(all.image2, (int)all.padded, b, (int)(place / 256 * 32 + step * 2 + place % 2)) + place / 64 % 4 * 4) = two;
   }
 }
 
 // S <- decay S + u b^T for the rows of a block after the last of KEPT tokens. Float32, one row of four lanes after another.
 template <int N>
-DEV void store_exact(const StepsShared<N>& m, u8* rows) {
+DEV void store_exact(const StepsShared<STATE_F32, N>& m, u8* rows) {
   constexpr int Q = N / 16;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
 #pragma unroll 1
@@ -66,12 +135,12 @@ DEV void store_exact(const StepsShared<N>& m, u8* rows) {
 #pragma unroll 1
     for (int q = 0; q < Q; ++q) {
       float4 v = at[q * 4 + t];
-      v.x *= m.scale[row], v.y *= m.scale[row], v.z *= m.scale[row], v.w *= m.scale[row];
+      v.x *= m.sum[row], v.y *= m.sum[row], v.z *= m.sum[row], v.w *= m.sum[row];
 #pragma unroll 4
       for (int i = 0; i < KEPT; ++i) {
-        const float* b = &m.b[i][(q * 4 + t) * 4];
-        v.x = fmaf(m.u[i][row], b[0], v.x), v.y = fmaf(m.u[i][row], b[1], v.y);
-        v.z = fmaf(m.u[i][row], b[2], v.z), v.w = fmaf(m.u[i][row], b[3], v.w);
+        const float *b = &m.b[i * N + (q * 4 + t) * 4], u = kept_u<STATE_F32>(m.u, i, row) * m.since[row / 64][i];
+        v.x = fmaf(u, b[0], v.x), v.y = fmaf(u, b[1], v.y);
+        v.z = fmaf(u, b[2], v.z), v.w = fmaf(u, b[3], v.w);
       }
       at[q * 4 + t] = v;
     }
@@ -79,11 +148,11 @@ DEV void store_exact(const StepsShared<N>& m, u8* rows) {
 }
 // The same in fewer bits, on the tensor cores: KEPT tokens are the columns of the left operand, u in two bfloat16 numbers. The
 // right operand's columns are permuted so that a lane's sums are of the entries that it loads.
-template <int TYPE, int N>
-DEV void store_state(const StepsShared<N>& m, u8* rows, float* scales) {
+template <int TYPE, int N, typename Open>
+DEV void store_state(const u8* u, const float (&since)[STATE_HEADS][KEPT], const float* decay, const float* b_pairs, Open open, u8* rows, float* scales) {
   constexpr int SIZE = Stored<TYPE>::SIZE, E = Stored<TYPE>::E, Q = N * SIZE / 64;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-  const u32* pairs = (const u32*)m.b + t * (N + 4);
+  const u32* pairs = (const u32*)b_pairs + t * (N + 4);
 #pragma unroll 1
   for (int tile = 0; tile < 2; ++tile) {
     const int row = warp * 32 + tile * TILE + g;  // and 8 below
@@ -93,7 +162,8 @@ DEV void store_state(const StepsShared<N>& m, u8* rows, float* scales) {
       u32 h[2], l[2];
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const float v = m.u[2 * t + k + i / 2 * 8][row + i % 2 * 8];
+        const int token = 2 * t + k + i / 2 * 8;
+        const float v = kept_u<TYPE>(u, token, row + i % 2 * 8) * since[row / 64][token];
         h[k] = float_to_bfloat(v), l[k] = float_to_bfloat(v - bfloat_to_float((u16)h[k]));
       }
       high[i] = h[0] | h[1] << 16, low[i] = l[0] | l[1] << 16;
@@ -102,7 +172,7 @@ DEV void store_state(const StepsShared<N>& m, u8* rows, float* scales) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
-      for (int q = 0; q < Q; ++q) stored_values<TYPE>(((const uint4*)(rows + (row + 8 * h) * N * SIZE))[q * 4 + t], m.scale[row + 8 * h], v[h][q]);
+      for (int q = 0; q < Q; ++q) stored_values<TYPE>(open(row + 8 * h, q), decay[row + 8 * h], v[h][q]);
 #pragma unroll
     for (int q = 0; q < Q; ++q)
 #pragma unroll
@@ -127,52 +197,83 @@ DEV void store_state(const StepsShared<N>& m, u8* rows, float* scales) {
   }
 }
 
+// C as fixed point of three slices by all warps; `top`: the bits of its largest entry. Returns the unit.
+template <int N>
+DEV float put_slices(u32 (&to)[3][N / 4], const float* c, u32 top) {
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const float most = bits_to_float(top), to_fixed = LIMIT * fast_reciprocal(most);
+  const bool damaged = top >= INF_BITS, zero = most < 1e-30f;
+  if (lane < N / 4 / WARPS) {
+    const int w = warp * (N / 4 / WARPS) + lane;
+    int fixed[4];
+    u32 digits[3];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) fixed[k] = damaged || zero ? 0 : __float2int_rn(c[4 * w + k] * to_fixed);
+    slice_words(fixed, digits);
+#pragma unroll
+    for (int s = 0; s < 3; ++s) to[s][w] = digits[s];
+  }
+  return damaged ? bits_to_float(0x7fc00000u) : zero ? 0.0f : most * (1.0f / LIMIT);
+}
+// Pairs of kept rows of b for store_state; the j-th is `now`.
+template <int N>
+DEV void put_pairs(float* to, const u16* rows, int stride, const float* now, int j) {
+  for (int i = threadIdx.x; i < KEPT / 2 * N; i += THREADS) {
+    const int pair = i / N, at = i % N;
+    const u16* b0 = rows + 2 * pair * stride + at;
+    const u32 low = b0[0], high = 2 * pair + 1 == j ? float_to_bfloat(now[at]) : b0[stride];
+    ((u32*)to)[pair * (N + 4) + at] = low | high << 16;
+  }
+}
+
 // Grid: fours of heads, sequences.
 template <int TYPE, int N>
-DEV void steps(const Steps& all, StepsShared<N>& m) {
+DEV void steps(const Steps& all, StepsShared<TYPE, N>& m) {
   constexpr int SIZE = Stored<TYPE>::SIZE, E = Stored<TYPE>::E, Q = N * SIZE / 64, AHEAD = TYPE == STATE_F32 ? 1 : 2;
-  constexpr int ENTRIES = N / WARP;
+  constexpr int ENTRIES = N / WARP, KEPT_SIZE = KeptRows<TYPE>::SIZE;
   const Recurrence& p = all.r;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, b = blockIdx.y;
   const int inner = (int)p.inner, heads = (int)p.heads, groups = (int)p.groups, head0 = (int)blockIdx.x * STATE_HEADS;
   const int group = head0 / (heads / groups), first = head0 * 64, channel = first + threadIdx.x, head = channel / 64;
-  const i64 slot = slot_of(p.state, b), row0 = (p.state.layer * state_array(p.state, 4) + slot) * inner + first;
+  const i64 slot = slot_of(p.state, b);
+  const int place = (int)p.state.layer * (int)state_array(p.state, 4) + (int)slot;  // 32 bits, or each address takes six instructions
+  const i64 row0 = (i64)place * inner + first;
   const int time = (int)position(p.state, slot), j = time % KEPT;
-  const float* ring = (const float*)state_array(p.state, 2) + (p.state.layer * state_array(p.state, 4) + slot) * p.state.taps * p.state.channels;
+  const float* ring = (const float*)state_array(p.state, 2) + (i64)place * (int)(p.state.taps * p.state.channels);
   const float* newest = ring + time % (int)p.state.taps * (int)p.state.channels;
-  u8* ssm = (u8*)state_array(p.state, 0);
-  float* scales = (float*)state_array(p.state, 1);
-  const Kept kept = kept_of(p.state, TYPE, slot, inner, groups * N, heads);
+  u8* rows = (u8*)state_array(p.state, 0) + row0 * (N * SIZE);
+  float* scales = (float*)state_array(p.state, 1) + row0;
+  const Kept kept = {TYPE, state_array(p.state, 5) + (i64)place * (KEPT * inner * KEPT_SIZE),
+                     state_array(p.state, 6) + (i64)place * (KEPT * groups * N * KEPT_SIZE), (float*)state_array(p.state, 7) + (i64)place * (KEPT * heads)};
+  const u8* own_rows = rows + (warp * 32 + g) * (N * SIZE) + t * 16;
   uint4 raw[AHEAD][2][Q];
   auto open = [&](int tile, uint4 (&to)[2][Q]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
       for (int q = 0; q < Q; ++q)
-        to[h][q] = load_state(ssm + ((row0 + warp * 32 + tile * TILE + g + 8 * h) * N) * SIZE + (q * 4 + t) * 16);
+        to[h][q] = load_state(own_rows + (tile * TILE + 8 * h) * (N * SIZE) + q * 64);
   };
 #pragma unroll
   for (int tile = 0; tile < AHEAD; ++tile) open(tile, raw[tile]);
-  const float scale = TYPE == STATE_INT8 ? scales[row0 + threadIdx.x] : 1.0f;
-  float u[KEPT];
-#pragma unroll
-  for (int i = 0; i < KEPT; ++i) u[i] = i < j ? kept_value(kept, kept.u, (i64)i * inner + channel) : 0.0f;
+  const float scale = TYPE == STATE_INT8 ? scales[threadIdx.x] : 1.0f;
+  ask_kept<TYPE>(m.u, (const u8*)kept.u + first * KEPT_SIZE, inner * KEPT_SIZE, j);
   const bool of_bc = (int)threadIdx.x < 2 * N;
   const int entry = threadIdx.x % N, bc_channel = inner + (group + (threadIdx.x < N ? 0 : groups)) * N + entry;
   const Taps own = older_taps(p, ring, time, channel), other = older_taps(p, ring, time, of_bc ? bc_channel : inner);
   float before[KEPT / WARPS][ENTRIES];  // rows warp and warp + 8 of the kept b
 #pragma unroll
-  for (int r = 0; r < KEPT / WARPS; ++r)
-#pragma unroll
-    for (int e = 0; e < ENTRIES; ++e) {
-      const int i = r * WARPS + warp;
-      before[r][e] = i < j ? kept_value(kept, kept.b, ((i64)i * groups + group) * N + e * WARP + lane) : 0.0f;
-    }
+  for (int r = 0; r < KEPT / WARPS; ++r) {
+    const int i = r * WARPS + warp;
+    kept_entries<TYPE>((const u8*)kept.b + (i64)(i * groups + group) * N * KEPT_SIZE, i < j, before[r]);
+  }
   const float a = ((const float*)p.a)[head], dt_bias = ((const float*)p.dt_bias)[head];
   const float d = ((const float*)p.d)[p.d_per_channel ? channel : head], last = j ? kept.l[(j - 1) * heads + head] : 0.0f;
   const float weight = all.image ? ((const float*)all.weight)[channel] : 0.0f;
-  const int of_head = threadIdx.x / KEPT % STATE_HEADS, of_token = threadIdx.x % KEPT;
+  // Lane r STATE_HEADS + h makes the weight of head h and row r of the kept b
+  const int of_head = lane % STATE_HEADS, of_token = lane / STATE_HEADS % (KEPT / WARPS) * WARPS + warp;
   const float l_before = of_token < j ? kept.l[of_token * heads + head0 + of_head] : 0.0f;
+  if (all.image && threadIdx.x * 32u < plane_places(all)) prefetch((const i32*)all.plane_index + blockIdx.x * plane_places(all) + threadIdx.x * 32);
   release_next();
   await_previous();
   const float raw_dt = load_fresh((const float*)p.dt + b * (int)p.dt_stride + head), in = load_fresh(newest + channel);
@@ -184,59 +285,49 @@ DEV void steps(const Steps& all, StepsShared<N>& m) {
   if (of_bc) m.bc[threadIdx.x] = threadIdx.x < N ? as_kept(TYPE, of_bc_value) : of_bc_value;
   if (threadIdx.x < N && head0 % (heads / groups) == 0) keep_value(kept, kept.b, ((i64)j * groups + group) * N + entry, of_bc_value);
   if (threadIdx.x % 64 == 0) kept.l[j * heads + head] = m.now[threadIdx.x / 64] = now;
-#pragma unroll
-  for (int i = 0; i < KEPT; ++i)
-    if (i == j) u[i] = of_now;
+  wait_copies<0>();
+  if constexpr (TYPE == STATE_F32) ((float*)(m.u + j * KeptRows<TYPE>::STRIDE))[threadIdx.x] = of_now;
+  else ((u16*)(m.u + j * KeptRows<TYPE>::STRIDE))[threadIdx.x] = float_to_bfloat(of_now);
   __syncthreads();
   float dot[KEPT / WARPS] = {};
   u32 top = 0;
 #pragma unroll
   for (int e = 0; e < ENTRIES; ++e) {
-    const float c = m.bc[N + e * WARP + lane];
+    const float c = m.bc[N + lane * ENTRIES + e];
 #pragma unroll
-    for (int r = 0; r < KEPT / WARPS; ++r) dot[r] = fmaf(r * WARPS + warp == j ? m.bc[e * WARP + lane] : before[r][e], c, dot[r]);
+    for (int r = 0; r < KEPT / WARPS; ++r) dot[r] = fmaf(r * WARPS + warp == j ? m.bc[lane * ENTRIES + e] : before[r][e], c, dot[r]);
     const u32 bits = float_to_bits(c) & 0x7fffffffu;
     top = bits > top ? bits : top;
   }
 #pragma unroll
-  for (int r = 0; r < KEPT / WARPS; ++r) {
-    dot[r] = warp_sum(dot[r]);
-    if (lane == 0) m.dots[r * WARPS + warp] = dot[r];
-  }
-  if (threadIdx.x < STATE_HEADS * KEPT) {
-    const float latest = m.now[of_head];
-    m.since[of_head][of_token] = of_token <= j ? expf(latest - (of_token < j ? l_before : latest)) : 0.0f;
+  for (int r = 0; r < KEPT / WARPS; ++r) dot[r] = warp_sum(dot[r]);
+  if (lane < STATE_HEADS * KEPT / WARPS) {
+    const float latest = m.now[of_head], by = of_token <= j ? expf(latest - (of_token < j ? l_before : latest)) : 0.0f;
+    const float weight = of_token <= j ? by * (lane < STATE_HEADS ? dot[0] : dot[1]) : 0.0f;
+    m.since[of_head][of_token] = by;
+    if constexpr (TYPE == STATE_F32) m.weight[of_head][of_token] = weight;
+    else put_pieces(m.piece[of_head], of_token, weight);
   }
   float factor = expf(now);
-  if constexpr (TYPE == STATE_INT8) {
-    top = warp_max_bits(top);
-    const float most = bits_to_float(top);
-    const bool damaged = top >= INF_BITS, zero = most < 1e-30f;
-    factor *= scale * (damaged ? bits_to_float(0x7fc00000u) : zero ? 0.0f : most / LIMIT);
-    if (lane < N / 4 / WARPS) {
-      const int w = warp * (N / 4 / WARPS) + lane;
-      int fixed[4];
-      u32 digits[3];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) fixed[k] = damaged || zero ? 0 : __float2int_rn(m.bc[N + 4 * w + k] * (LIMIT / most));
-      slice_words(fixed, digits);
-#pragma unroll
-      for (int s = 0; s < 3; ++s) m.slices[s][w] = digits[s];
-    }
-  }
+  if constexpr (TYPE == STATE_INT8) factor *= scale * put_slices<N>(m.slices, m.bc + N, warp_max_bits(top));
   __syncthreads();
   state_sums<TYPE, N, AHEAD>(raw, open, (const uint4*)m.slices[g < 3 ? g : 2], m.bc + N, m.sum);
+  if constexpr (TYPE != STATE_F32) kept_sums(m.piece, m.u, m.of_kept);
   __syncthreads();
   float y = fmaf(m.sum[threadIdx.x], factor, d * x);
+  if constexpr (TYPE == STATE_F32) {
 #pragma unroll
-  for (int i = 0; i < KEPT; ++i) y = fmaf(m.since[threadIdx.x / 64][i] * m.dots[i], u[i], y);
+    for (int i = 0; i < KEPT; ++i) y = fmaf(m.weight[threadIdx.x / 64][i], kept_u<TYPE>(m.u, i, threadIdx.x), y);
+  } else {
+    y += m.of_kept[threadIdx.x];
+  }
   if (p.gated) y *= silu(z);
   if (all.image) {
     const float squares = warp_sum(y * y);
     if (lane == 0) m.part[warp] = squares;
     m.sum[threadIdx.x] = y * weight * IMAGE_SCALE;
     __syncthreads();
-    put_image(all, m.sum, b);
+    put_image(all, m.sum, blockIdx.x, b);
     if (threadIdx.x == 0) {
       float sum = 0;
 #pragma unroll
@@ -248,23 +339,17 @@ DEV void steps(const Steps& all, StepsShared<N>& m) {
   }
   if (j < KEPT - 1) return;
 
-#pragma unroll
-  for (int i = 0; i < KEPT; ++i) m.u[i][threadIdx.x] = u[i] * m.since[threadIdx.x / 64][i];
-  m.scale[threadIdx.x] = expf(now) * scale;
-  u8* rows = ssm + row0 * N * SIZE;
+  __syncthreads();
+  m.sum[threadIdx.x] = expf(now) * scale;
   if constexpr (TYPE == STATE_F32) {
     for (int i = threadIdx.x; i < KEPT * N; i += THREADS)
-      m.b[i / N][i % N] = i / N == j ? m.bc[i % N] : kept_value(kept, kept.b, ((i64)(i / N) * groups + group) * N + i % N);
+      m.b[i] = i / N == j ? m.bc[i % N] : kept_value(kept, kept.b, ((i64)(i / N) * groups + group) * N + i % N);
     __syncthreads();
     store_exact<N>(m, rows);
   } else {
-    for (int i = threadIdx.x; i < KEPT / 2 * N; i += THREADS) {
-      const int pair = i / N, at = i % N;
-      const u16* b0 = (const u16*)kept.b + ((i64)(2 * pair) * groups + group) * N + at;
-      const u32 low = b0[0], high = 2 * pair + 1 == j ? float_to_bfloat(m.bc[at]) : b0[(i64)groups * N];
-      ((u32*)m.b)[pair * (N + 4) + at] = low | high << 16;
-    }
+    put_pairs<N>(m.b, (const u16*)kept.b + group * N, groups * N, m.bc, j);
     __syncthreads();
-    store_state<TYPE, N>(m, rows, scales + row0);
+    auto stored = [&](int row, int q) { return ((const uint4*)(rows + row * N * SIZE))[q * 4 + lane % 4]; };
+    store_state<TYPE, N>(m.u, m.since, m.sum, m.b, stored, rows, scales);
   }
 }

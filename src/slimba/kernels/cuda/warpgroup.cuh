@@ -39,6 +39,27 @@ DEV void copy_block(void* to, const void* from, int bytes, u64* bar) {
 // What ordinary stores have written may be read by copy_block.
 DEV void see_stores() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
+// The same of stores to shared memory alone, for products: the fence above waits for all memory, microseconds.
+DEV void see_shared_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Sums that a product will add to are in their registers from here on: set between two products, they make it wait.
+template <int HALF>
+DEV void settle(float (&d)[HALF]) {
+#pragma unroll
+  for (int i = 0; i < HALF; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Two instructions where fast_exp takes six and fast_reciprocal five: numbers below 1e-38 count as zeros.
+DEV float short_exp2(float v) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+DEV float short_reciprocal(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+
 DEV void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEV void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT>
@@ -48,15 +69,23 @@ DEV void products_wait() {
 // Of a right operand at x, without the address's last bits: rows of 128 bytes, eights of them 1024 apart.
 DEV u64 operand_at(const u8* x) { return (u64)(shared_address(x) >> 4 & 0x3fffu) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
 
+// Of one that lies across, its second 64 numbers a row `panel` bytes after the first.
+DEV u64 across_at(const u8* x, int panel) {
+  return (u64)(shared_address(x) >> 4 & 0x3fffu) | (u64)(panel >> 4) << 16 | 64ull << 32 | 1ull << 62;
+}
+
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
-#define WGMMA(N, HALF, LIST, A0, A1, A2, A3, B, ...)                                                                    \
-  DEV void product_16(float (&d)[HALF], const u32 (&a)[4], u64 b) {                                                   \
+#define WGMMA_OF(name, TURNED, N, HALF, LIST, A0, A1, A2, A3, B, ...)                                                   \
+  DEV void name(float (&d)[HALF], const u32 (&a)[4], u64 b) {                                                         \
     asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 1, 1;\nwgmma.mma_async.sync.aligned.m64n" #N                      \
-                 "k16.f32.f16.f16 {" LIST "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, 0;\n}\n"      \
+                 "k16.f32.f16.f16 {" LIST "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, " #TURNED     \
+                 ";\n}\n"                                                                                           \
                  : __VA_ARGS__                                                                                      \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                             \
   }
+#define WGMMA(...) WGMMA_OF(product_16, 0, __VA_ARGS__)
+#define WGMMA_ACROSS(...) WGMMA_OF(product_across, 1, __VA_ARGS__)
 #define L4 "%0, %1, %2, %3"
 #define L8 L4 ", %4, %5, %6, %7"
 #define L16 L8 ", %8, %9, %10, %11, %12, %13, %14, %15"
@@ -71,9 +100,14 @@ WGMMA(16, 8, L8, 8, 9, 10, 11, 12, D4(0), D4(4))
 WGMMA(32, 16, L16, 16, 17, 18, 19, 20, D16(0))
 WGMMA(64, 32, L32, 32, 33, 34, 35, 36, D16(0), D16(16))
 WGMMA(128, 64, L64, 64, 65, 66, 67, 68, D16(0), D16(16), D16(32), D16(48))
+// The same with the right operand lying across: 16 rows of 64 of the N numbers each, as of operand_at but for across_at.
+WGMMA_ACROSS(64, 32, L32, 32, 33, 34, 35, 36, D16(0), D16(16))
+WGMMA_ACROSS(128, 64, L64, 64, 65, 66, 67, 68, D16(0), D16(16), D16(32), D16(48))
 #undef D4
 #undef D16
 #undef WGMMA
+#undef WGMMA_ACROSS
+#undef WGMMA_OF
 #undef L4
 #undef L8
 #undef L16

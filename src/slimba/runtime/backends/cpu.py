@@ -1,8 +1,8 @@
 """CpuEngine: a checkpoint on the C++ engine (`slimba._core`, sources in `kernels/cpu/`). No torch, no Python per token.
 
 Weights are used where they lie, in the memory-mapped file; small vectors are copied to float32. The kernels are chosen
-at run time; SLIMBA_CPU_ISA=portable|avx2|avxvnni|avx512|avx512vnni|amx|neon forces one set of them. Results do not
-depend on the number of threads, the other sequences of a batch or where a prompt is cut into pieces.
+at run time; SLIMBA_CPU_ISA=portable|avx2|avxvnni|avx512|avx512vnni|avx512lookup|amx|neon forces one set of them.
+Results do not depend on the number of threads, the other sequences of a batch or where a prompt is cut into pieces.
 
 Run the tests: `pytest tests/runtime/test_cpu_engine.py tests/kernels`.
 """

@@ -43,8 +43,9 @@ MANY = {
     "few": ("Mid", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 20}),
     "broad": ("Broad", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
     "broad_codes": ("Broad", "THREADS", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
-    "broad_norm": ("BroadNorm", "THREADS", "s", {MATRIX + 9, MATRIX + 13}),
+    "broad_norm": ("BroadNorm", "THREADS", "s", {MATRIX + 9, MATRIX + 13, MATRIX + 26}),
     "steps": ("Steps", "THREADS, ", "s", RECURRENCE_VARYING),
+    "flow": ("Steps", "THREADS, 2", "s", RECURRENCE_VARYING),
     "prepare": ("BatchRecurrence", "THREADS", "s", RECURRENCE_VARYING),
     "states": ("BatchRecurrence", "THREADS, ", "s", RECURRENCE_VARYING),
 }
@@ -105,8 +106,11 @@ class Baked:
         struct, bounds, call, varying = MANY[kind]
         arguments = numbers.split("_") if numbers else []
         if kind in ("states", "steps"):
-            bounds += "3" if arguments[0] == "2" else "2"
-            call += f", *({kind.title()}Shared<{arguments[1]}>*)smem"
+            bounds += {"states": "3", "steps": "4"}[kind] if arguments[0] == "2" else "2"
+            shape = arguments[1] if kind == "states" else ", ".join(arguments)
+            call += f", *({kind.title()}Shared<{shape}>*)smem"
+        elif kind == "flow":
+            call += f", *(FlowShared<{arguments[0]}>*)smem"
         else:
             call += ", smem"
         if kind in ("still", "few"):

@@ -36,7 +36,12 @@ __all__ = ["BatchStep"]
 
 STATE_HEADS = 4  # of kernels/cuda/batch.cu
 RESIDUAL = 1
-ONLY_MADE = ("slimba_few", "slimba_broad", "slimba_steps")  # kernels that there are for one model's shape alone
+ONLY_MADE = (
+    "slimba_few",
+    "slimba_broad",
+    "slimba_steps",
+    "slimba_flow",
+)  # kernels that there are for one model's shape alone
 
 
 # Arguments of a launch by position and by name, or something to be called

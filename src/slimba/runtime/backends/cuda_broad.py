@@ -21,7 +21,7 @@ from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of,
 __all__ = ["Broad", "Shape"]
 
 UNIT, DEPTH, GROUP, TILE = 256, 3, 128, 64  # of kernels/cuda/broad.cu; rows of a tile
-CODES_TILE = 16
+CODES_TILE, NORM_COLUMNS = 16, 2048  # of kernels/cuda/broad_norm.cu; columns of rows of codes that its norm takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,10 @@ def tiles_of(m: DeviceMatrix) -> int:
     return sum(-(-s.rows // TILE) for s in m.layout.segments if s.format in ("sign", "int4"))
 
 
+def code_tiles(m: DeviceMatrix) -> int:
+    return sum(-(-s.rows // CODES_TILE) for s in m.layout.segments if s.format == "int8")
+
+
 def codes_of(m: DeviceMatrix) -> bool:
     return any(s.format == "int4" for s in m.layout.segments)
 
@@ -66,6 +70,7 @@ def codes_of(m: DeviceMatrix) -> bool:
 class Broad:
     """Images and launches for the products of `batch` vectors with any of `matrices`."""
 
+    CODES_BY_NORM = 32  # sequences
     MANY: ClassVar[dict[int, Shape]] = MANY_TILES
     FEW: ClassVar[dict[int, Shape]] = FEW_TILES
     CODES: ClassVar[dict[int, Shape]] = INT4_TILES
@@ -98,11 +103,27 @@ class Broad:
         table = self.CODES if codes_of(m) else self.MANY if 2 * tiles_of(m) > self._gpu.blocks else self.FEW
         return next(shape for most, shape in table.items() if self._batch <= most)
 
-    def norm(self, m: DeviceMatrix, source: Sequence[int], parts: Sequence[int] = (0, 0, 0, 0)) -> None:
-        """source: fields of the struct Input, its norm in one group; parts: residual, pointer, stride and number (up to
-        4) of what is added to the source before."""
-        fields = fields_of(m.fields, list(source), list(parts), self._x.data_ptr(), self._x2.data_ptr(), self._padded)
-        self._gpu.launch("slimba_broad_norm", (self._batch,), fields, 4 * (m.kpad + WARPS), overlap=True)
+    def norm(
+        self,
+        m: DeviceMatrix,
+        source: Sequence[int],
+        parts: Sequence[int] = (0, 0, 0, 0),
+        codes: Sequence[int] = (),
+    ) -> None:
+        """source: fields of the struct Input, its norm in one group; parts: where the sum goes or 0, pointer, stride
+        and number (up to 4) of what is added to the source before; codes: fields of the struct Output and the state,
+        where the rows of codes are multiplied here (`codes_by_norm`)."""
+        fields = fields_of(
+            m.fields, list(source), list(parts), self._x.data_ptr(), self._x2.data_ptr(), self._padded,
+            list(codes) or [0] * 15,
+        )  # fmt: skip
+        grid = self._batch, 1 + (code_tiles(m) if codes else 0)
+        shared = 4 * (m.kpad + m.kpad // 32 * 8 + WARPS)
+        self._gpu.launch("slimba_broad_norm", grid, fields, shared, overlap=True)
+
+    def codes_by_norm(self, m: DeviceMatrix) -> bool:
+        """Whether `norm` should multiply the rows of codes, which `product` then leaves out."""
+        return self._batch <= self.CODES_BY_NORM and code_tiles(m) > 0 and m.kpad <= NORM_COLUMNS
 
     def product(
         self,
@@ -111,6 +132,8 @@ class Broad:
         state: Sequence[int],
         part_stride: int = 0,
         squares: Sequence[int] = (0, 0, 0),
+        *,
+        signs_only: bool = False,
     ) -> None:
         """The product with the vectors that `norm` left, for the same matrix; shape(m).parts results,
         `part_stride` numbers apart. squares: pointer, number and eps of the sums that steps.cu left with its images."""
@@ -120,8 +143,8 @@ class Broad:
             images = self._x.data_ptr(), self._x2.data_ptr(), self._padded
             return [*m.fields, *output, *state, self._batch, *images, parts, part_stride, *squares]
 
-        codes = sum(-(-s.rows // CODES_TILE) for s in m.layout.segments if s.format == "int8")
-        if codes:
+        codes = code_tiles(m)
+        if codes and not signs_only:
             eights = 1 if self._batch <= 8 else 2 if self._batch <= 64 else 4
             grid = codes, -(-self._batch // (8 * eights))
             shared = 4 * WARPS * 8 * eights * (CODES_TILE + 1)

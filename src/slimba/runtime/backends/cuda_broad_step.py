@@ -23,11 +23,16 @@ from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_
 __all__ = ["BroadStep"]
 
 CHANNELS = 64 * STATE_HEADS  # of a block of slimba_steps
+FLOW_TAPS = 4  # for which the registers of flow.cu do
 
 
 class BroadStep(RecordedStep):
     FEWEST = 2  # sequences
     BROAD_HEAD_FROM = 64  # sequences from which broad.cu takes an int4 head
+    FLOW, FLOW_FILLS = (
+        (8, 4, 2),
+        1.8,
+    )  # fours of heads of a block of flow.cu, where there are so many for a multiprocessor
     WIDE_HEAD_FROM = 256  # and from which another is expanded for cuBLAS
 
     def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str, bulk: Bulk) -> None:
@@ -40,7 +45,7 @@ class BroadStep(RecordedStep):
         self._broad = Broad(recorder, batch, [*matrices, model.head] if self._broad_head else matrices)
         self._mid = Mid(recorder, batch, [model.head])
         parts = max(self._broad.shape(layer.matrices["out_proj"]).parts for layer in model.layers)
-        self._u = zeros(batch, spec.d_model)
+        self._u, self._other_u = zeros(batch, spec.d_model), zeros(batch, spec.d_model)  # in turn, a layer each
         self._z, self._dt = zeros(batch, spec.d_inner), zeros(batch, spec.n_heads)
         self._parts = zeros(parts, batch, spec.d_model)  # results of out_proj, each of some of its columns
         self._squares = zeros(batch, spec.d_inner // CHANNELS)
@@ -51,7 +56,7 @@ class BroadStep(RecordedStep):
             recurrence(spec, layer, self._state(i), batch, state_dtype, self._dt, self._z, self._u)
             for i, layer in enumerate(model.layers)
         ]
-        self._steps = f"slimba_steps_{STATE_CODES[state_dtype]}_{spec.d_state}"
+        self._recur_name, self._recur_fours, self._recur_bytes = self._recur_kernel(state_dtype)
         self._layers(recorder)
         self._launches = made(gpu, recorder.launches, "broad")
 
@@ -65,6 +70,20 @@ class BroadStep(RecordedStep):
         out = [layer.matrices["out_proj"] for layer in model.layers]
         return normed and all(map(Broad.fits, matrices)) and all(map(by_blocks, out)) and Mid.fits(model.head)
 
+    def _recur_kernel(self, state_dtype: str) -> tuple[str, int, int]:
+        """The recurrence's kernel, how many fours of heads a block of it takes, and its shared memory."""
+        spec, blocks = self._model.spec, self._gpu.blocks
+        n, units = spec.d_state, self.batch * spec.n_heads // STATE_HEADS
+        per_group = spec.n_heads // spec.n_groups // STATE_HEADS
+        if state_dtype == "int8" and spec.d_conv <= FLOW_TAPS:
+            for fours in self.FLOW:
+                if per_group % fours == 0 and units >= self.FLOW_FILLS * fours * blocks:
+                    return f"slimba_flow_{n}_{fours}", fours, flow_bytes(n)
+        # Few blocks go to multiprocessors of their own where they ask for so much that no other fits
+        beside = -(-units // blocks)
+        room = (self._gpu.shared + 1024) // (beside + 1) // 128 * 128 if beside < 3 else 0
+        return f"slimba_steps_{STATE_CODES[state_dtype]}_{n}", 1, max(steps_bytes(n, state_dtype), room)
+
     def _layers(self, gpu: Recorder) -> None:
         """Everything before the choice of the next ids."""
         model, spec, eps = self._model, self._model.spec, float_bits(self._model.spec.norm_eps)
@@ -73,27 +92,30 @@ class BroadStep(RecordedStep):
         to_state = [IN_PROJ, self._dt.data_ptr(), spec.n_heads, 0, inner, self._z.data_ptr(), inner, inner, ring, ring]
         to_parts = [STORE, self._parts.data_ptr(), spec.d_model, *[0] * 7]
         squares = [self._squares.data_ptr(), inner // CHANNELS, eps]
-        added = [RESIDUAL, self._parts.data_ptr(), stride, 0]
+        u, other = self._u.data_ptr(), self._other_u.data_ptr()
+        added = [self._parts.data_ptr(), stride, 0]
         for i, layer in enumerate(model.layers):
             m, out = layer.matrices["in_proj"], layer.matrices["out_proj"]
-            self._broad.norm(m, [self._u.data_ptr(), spec.d_model, 0, 0, layer.norm.data_ptr(), 1, eps], added)
-            self._broad.product(m, to_state, self._state(i))
+            source, early = [u, spec.d_model, 0, 0, layer.norm.data_ptr(), 1, eps], self._broad.codes_by_norm(m)
+            self._broad.norm(m, source, [other, *added], [*to_state, *self._state(i)] if early else ())
+            u, other = other, u
+            self._broad.product(m, to_state, self._state(i), signs_only=early)
             weight = layer.gated_norm.data_ptr() if layer.gated_norm is not None else 0
             fields = fields_of(
                 self._recurrences[i].tolist(), weight, self._broad.images, squares[0], self._broad.padded, plane_of(out)
             )  # fmt: skip
-            grid = spec.n_heads // STATE_HEADS, self.batch
-            gpu.launch(self._steps, grid, fields, steps_bytes(spec.d_state), overlap=True)
+            grid = spec.n_heads // STATE_HEADS // self._recur_fours, self.batch
+            gpu.launch(self._recur_name, grid, fields, self._recur_bytes, overlap=True)
             self._broad.product(out, to_parts, self._state(i), stride, squares)
-            added[3] = self._broad.shape(out).parts
-        source = [self._u.data_ptr(), spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, eps]
+            added[2] = self._broad.shape(out).parts
+        source = [u, spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, eps]
         to_logits = [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7]
         if self._broad_head:
-            self._broad.norm(model.head, source, added)
+            self._broad.norm(model.head, source, [0, *added])
             self._broad.product(model.head, to_logits, self._state(0))
             return
         wide = self.batch >= self.WIDE_HEAD_FROM
-        self._mid.norm(model.head, source, 1, added, natural=wide)
+        self._mid.norm(model.head, source, 1, [RESIDUAL, *added], natural=wide)
         if wide:
             gpu.call(lambda: self._bulk.head(self._mid.vectors(model.head), self.logits))
         else:
@@ -116,7 +138,15 @@ def by_blocks(m: DeviceMatrix) -> bool:
     return bool(((m.slots < 0) | (m.slots // CHANNELS == block)).all())
 
 
-def steps_bytes(n: int) -> int:
+def steps_bytes(n: int, state_dtype: str) -> int:
     """Shared memory of slimba_steps: StepsShared in kernels/cuda/steps.cu."""
-    floats = 2 * 256 + STATE_HEADS * KEPT + STATE_HEADS + KEPT + 2 * n + 8 + 3 * n // 4 + KEPT * n + KEPT * 256
-    return 4 * floats
+    exact = state_dtype == "float32"
+    rows = 4 * KEPT * (CHANNELS + n) if exact else KEPT * (2 * CHANNELS + 16) + 2 * KEPT * (n + 4)
+    floats = 3 * n // 4 + 2 * n + 2 * CHANNELS + 2 * STATE_HEADS * KEPT + STATE_HEADS + 8
+    return rows + 4 * floats + 2 * STATE_HEADS * 3 * KEPT
+
+
+def flow_bytes(n: int) -> int:
+    """Shared memory of slimba_flow: FlowShared in kernels/cuda/flow.cu."""
+    floats = KEPT // 2 * (n + 4) + 3 * n // 4 + 2 * n + 3 * CHANNELS + STATE_HEADS * KEPT + STATE_HEADS + 8
+    return 2 * CHANNELS * n + 2 * KEPT * (2 * CHANNELS + 16) + 4 * floats + 2 * STATE_HEADS * 3 * KEPT

@@ -28,6 +28,7 @@ CONV_TOKENS = 16  # of kernels/cuda/bulk.cu
 IN, OUT = 0, 1  # the two scratches: that of out_proj may be filled while that of in_proj is in use
 SSD_FROM = 8  # shortest call that is worth a chunk of 64
 EXPAND_BYTES = {"half": 4 * (128 + 64), "float": 4 * 256}  # shared memory of slimba_expand for each rank
+MOST_REJOINED = 8192  # channels of slimba_rejoin
 HEAD_ROWS = 8192  # rows of the head expanded at a time
 FEW = 32  # vectors for which the head is not expanded
 
@@ -35,6 +36,11 @@ FEW = 32  # vectors for which the head is not expanded
 def ssd_bytes(n: int) -> int:
     """Shared memory of slimba_ssd: SsdShared in kernels/cuda/ssd.cu."""
     return 2 * (2 * 64 * 72 + 5 * 64 * (n + 8) + 64) + 4 * 3 * 64 + 4 * 2 * 64
+
+
+def mixer_bytes(n: int) -> int:
+    """Shared memory of slimba_mixer: MixerShared in kernels/cuda/mixer.cu, begun at a multiple of 1024."""
+    return 1024 + 64 * 128 * (5 * n // 64 + 1) + 2 * 67 * 128 + 64 * (2 * (3 * 4 + 2) + 6 * 4)
 
 
 class Bulk:
@@ -66,7 +72,6 @@ class Bulk:
         flat = ids.reshape(-1).contiguous()
         u = self._empty(tokens, spec.d_model, dtype=torch.float32)
         self._launch_embed(flat, u)
-        delta: torch.Tensor | None = None
         mixer = self._mixer2 if spec.architecture == "mamba2" else self._mixer1
         layers = self._model.layers
         self._pending.clear()
@@ -74,12 +79,12 @@ class Bulk:
         self._ahead(layers[0].matrices["out_proj"], OUT)
         for i, layer in enumerate(layers):
             x = self._empty(tokens, spec.d_model)
-            self._add_norm(u, delta, x, layer.norm)
+            self._norm(u, x, layer.norm)
             following = layers[i + 1] if i + 1 < len(layers) else None
-            delta = mixer(layer, x, state.fields(spec, i), batch, length, chunked, following)
+            given = mixer(layer, x, state.fields(spec, i), batch, length, chunked, following)
+            self._add_out(layer, given, u)
             if following is not None:
                 self._ahead(following.matrices["out_proj"], OUT)
-        self._add_norm(u, delta, None, None)
         if advance:
             fields = fields_of(state.fields(spec, 0), batch, length)
             self._gpu.launch("slimba_advance", (-(-batch // 256),), fields)
@@ -129,7 +134,7 @@ class Bulk:
         if len(u) <= FEW and self.dtype == torch.float16 and Mid.fits(model.head):
             return self._logits_of_few(u.contiguous(), out)
         x = self._empty(*u.shape)
-        self._add_norm(u.contiguous(), None, x, model.norm_f)
+        self._norm(u.contiguous(), x, model.norm_f)
         x = self._turned(model.head, x)
         out = self._empty(len(u), model.head.rows, dtype=torch.float32) if out is None else out
         self.head(x, out)
@@ -156,7 +161,7 @@ class Bulk:
         chunked: bool,
         following: LayerWeights | None,
     ) -> torch.Tensor:
-        """A Mamba-2 mixer: normed x [T, D] -> what is added to the residual stream."""
+        """A Mamba-2 mixer: normed x [T, D] -> what out_proj takes."""
         spec, tokens = self._model.spec, batch * length
         inner, channels, heads = spec.d_inner, spec.d_conv_channels, spec.n_heads
         wide = inner + channels
@@ -169,16 +174,25 @@ class Bulk:
         if (bias := layer.matrices["in_proj"].bias) is not None:
             p += bias[:wide].to(p.dtype)
             dt += bias[wide:]
-        xbc, convolution = self._convolve(layer, p[:, inner:], state, batch, length)
+        fused = self._by_warpgroups(length, chunked)
+        _held, xbc, convolution = self._convolve(layer, p[:, inner:], state, batch, length, inner if fused else 0)
         y = self._empty(tokens, inner)
         span, n = span_of(spec.headdim), spec.d_state
         low, high = spec.dt_limit
         scan = fields_of(
             state, batch, length, heads, spec.headdim, n, spec.n_groups, inner, span, self._type, int(spec.d_has_hdim),
-            layer.a.data_ptr(), layer.d.data_ptr(), layer.dt_bias.data_ptr(), xbc.data_ptr(), channels, dt.data_ptr(),
-            heads, y.data_ptr(), inner, float_bits(low), float_bits(high),
+            layer.a.data_ptr(), layer.d.data_ptr(), layer.dt_bias.data_ptr(), *xbc, dt.data_ptr(), heads,
+            y.data_ptr(), inner, float_bits(low), float_bits(high),
         )  # fmt: skip
-        if self._by_chunks(length, chunked):
+        gates = fused and spec.gated_norm and not spec.norm_before_gate and spec.norm_group_size == inner
+        if fused:
+            squares = self._empty(tokens, heads, dtype=torch.float32)
+            bias_of_conv = layer.conv_bias.data_ptr() if layer.conv_bias is not None else 0
+            more = fields_of(p[:, inner:].data_ptr(), wide, layer.conv.data_ptr(), bias_of_conv,
+                             p.data_ptr() if gates else 0, wide, squares.data_ptr())  # fmt: skip
+            fields = np.concatenate([scan, more])
+            self._gpu.launch(f"slimba_mixer_{n}", (batch * heads,), fields, mixer_bytes(n), threads=128)
+        elif self._by_chunks(length, chunked):
             self._gpu.launch(f"slimba_ssd_{n}", (batch * heads,), scan, ssd_bytes(n))
         else:
             name = f"slimba_scan_{self._suffix}_{entries_of(n)}"
@@ -187,6 +201,12 @@ class Bulk:
             dt.data_ptr(), heads, layer.dt_bias.data_ptr(), layer.a.data_ptr(), float_bits(low), float_bits(high)
         )  # fmt: skip
         self._push(convolution, steps, channels, batch)
+        if gates and layer.gated_norm is not None:
+            norm = fields_of(
+                y.data_ptr(), squares.data_ptr(), layer.gated_norm.data_ptr(), inner, float_bits(spec.norm_eps)
+            )
+            self._gpu.launch("slimba_rejoin", (tokens,), norm, 32)
+            return y
         gated = self._empty(tokens, inner)
         groups = inner // spec.norm_group_size if spec.gated_norm else 0
         fields = fields_of(
@@ -195,7 +215,7 @@ class Bulk:
             float_bits(spec.norm_eps), int(spec.norm_before_gate),
         )  # fmt: skip
         self._launch("gate_norm", (tokens,), fields, 32)
-        return self._out(layer, gated)
+        return gated
 
     def _mixer1(
         self,
@@ -207,13 +227,13 @@ class Bulk:
         chunked: bool,
         following: LayerWeights | None,
     ) -> torch.Tensor:
-        """A Mamba-1 mixer: normed x [T, D] -> what is added to the residual stream."""
+        """A Mamba-1 mixer: normed x [T, D] -> what out_proj takes."""
         spec, tokens = self._model.spec, batch * length
         inner, n, rank = spec.d_inner, spec.d_state, spec.dt_rank
         p = self._turned(layer.matrices["in_proj"], x) @ self._expand(layer.matrices["in_proj"]).T
         if (bias := layer.matrices["in_proj"].bias) is not None:
             p += bias.to(p.dtype)
-        xs, convolution = self._convolve(layer, p[:, :inner], state, batch, length)
+        xs, _, convolution = self._convolve(layer, p[:, :inner], state, batch, length)
         self._push(convolution, np.zeros(6, np.int64), inner, batch)
         given = self._turned(layer.matrices["x_proj"], xs.clone() if layer.matrices["x_proj"].turns else xs)
         selected = self._product32(given, self._expand(layer.matrices["x_proj"]))
@@ -229,36 +249,44 @@ class Bulk:
             dt.data_ptr(), inner, selected[:, rank:].data_ptr(), rank + 2 * n,
         )  # fmt: skip
         self._launch("scan1", (-(-inner // 16), batch), fields)
-        return self._out(layer, y)
+        return y
 
     # ------------------------------------------------------------ the pieces
 
     def _convolve(
-        self, layer: LayerWeights, given: torch.Tensor, state: list[int], batch: int, length: int
-    ) -> tuple[torch.Tensor, np.ndarray]:
-        """silu of the causal convolution of the columns `given` [T, channels]; and the fields of its launch."""
+        self, layer: LayerWeights, given: torch.Tensor, state: list[int], batch: int, length: int, first: int = 0
+    ) -> tuple[torch.Tensor, list[int], np.ndarray]:
+        """silu of the causal convolution of the columns `given` [T, channels], from channel `first` on; where channel 0
+        would be and what lies between tokens; and the fields of its launch."""
         channels = given.shape[1]
-        out = self._empty(*given.shape)
+        out = self._empty(len(given), channels - first)
+        place = [out.data_ptr() - first * out.element_size(), channels - first]
         fields = fields_of(
-            state, batch, length, given.data_ptr(), given.stride(0), out.data_ptr(), channels, layer.conv.data_ptr(),
+            state, batch, length, given.data_ptr(), given.stride(0), place, layer.conv.data_ptr(),
             layer.conv_bias.data_ptr() if layer.conv_bias is not None else 0,
-            self._type, list(kept_widths(self._model.spec)),
+            self._type, list(kept_widths(self._model.spec)), first,
         )  # fmt: skip
-        grid = -(-channels // 256), -(-length // CONV_TOKENS), batch
+        grid = -(-(channels - first) // 256), -(-length // CONV_TOKENS), batch
         self._launch("conv", grid, np.concatenate([fields, np.zeros(6, np.int64)]))
-        return out, fields
+        return out, place, fields
 
     def _push(self, convolution: np.ndarray, steps: np.ndarray, channels: int, batch: int) -> None:
         """The last inputs of a convolution, and what is kept of the tokens in no stored state, into the state. steps:
         where dt and what makes L of it are."""
         self._launch("push", (-(-channels // 256), batch), np.concatenate([convolution, steps]))
 
-    def _out(self, layer: LayerWeights, y: torch.Tensor) -> torch.Tensor:
-        y = self._turned(layer.matrices["out_proj"], y)
-        out: torch.Tensor = y @ self._weights(layer.matrices["out_proj"], OUT).T
-        if (bias := layer.matrices["out_proj"].bias) is not None:
-            out += bias.to(out.dtype)
-        return out
+    def _add_out(self, layer: LayerWeights, y: torch.Tensor, u: torch.Tensor) -> None:
+        """out_proj, added to the residual stream u in float32 within the product."""
+        m = layer.matrices["out_proj"]
+        y, w = self._turned(m, y), self._weights(m, OUT).T
+        if y.dtype == u.dtype:
+            u.addmm_(y, w)
+        elif y.device.type == "cuda":
+            torch.addmm(u, y, w, out_dtype=torch.float32, out=u)
+        else:
+            u += y.float() @ w.float()
+        if m.bias is not None:
+            u += m.bias
 
     def _turned(self, m: DeviceMatrix, x: torch.Tensor) -> torch.Tensor:
         """x [T, cols], transformed and rounded in place as the matrix wants its inputs."""
@@ -274,6 +302,12 @@ class Bulk:
         rounds = self._type == STATE_CODES["float32"] or chunked
         return shape and rounds and length >= SSD_FROM and self.dtype == torch.float16
 
+    def _by_warpgroups(self, length: int, chunked: bool) -> bool:
+        """Whether mixer.cu does: the convolution of x, the recurrence by chunks and the gate in one kernel."""
+        spec = self._model.spec
+        shape = spec.d_conv == 4 and spec.d_inner <= MOST_REJOINED and spec.d_conv_channels % 8 == 0
+        return self._gpu.warpgroups and shape and self._by_chunks(length, chunked)
+
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype or self.dtype, device=self._gpu.device)
 
@@ -284,12 +318,11 @@ class Bulk:
         fields = fields_of(self._model.embedding.fields, [0] * 5, len(ids), ids.data_ptr(), u.data_ptr())
         self._gpu.launch("slimba_embed", (max(1, min(u.numel() // 1024, 16 * self._gpu.blocks)),), fields)
 
-    def _add_norm(
-        self, u: torch.Tensor, delta: torch.Tensor | None, x: torch.Tensor | None, weight: torch.Tensor | None
-    ) -> None:
-        pointers = [t.data_ptr() if t is not None else 0 for t in (u, delta, x, weight)]
-        fields = fields_of(pointers, u.shape[1], float_bits(self._model.spec.norm_eps))
-        self._launch("add_norm", (len(u),), fields, 32)
+    def _norm(self, u: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+        fields = fields_of(
+            u.data_ptr(), x.data_ptr(), weight.data_ptr(), u.shape[1], float_bits(self._model.spec.norm_eps)
+        )
+        self._launch("norm", (len(u),), fields, 32)
 
     def _ahead(self, m: DeviceMatrix, place: int) -> None:
         """Begins to expand a matrix beside what the stream does next; what lay in that scratch has been used."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slimba.runtime.backends.cuda_weights import FORMAT_CODES, DeviceMatrix
 
@@ -19,14 +19,11 @@ ALL_REGISTERS, MOST_REGISTERS = 65536, 255  # of a multiprocessor, of a thread
 MOST_WARPS = 24  # of a block
 
 
-def STAGED(m: DeviceMatrix) -> bool:
-    return False
-
-
 @dataclass(frozen=True, slots=True)
 class Codes:
     """Arguments of the template `codes`: format, warps, groups of columns of each, tiles of a block at a time, groups
-    of a block of the transform, kind of rounding, and whether a block has more tiles than that."""
+    of a block of the transform, kind of rounding, whether a block has more tiles than that, and whether codes wait in
+    shared memory instead of registers."""
 
     format: str
     warps: int
@@ -48,6 +45,11 @@ class Codes:
         format = FORMAT_CODES[self.format]
         numbers = self.warps, self.pieces, self.tiles, self.turned, self.rounding, int(self.loop), int(self.staged)
         return f"codes<{format}, {', '.join(map(str, numbers))}>"
+
+    @property
+    def staged_codes(self) -> Codes | None:
+        """The same with its codes in shared memory; None where a block has more than it holds at a time."""
+        return None if self.loop else replace(self, staged=True)
 
     @property
     def shared_bytes(self) -> int:
@@ -77,8 +79,7 @@ def codes_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool) -> Cod
     warps, pieces, at_once = min(
         fitting, key=lambda shape: shape[2] < tiles
     )  # the first that need not loop, or the first
-    loop = at_once < tiles
-    return Codes(formats[0], warps, pieces, at_once, turned, m.rounding, loop, STAGED(m) and not loop)
+    return Codes(formats[0], warps, pieces, at_once, turned, m.rounding, at_once < tiles)
 
 
 def shape_of(format: str, groups: int, pieces: int, tiles: int) -> tuple[int, int, int] | None:

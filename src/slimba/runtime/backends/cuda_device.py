@@ -23,9 +23,9 @@ OLDEST = (8, 0)
 MODULE_OF = {  # where a kernel is, by how its name begins; else in "main"
     "slimba_product": "generic", "slimba_recur": "generic", "slimba_mid": "mid", "slimba_prepare": "mid",
     "slimba_states": "mid", "slimba_scatter": "mid", "slimba_sample": "sample", "slimba_expand": "bulk",
-    "slimba_add_norm": "bulk",
+    "slimba_norm": "bulk",
     "slimba_conv": "bulk", "slimba_push": "bulk", "slimba_scan": "bulk", "slimba_ssd": "bulk", "slimba_gate": "bulk",
-    "slimba_turn": "bulk",
+    "slimba_turn": "bulk", "slimba_rejoin": "bulk", "slimba_mixer": "mixer",
 }  # fmt: skip
 WARPGROUPS = (9, 0)  # the only one with products of warpgroups as we use them
 OVERLAPS = (9, 0)  # first with programmatic dependent launch
@@ -70,10 +70,10 @@ class Gpu:
         threads: int = 256,
         overlap: bool = False,
         module: Any = None,
-        spread: bool = False,
+        spread: int = 0,
     ) -> None:
         """Puts a kernel into torch's current stream; `overlap` where the GPU can and the kernel knows how; `spread`:
-        beside others that must find the multiprocessor's memory divided alike."""
+        beside others that must find the multiprocessor's memory divided alike, this percentage shared by blocks."""
         module = module or self.module(next((m for start, m in MODULE_OF.items() if name.startswith(start)), "main"))
         module.launch(
             name, grid, threads, shared, fields, self._stream(), overlap=overlap and self._overlap, spread=spread

@@ -11,7 +11,8 @@
 namespace slimba {
 
 namespace {
-constexpr std::int64_t kChunkTokens = 256;   // tokens of all sequences together in one chunk
+constexpr std::int64_t kChunkTokens = 128;   // tokens of all sequences together in one chunk, whose look-ups stay in a cache
+constexpr std::int64_t kLongChunk = 256;     // with many threads, which each have a cache
 constexpr std::int64_t kConvBlock = 128, kConvFine = 32;  // channels per task; with many threads
 constexpr std::int64_t kChannelBlock = 128;  // Mamba-1 channels per task
 constexpr std::int64_t kHeadTasks = 2;       // tasks of heads, a thread; half of it where there are many threads
@@ -28,7 +29,9 @@ void round_to_scale(const float* scale, std::int64_t n, float* x) {
 }
 }  // namespace
 
-std::int64_t Model::chunk_tokens(std::int64_t sequences) { return std::max<std::int64_t>(1, kChunkTokens / sequences); }
+std::int64_t Model::chunk_tokens(std::int64_t sequences) const {
+  return std::max<std::int64_t>(1, (many_threads() ? kLongChunk : kChunkTokens) / sequences);
+}
 
 const float* Model::hidden(const std::int32_t* ids, std::int64_t n, std::int64_t length, const std::int64_t* slots,
                            State& state, const Poll& poll) {

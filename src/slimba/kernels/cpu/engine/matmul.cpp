@@ -17,6 +17,9 @@ constexpr std::int64_t kFactorRows = 16;  // of a low-rank correction's B, per t
 
 std::int64_t padded(std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; }
 std::int64_t sums_of(std::int64_t cols) { return (cols + 127) / 128 + 1; }  // see QuantArgs
+const QuantInput& input_of(const QuantFormat& k, std::int64_t tokens) {
+  return tokens <= k.few_tokens ? k.few_input : k.many_input;
+}
 bool quantised(Format f) { return f == kInt8 || f == kInt4 || f == kSign; }
 
 // Kernels::quantize with a scale that is given: codes saturate at +-127. Returns the scale, NaN for a damaged token.
@@ -76,7 +79,7 @@ Model::Input Model::make_input(InputBuffers& b, const bool (&wanted)[kFormats], 
     if (!wanted[f]) continue;
     if (int8 && quantised(Format(f))) {
       const QuantFormat& k = *kernels_.quant[f];
-      const std::int64_t bytes = tokens <= k.few_tokens || k.many_prepared ? k.prepared_bytes(cols) : 0;
+      const std::int64_t bytes = input_of(k, tokens).bytes(cols);
       if (bytes) in.q_prepared[f] = elements<std::uint8_t>(b.prepared[f], tokens * bytes);
     } else {
       in.floats[f] = b.floats[f].at_least(tokens * kernels_.format[f]->prepared_floats(cols));
@@ -116,8 +119,8 @@ void Model::prepare_token(const Matrix& m, const Inputs& in, const float* row, s
     row = scratch;
   }
   const auto for_few = [&](const Input& i, int f, const std::int8_t* q, std::int64_t cols) {
-    const QuantFormat& k = *kernels_.quant[f];
-    if (i.q_prepared[f]) k.prepare(q, cols, const_cast<std::uint8_t*>(i.q_prepared[f]) + t * k.prepared_bytes(cols));
+    const QuantInput& k = input_of(*kernels_.quant[f], i.tokens);
+    if (i.q_prepared[f]) k.prepare(q, cols, const_cast<std::uint8_t*>(i.q_prepared[f]) + t * k.bytes(cols));
   };
   std::int8_t* q = const_cast<std::int8_t*>(whole.q) + t * whole.q_stride;
   if (whole.int8) {
@@ -180,7 +183,7 @@ void Model::factor_block(const Matrix& m, const Input& in, std::int64_t block, F
     const QuantFormat& k = *kernels_.quant[kInt8];
     some.q_scale += first;
     some.q_sums += first * sums_of(m.cols);
-    if (in.q_prepared[kInt8]) some.q_prepared[kInt8] += first * k.prepared_bytes(m.cols);
+    if (in.q_prepared[kInt8]) some.q_prepared[kInt8] += first * input_of(k, in.tokens).bytes(m.cols);
   } else {
     some.floats[kInt8] += first * int8.prepared_floats(m.cols);
   }
@@ -243,9 +246,12 @@ void Model::split(const Matrix& m, std::int64_t tokens, std::int64_t work) {
   for (const Segment& s : m.segments) bytes += s.rows * kBytesOfEight[s.format] * m.cols / 8;
   const std::int64_t share = 4 * pool_.threads();
   for (const Segment& s : m.segments) {
-    std::int64_t height = many_threads() ? 32 : 64;
     const QuantFormat* quant = config.int8_activations ? kernels_.quant[s.format] : nullptr;
-    if (quant && quant->many_prepared) height *= 2;  // tables are read anew for every panel
+    std::int64_t height = (quant ? quant->many_rows : 64) / (many_threads() ? 2 : 1);
+    if (height > 128) {  // as many for each thread
+      const std::int64_t threads = pool_.threads(), tasks = ((s.rows + height - 1) / height + threads - 1) / threads * threads;
+      height = padded((s.rows + tasks - 1) / tasks, 32);
+    }
     if (tokens <= kFewTokens) {
       const std::int64_t most = std::clamp<std::int64_t>(bytes / share, 1 << 14, 1 << 18);
       height = std::max<std::int64_t>(32, most * 8 / (kBytesOfEight[s.format] * m.cols) / 32 * 32);

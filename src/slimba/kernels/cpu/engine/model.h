@@ -153,7 +153,7 @@ class Model {
   std::mutex& mutex() { return mutex_; }  // held by whoever runs the model: buffers are shared
 
   // Tokens of one sequence that one chunk takes, for B sequences side by side.
-  static std::int64_t chunk_tokens(std::int64_t sequences);
+  std::int64_t chunk_tokens(std::int64_t sequences) const;
 
   // ids [n, length] for the sequences slots[0..n) of the state -> hidden states after the final norm [n * length, D].
   const float* hidden(const std::int32_t* ids, std::int64_t n, std::int64_t length, const std::int64_t* slots,

@@ -19,7 +19,7 @@ constexpr std::int64_t kLogitTokens = 64;  // logits kept at once when only thei
 // on.
 template <class Use>
 void for_chunks(Model& model, const std::int32_t* ids, std::int64_t length, State& state, const Poll& poll, Use use) {
-  const std::int64_t batch = state.batch(), step = Model::chunk_tokens(batch);
+  const std::int64_t batch = state.batch(), step = model.chunk_tokens(batch);
   std::vector<std::int64_t> slots(static_cast<std::size_t>(batch));
   std::iota(slots.begin(), slots.end(), 0);
   std::vector<std::int32_t> chunk;

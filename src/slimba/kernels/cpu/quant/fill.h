@@ -12,15 +12,19 @@ namespace slimba {
 namespace {
 
 void fill(Kernels& k) {
-  constexpr int64_t kFew = 4;
+  constexpr int64_t kFew = 4, kPanelRows = 64;
+  constexpr QuantInput kNothing = {no_bytes, no_prepare};
 #if defined(__AVX512F__)
-  static const QuantFormat sign = {sign_prepared_bytes,   sign_prepare, many_scratch_bytes, sign_few,
-                                   many_whole<SignPanel>, kFew, false};
+  static const QuantFormat sign = {{sign_prepared_bytes, sign_prepare}, kNothing, many_scratch_bytes, sign_few,
+                                   many_whole<SignPanel>, kFew, kPanelRows};
 #else
-  static const QuantFormat sign = {lookup_bytes, lookup_prepare, lookup_scratch_bytes, lookup_few, lookup_many, kFew, true};
+  static const QuantFormat sign = {{lookup_bytes, lookup_prepare}, {lookup_bytes, lookup_prepare}, lookup_scratch_bytes,
+                                   lookup_few, lookup_many, kFew, kTaskRows};
 #endif
-  static const QuantFormat int8 = {no_bytes, no_prepare, many_scratch_bytes, few_rows<Int8Rows>, many_whole<Int8Panel>, kFew, false};
-  static const QuantFormat int4 = {int4_prepared_bytes, int4_prepare, many_scratch_bytes, int4_few, many_int4, kFew, false};
+  static const QuantFormat int8 = {kNothing, kNothing, many_scratch_bytes, few_rows<Int8Rows>,
+                                   many_whole<Int8Panel>, kFew, kPanelRows};
+  static const QuantFormat int4 = {{int4_prepared_bytes, int4_prepare}, kNothing, many_scratch_bytes,
+                                   int4_few, many_int4, kFew, kPanelRows};
   k.quantize = quantize;
   k.quant[kSign] = &sign;
   k.quant[kInt8] = &int8;

@@ -11,8 +11,8 @@ namespace {
 
 constexpr int64_t kWideBytes = kWidenColumns / 8;  // of a row, between two widenings to 32 bits
 constexpr int kPairRows = 2 * kLookupRows;
-constexpr int64_t kTaskRows = 2 * kPairRows;  // rows and tokens whose sums stay in the second-level cache
-constexpr int64_t kTaskTokens = 256;
+constexpr int64_t kTaskRows = 8 * kPairRows;  // rows and tokens whose sums stay in the second-level cache
+constexpr int64_t kTaskTokens = 128;
 
 inline int64_t lookup_scratch_bytes(int64_t cols) {
   const int64_t many = kWideBytes * kLookupRows + 2 * kWideBytes * kTaskRows + kTaskTokens * kTaskRows * 4;

@@ -76,9 +76,10 @@ void int4(const QuantArgs& a) {
   }
 }
 
-const QuantFormat kSignRows = {none, nothing, none, sign, sign, 1, false};
-const QuantFormat kInt8Rows = {none, nothing, none, int8, int8, 1, false};
-const QuantFormat kInt4Rows = {none, nothing, none, int4, int4, 1, false};
+constexpr QuantInput kNothing = {none, nothing};
+const QuantFormat kSignRows = {kNothing, kNothing, none, sign, sign, 1, 64};
+const QuantFormat kInt8Rows = {kNothing, kNothing, none, int8, int8, 1, 64};
+const QuantFormat kInt4Rows = {kNothing, kNothing, none, int4, int4, 1, 64};
 
 }  // namespace
 

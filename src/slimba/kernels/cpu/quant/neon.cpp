@@ -215,9 +215,10 @@ void many(const QuantArgs& a) {
 
 int64_t panel_bytes(int64_t cols) { return padded(cols) * kRows; }
 
-const QuantFormat kSignRows = {no_bytes, no_prepare, panel_bytes, few<SignRow>, many<SignRow, false>, 4, false};
-const QuantFormat kInt8Rows = {no_bytes, no_prepare, panel_bytes, few<Int8Row>, many<Int8Row, false>, 4, false};
-const QuantFormat kInt4Rows = {int4_prepared_bytes, int4_prepare, panel_bytes, int4_few, many<Int4Row, true>, 4, false};
+constexpr QuantInput kNothing = {no_bytes, no_prepare};
+const QuantFormat kSignRows = {kNothing, kNothing, panel_bytes, few<SignRow>, many<SignRow, false>, 4, 64};
+const QuantFormat kInt8Rows = {kNothing, kNothing, panel_bytes, few<Int8Row>, many<Int8Row, false>, 4, 64};
+const QuantFormat kInt4Rows = {{int4_prepared_bytes, int4_prepare}, kNothing, panel_bytes, int4_few, many<Int4Row, true>, 4, 64};
 
 }  // namespace
 

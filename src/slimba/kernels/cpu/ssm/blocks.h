@@ -91,9 +91,11 @@ inline void dots(const uint8_t* rows, int64_t row_bytes, const uint8_t* c, int64
 #pragma GCC unroll 4
     for (int r = 0; r < RB; ++r) sum[r] = first ? Piece::zero() : *(const Sum*)(sums + (t * W + r) * W);
 #pragma GCC unroll 8
-    for (int v = 0; v < NP; ++v)
+    for (int v = 0; v < NP; ++v) {
+      const auto other = Piece::other(c + t * c_bytes + v * kC);
 #pragma GCC unroll 4
-      for (int r = 0; r < RB; ++r) sum[r] = s[r][v].add(sum[r], c + t * c_bytes + v * kC);
+      for (int r = 0; r < RB; ++r) sum[r] = s[r][v].add(sum[r], other);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < RB; ++r) *(Sum*)(sums + (t * W + r) * W) = sum[r];
   }
@@ -103,7 +105,7 @@ inline void dots(const uint8_t* rows, int64_t row_bytes, const uint8_t* c, int64
 template <class Piece, int RB>
 inline void row_dots(const uint8_t* rows, int64_t row_bytes, const float* c, int64_t c_stride, int64_t pieces,
                      int64_t tokens, float* sums) {
-  constexpr int NP = (W == 16 ? 8 : 4) * W / Piece::kEntries;
+  constexpr int NP = (W == 16 && RB < 4 ? 8 : 4) * W / Piece::kEntries;
   constexpr int64_t kC = Piece::kEntries * Piece::kCBytes;
   const uint8_t* at = (const uint8_t*)c;
   int64_t i = 0;
@@ -183,6 +185,10 @@ struct Head {
       for (int64_t i = 0; i < count * bytes; i += 64) fetch_line(state(row) + kFetch + i, a.once);
     };
     int64_t r = 0;
+    for (; W == 16 && r + 4 <= n; r += 4) {
+      fetch(p + r, 4);
+      row_dots<Piece, 4>(state(p + r), bytes, shared.c, shared.stride, pieces, a.tokens, sums + r * W);
+    }
     for (; r + 2 <= n; r += 2) {
       fetch(p + r, 2);
       row_dots<Piece, 2>(state(p + r), bytes, shared.c, shared.stride, pieces, a.tokens, sums + r * W);
@@ -198,10 +204,9 @@ struct Head {
     constexpr bool codes = Piece::kCBytes == 2;
     if (codes) scale = vload_n(a.state_scale + h * a.headdim + p, n);
     for (int64_t t = 0; t < a.tokens; ++t) {
-      vf rows[W];
-      for (int64_t k = 0; k < W; ++k)
-        rows[k] = k < n ? Piece::floats(*(const typename Piece::Sum*)(sums + (t * W + k) * W)) : vzero();
-      vf old = reduce_rows(rows);
+      typename Piece::Sum rows[W];
+      for (int64_t k = 0; k < W; ++k) rows[k] = k < n ? *(const typename Piece::Sum*)(sums + (t * W + k) * W) : Piece::zero();
+      vf old = Piece::reduce(rows, a.d_state);
       if (codes) old = vmul(old, vmul(scale, vset(shared.c_scale[t])));
       const vf x = vload_n(a.x + t * a.xbc_stride + h * a.headdim + p, n);
       const vf y = vfma(d, x, vfma(vset(from_start[t]), old, more[t]));
@@ -219,8 +224,9 @@ struct Head {
   }
 
   // NV vectors of RB rows from entry `at` on, moved on by the block; coefficient[i][r] of b_i. A bfloat16 row is read and
-  // written where it lies; others come from and go to `rows`, int8 ones with their largest magnitudes' bits in `top`.
-  template <StateType kType, int RB, int NV>
+  // written where it lies, and so are whole int8 rows (kWhole); others come from and go to `rows`, int8 ones with their
+  // largest magnitudes' bits in `top`.
+  template <StateType kType, int RB, int NV, bool kWhole = false>
   void move(int64_t p, float* const* rows, int64_t at, const float* coefficient, vi* top) const {
     vf s[RB][NV];
 #pragma GCC unroll 4
@@ -228,7 +234,9 @@ struct Head {
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) {
         const int64_t i = at + v * W;
-        const vf old = kType == kStateBfloat16 ? load_bfloat_n(state(p + r) + 2 * i, a.d_state - i) : vload(rows[r] + i);
+        const vf old = kWhole                      ? vmul(load_int8(state(p + r) + i), vset(a.state_scale[h * a.headdim + p + r]))
+                       : kType == kStateBfloat16 ? load_bfloat_n(state(p + r) + 2 * i, a.d_state - i)
+                                                 : vload(rows[r] + i);
         s[r][v] = vmul(vset(last), old);
       }
     for (int64_t i = 0; i < kBlockTokens; ++i) {
@@ -237,13 +245,23 @@ struct Head {
       for (int r = 0; r < RB; ++r) k[r] = vset(coefficient[i * W + r]);
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) {
-        vf b = vload(shared.b + i * shared.stride + at + v * W);
-#if !defined(__AVX512F__)
-        asm("" : "+x"(b));  // or GCC loads it anew for every row, and loads are what this waits for
-#endif
+        const vf b = kept(vload(shared.b + i * shared.stride + at + v * W));
 #pragma GCC unroll 4
         for (int r = 0; r < RB; ++r) s[r][v] = vfma(k[r], b, s[r][v]);
       }
+    }
+    if constexpr (kWhole) {
+#pragma GCC unroll 4
+      for (int r = 0; r < RB; ++r) {
+        vi most = magnitude_bits(s[r][0]);
+#pragma GCC unroll 8
+        for (int v = 1; v < NV; ++v) most = max_bits(most, magnitude_bits(s[r][v]));
+        const auto [step, inverse] = int8_scale(as_floats(most), any_damaged(most));
+        a.state_scale[h * a.headdim + p + r] = step;
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) store_int8_n(state(p + r) + v * W, vround(vmul(s[r][v], vset(inverse))), W);
+      }
+      return;
     }
 #pragma GCC unroll 4
     for (int r = 0; r < RB; ++r)
@@ -261,6 +279,9 @@ struct Head {
 
   template <StateType kType, int RB>
   void store_rows(int64_t p, const float* coefficient) const {
+    if constexpr (kType == kStateInt8 && W == 16) {  // N of most models: rows that fit the registers
+      if (a.d_state == 8 * W) return move<kType, RB, 8, true>(p, nullptr, 0, coefficient, nullptr);
+    }
     float* rows[RB];
     vi top[RB];
     for (int r = 0; r < RB; ++r) {

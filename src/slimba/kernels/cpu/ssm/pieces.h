@@ -47,14 +47,29 @@ inline void store_words(int16_t* out, vf v) {
 
 // ---- pieces of a state row and their products with C
 
+// Keeps v in a register: else GCC reads it anew for every row that it meets, and loads are what these loops wait for.
+template <class V>
+inline V kept(V v) {
+#if defined(SLIMBA_SIMDE)
+  return v;
+#elif defined(__AVX512F__)
+  asm("" : "+v"(v));
+#else
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
 struct FloatPiece {
   static constexpr int64_t kEntries = W, kBytes = 4 * W, kCBytes = 4;
   using Sum = vf;
   vf s;
   void load(const uint8_t* p) { s = vload((const float*)p); }
-  vf add(vf sum, const uint8_t* c) const { return vfma(s, vload((const float*)c), sum); }
+  using Other = vf;
+  static Other other(const uint8_t* c) { return kept(vload((const float*)c)); }
+  vf add(vf sum, Other c) const { return vfma(s, c, sum); }
   static vf zero() { return vzero(); }
-  static vf floats(vf sum) { return sum; }
+  static vf reduce(const vf* sums, int64_t) { return reduce_rows(sums); }
 };
 
 // Even entries in one vector, odd ones in the other: two instructions for 2 W entries. C lies in the same order.
@@ -73,11 +88,13 @@ struct BfloatPiece {
     odd = _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(int(0xffff0000u))));
 #endif
   }
-  vf add(vf sum, const uint8_t* c) const {
-    return vfma(odd, vload((const float*)c + W), vfma(even, vload((const float*)c), sum));
-  }
+  struct Other {
+    vf even, odd;
+  };
+  static Other other(const uint8_t* c) { return {kept(vload((const float*)c)), kept(vload((const float*)c + W))}; }
+  vf add(vf sum, const Other& c) const { return vfma(odd, c.odd, vfma(even, c.even, sum)); }
   static vf zero() { return vzero(); }
-  static vf floats(vf sum) { return sum; }
+  static vf reduce(const vf* sums, int64_t) { return reduce_rows(sums); }
 };
 
 // 16-bit products, added in pairs
@@ -87,19 +104,28 @@ struct Int8Piece {
   vi s;
 #if defined(__AVX512F__)
   void load(const uint8_t* p) { s = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
-  vi add(vi sum, const uint8_t* c) const {
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(s, _mm512_loadu_si512(c)));
-  }
+  static vi other(const uint8_t* c) { return kept(_mm512_loadu_si512(c)); }
+  vi add(vi sum, vi c) const { return plus(sum, _mm512_madd_epi16(s, c)); }
   static vi zero() { return _mm512_setzero_si512(); }
+  static vi plus(vi a, vi b) { return _mm512_add_epi32(a, b); }
   static vf floats(vi sum) { return _mm512_cvtepi32_ps(sum); }
 #else
   void load(const uint8_t* p) { s = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
-  vi add(vi sum, const uint8_t* c) const {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(s, _mm256_loadu_si256((const __m256i*)c)));
-  }
+  static vi other(const uint8_t* c) { return kept(_mm256_loadu_si256((const __m256i*)c)); }
+  vi add(vi sum, vi c) const { return plus(sum, _mm256_madd_epi16(s, c)); }
   static vi zero() { return _mm256_setzero_si256(); }
+  static vi plus(vi a, vi b) { return _mm256_add_epi32(a, b); }
   static vf floats(vi sum) { return _mm256_cvtepi32_ps(sum); }
 #endif
+  // Whole numbers as long as they surely fit: 127 * 32767 for each of N entries
+  static vf reduce(const vi* sums, int64_t n) {
+    if (n <= 512) return floats(as_ints(reduce_with((const vf*)sums, [](vf a, vf b) {
+      return as_floats(plus(as_ints(a), as_ints(b)));
+    })));
+    vf rows[W];
+    for (int64_t k = 0; k < W; ++k) rows[k] = floats(sums[k]);
+    return reduce_rows(rows);
+  }
 };
 constexpr int64_t kMostWhole = 4096;  // entries of a row whose 16-bit products surely fit a sum
 
