@@ -152,7 +152,12 @@ def _of_one_vector(
 
 
 def codes_product(
-    gpu: Any, matrix: Matrix, x: np.ndarray, norm: np.ndarray | None = None, activations: str = "float32"
+    gpu: Any,
+    matrix: Matrix,
+    x: np.ndarray,
+    norm: np.ndarray | None = None,
+    activations: str = "float32",
+    staged: bool = False,
 ) -> np.ndarray:
     """The kernel of codes.cuh on float32 x [cols], with the weights of an RMS norm (eps 0) or without: [rows]."""
     from slimba.runtime.backends.cuda_codes import codes_of
@@ -160,6 +165,8 @@ def codes_product(
 
     m = DeviceMatrix(matrix, gpu.device, gpu.blocks, activations=activations)
     codes = codes_of(m, gpu.blocks, 1, False)
+    if staged and codes is not None:
+        codes = codes.staged_codes
     assert codes is not None
     return _of_one_vector(gpu, m, codes, x, norm, 0)
 
