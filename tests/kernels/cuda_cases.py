@@ -123,6 +123,8 @@ def turned(gpu: Any, matrix: Matrix, x: np.ndarray, activations: str, exact: boo
 
 CODES_LAYOUTS: dict[str, MatrixLayout] = {
     "codes-512": MatrixLayout(512, (Segment(50, "int4"),)),
+    "codes-768": MatrixLayout(768, (Segment(50, "int4"),), hadamard=256),
+    "codes-768b": MatrixLayout(768, (Segment(41, "int8"),), input_scale=True),
     "codes-1024": MatrixLayout(1024, (Segment(37, "int4"),), hadamard=256),
     "codes-1536": MatrixLayout(1536, (Segment(21, "int8"),), hadamard=512),
     "codes-2048": MatrixLayout(2048, (Segment(100, "int4"),), hadamard=2048, input_scale=True),
@@ -158,7 +160,12 @@ def _of_one_vector(
 
 
 def codes_product(
-    gpu: Any, matrix: Matrix, x: np.ndarray, norm: np.ndarray | None = None, activations: str = "float32"
+    gpu: Any,
+    matrix: Matrix,
+    x: np.ndarray,
+    norm: np.ndarray | None = None,
+    activations: str = "float32",
+    staged: bool = False,
 ) -> np.ndarray:
     """The kernel of codes.cuh on float32 x [cols], with the weights of an RMS norm (eps 0) or without: [rows]."""
     from slimba.runtime.backends.cuda_codes import codes_of
@@ -166,6 +173,8 @@ def codes_product(
 
     m = DeviceMatrix(matrix, gpu.device, gpu.blocks, activations=activations)
     codes = codes_of(m, gpu.blocks, 1, False)
+    if staged and codes is not None:
+        codes = codes.staged_codes
     assert codes is not None
     return _of_one_vector(gpu, m, codes, x, norm, 0)
 
