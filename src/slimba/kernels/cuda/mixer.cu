@@ -8,7 +8,6 @@
 // Naive twin: tests/runtime/numpy_reference.py. Tests: tests/runtime/test_cuda_mixer.py.
 #define MIXER_TAPS 4
 #define WIDE 128  // threads of a block
-#define LOG2E 1.4426950408889634f
 
 struct Mixer {
   Scan scan;  // xbc: after the convolution, only columns of B and C are read
@@ -27,9 +26,6 @@ struct MixerShared {  // operands are panels of 64 rows of 64 numbers, 128 bytes
   u16 weight[2][CHUNK];
   float conv[MIXER_TAPS + 1][HEAD], skip[HEAD];  // weights, bias; D
 };
-
-DEV float short_silu(float v) { return v * short_reciprocal(1.0f + short_exp2(v * -LOG2E)); }
-DEV int swizzled(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }  // of 16 bytes
 
 // dt, its sums and decays of a chunk, by one warp; raw: of tokens 2 lane and 2 lane + 1.
 template <int N>
@@ -142,8 +138,8 @@ DEV void mixer_fetch(const Mixer& q, MixerShared<N>& m, int to, i64 t0, int toke
       const int at = row - (MIXER_TAPS - 1);
       *own = at >= 0 && at < tokens ? kept_octet(kept, kept.u, at * p.inner + first + col) : uint4{0, 0, 0, 0};
     } else if (t < 0) {
-      const i64 slot = slot_of(p.state, b);
-      const float* ring = ring_row(p.state, slot, position(p.state, slot) + t + MIXER_TAPS) + first + col;  // before this call
+      const i64 slot = slot_of(p.state, b), time = position(p.state, slot) + t + MIXER_TAPS;  // before this call
+      const float* ring = ring_row(p.state, slot, time) + first + col;
       u32 two[4];
       for (int k = 0; k < 4; ++k) two[k] = pack_halves(ring[2 * k], ring[2 * k + 1]);
       *own = uint4{two[0], two[1], two[2], two[3]};
@@ -190,22 +186,19 @@ DEV void mixer_convolve(MixerShared<N>& m, int now, bool replay) {
 }
 
 // Sixteen tokens of y from where they lie, gated, to memory; z: what gates them.
-template <int N>
-DEV void mixer_put(const Mixer& q, const MixerShared<N>& m, const uint4 (&z)[4], int head, i64 token0, int tokens) {
+DEV void mixer_put(const Mixer& q, const u8* y, const uint4 (&z)[4], int head, i64 token0, int tokens) {
   const Scan& p = q.scan;
   const int lane = threadIdx.x % WARP, row0 = threadIdx.x / WARP * 16 + lane / 8, piece = lane % 8;
-  uint4 y[4];
-#pragma unroll
-  for (int k = 0; k < 4; ++k) y[k] = *(const uint4*)(m.x + swizzled(row0 + 4 * k, piece));
-#pragma unroll
+#pragma unroll 1  // faster than four times the instructions
   for (int k = 0; k < 4; ++k) {
     const int row = row0 + 4 * k;
-    uint4 out = y[k];
+    uint4 out = *(const uint4*)(y + swizzled(row, piece));
+    const uint4 gate = k == 0 ? z[0] : k == 1 ? z[1] : k == 2 ? z[2] : z[3];
     if (q.z) {
       float g[8], squares = 0;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const u32 yy = word(out, i), zz = word(z[k], i);
+        const u32 yy = word(out, i), zz = word(gate, i);
         g[2 * i] = low_half(yy) * short_silu(low_half(zz)), g[2 * i + 1] = high_half(yy) * short_silu(high_half(zz));
         squares += g[2 * i] * g[2 * i] + g[2 * i + 1] * g[2 * i + 1];
       }
@@ -316,18 +309,14 @@ DEV void mixer(const Mixer& q, MixerShared<N>& m) {
     wait_copies<0>();
     see_shared_stores();
     __syncthreads();
-    u32 c[N / 16][4];
-#pragma unroll
-    for (int k = 0; k < N / 16; ++k)
-      load_matrices(c[k], (const u16*)(m.c[now] + k / 4 * PANEL + swizzled(16 * warp + r8 + i4 % 2 * 8, k % 4 * 2 + i4 / 2)));
     float gram[CHUNK / 2] = {}, y[HEAD / 2] = {};
     settle(gram), settle(y);
     products_begin();
 #pragma unroll
-    for (int k = 0; k < N / 16; ++k) product_at(gram, c[k], operand_at(m.b[now] + k / 4 * PANEL), k % 4);
+    for (int k = 0; k < N / 16; ++k) product_both(gram, operand_at(m.c[now] + k / 4 * PANEL), operand_at(m.b[now] + k / 4 * PANEL), k % 4);
     products_commit();
 #pragma unroll
-    for (int k = 0; k < N / 16; ++k) product_at(y, c[k], operand_at(m.state + k / 4 * PANEL), k % 4);
+    for (int k = 0; k < N / 16; ++k) product_both(y, operand_at(m.c[now] + k / 4 * PANEL), operand_at(m.state + k / 4 * PANEL), k % 4);
     products_commit();
 
     if (next < p.length) mixer_fetch<N>(q, m, now ^ 1, next, tokens_of(next), b, head, group, kept);
@@ -391,7 +380,7 @@ DEV void mixer(const Mixer& q, MixerShared<N>& m) {
 #pragma unroll
         for (int k = 0; k < 2; ++k) *(u32*)(m.x + (own ^ (j << 4)) + k * 1024) = out[j][k];
       sync_warp();
-      mixer_put<N>(q, m, z, head, token0, tokens);
+      mixer_put(q, m.x, z, head, token0, tokens);
     }
     products_wait<0>();
     if (keeps) return;
@@ -400,11 +389,11 @@ DEV void mixer(const Mixer& q, MixerShared<N>& m) {
   if (when.stored && when.stored == p.length) mixer_store<N>(p, s, row0);
 }
 
-// The shared memory of a block begins at 16 bytes; operands want 1024.
-#define MIXER(N)                                                     \
-  KERNEL(slimba_mixer_##N, Mixer, WIDE, 2) {                         \
-    SHARED(smem);                                                    \
-    mixer<N>(p, *(MixerShared<N>*)align_shared(smem, 1024));         \
-  }
-MIXER(64)
-MIXER(128)
+KERNEL(slimba_mixer_64, Mixer, WIDE, 2) {
+  SHARED(smem);
+  mixer<64>(p, *(MixerShared<64>*)align_shared(smem, 1024));
+}
+KERNEL(slimba_mixer_128, Mixer, WIDE, 2) {
+  SHARED(smem);
+  mixer<128>(p, *(MixerShared<128>*)align_shared(smem, 1024));
+}

@@ -133,3 +133,7 @@ DEV void product_both(float (&d)[HALF], u64 a, u64 b, int step) {
   product_shared(d, a + (u64)(2 * step), b + (u64)(2 * step));
 }
 #endif
+
+#define LOG2E 1.4426950408889634f
+DEV float short_silu(float v) { return v * short_reciprocal(1.0f + short_exp2(v * -LOG2E)); }
+DEV int swizzled(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }  // where 16 bytes of an operand lie
