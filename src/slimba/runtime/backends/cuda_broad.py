@@ -70,7 +70,7 @@ def codes_of(m: DeviceMatrix) -> bool:
 class Broad:
     """Images and launches for the products of `batch` vectors with any of `matrices`."""
 
-    CODES_BY_NORM = range(9, 33)  # vectors: fewer and more are faster with a kernel beside in_proj's last blocks
+    CODES_BY_NORM = range(17, 33)  # vectors: fewer and more are faster with a kernel beside in_proj's last blocks
     CODES_EIGHTS: ClassVar[dict[int, int]] = {
         128: 1,
         512: 2,
