@@ -41,7 +41,7 @@ class HostModule:
         stream: int,
         *,
         overlap: bool = False,
-        spread: bool = False,
+        spread: int = 0,
     ) -> None:
         data = np.ascontiguousarray(fields, np.int64)
         gx, gy, gz = (*grid, 1, 1)[:3]

@@ -97,6 +97,16 @@ def test_codes_product(name: str, normed: bool, activations: str) -> None:
         assert np.median(np.abs(got - want)) < (2e-2 if activations == "int8" else 2e-5)
 
 
+@pytest.mark.parametrize("name", ["codes-768", "codes-1536", "codes-pieces"])
+def test_codes_that_wait_in_shared_memory(name: str) -> None:
+    """The same bits as from registers."""
+    rng = np.random.default_rng(len(name))
+    matrix = random_matrix(rng, CODES_LAYOUTS[name])
+    x = rng.standard_normal(matrix.layout.cols).astype(np.float32)
+    got = [codes_product(host_gpu(4), matrix, x, None, "float32", staged) for staged in (False, True)]
+    np.testing.assert_array_equal(*got)
+
+
 def test_codes_see_zeros_and_damage() -> None:
     matrix = random_matrix(np.random.default_rng(1), CODES_LAYOUTS["codes-1024"])
     x = np.zeros(1024, np.float32)

@@ -2,7 +2,7 @@
 // (runtime/backends/cuda_codes.py says which): y = W f(norm(x)).
 //
 // A warp owns one or more pieces of 256 columns and multiplies all tiles of the block by them, and everything that the input
-// does not decide is in registers before `ready`: with int4 these are all weights of a projection. All blocks read the same
+// does not decide is in registers before `ready`, or on its way to shared memory: with int4 all weights of a projection. All blocks read the same
 // vector, so it comes by 16 bytes a lane: two bits of the column and the last one in a lane's registers, the others in its
 // number, and the transform of a piece is additions and shuffles. Blocks of several pieces go on in shared memory, where
 // each lane finds the columns of the words that it fills afterwards. The fixed point of matrix.cuh takes the
@@ -61,8 +61,10 @@ struct CodesRaw {
   uint4 row[TW][2][STEPS];
   u32 scale[TW][2];
 };
-template <int FORMAT, int TW>
-DEV void load_codes(const Segment& s, int tile0, int blocks, int piece, CodesRaw<FORMAT, TW>& out) {
+// staged: where the codes go instead, a thread's own in shared memory, `stride` apart.
+template <int FORMAT, int TW, int STAGED>
+DEV void load_codes(const Segment& s, int tile0, int blocks, int piece, CodesRaw<FORMAT, TW>& out, uint4* staged,
+                    int stride) {
   const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < TW; ++i)
@@ -72,7 +74,10 @@ DEV void load_codes(const Segment& s, int tile0, int blocks, int piece, CodesRaw
       const bool there = row < (int)s.rows;
       const u8* from = (const u8*)s.data + (i64)row * s.stride + piece * (64 * out.STEPS) + t * 16;
 #pragma unroll
-      for (int k = 0; k < out.STEPS; ++k) out.row[i][h][k] = there ? load_weights(from + k * 64) : uint4{0, 0, 0, 0};
+      for (int k = 0; k < out.STEPS; ++k) {
+        if (!STAGED) out.row[i][h][k] = there ? load_weights(from + k * 64) : uint4{0, 0, 0, 0};
+        else if (there) copy_async(staged + ((i * 2 + h) * out.STEPS + k) * stride, from + k * 64);
+      }
       if (FORMAT == INT4) out.scale[i][h] = there ? ((const u32*)s.scale)[row * ((int)s.groups / 2) + piece] : 0;
     }
 }
@@ -208,8 +213,10 @@ DEV float codes_input(const Product& p, const float4 (&w)[PIECES][2], Shared& v)
 }
 
 // CG warps of PIECES x 256 columns; TW tiles at a time, all there are of the block unless LOOP; HW pieces of a block of the
-// transform, 0 for none. done: is told each row's number and value by the thread that finishes it.
-template <int FORMAT, int CG, int PIECES, int TW, int HW, int ROUND, int LOOP, typename Ready, typename Done = Unchosen>
+// transform, 0 for none; STAGED: codes wait in shared memory, not in registers. done: is told each row's number and value by
+// the thread that finishes it.
+template <int FORMAT, int CG, int PIECES, int TW, int HW, int ROUND, int LOOP, int STAGED, typename Ready,
+          typename Done = Unchosen>
 DEV void codes(const Product& p, u8* smem, Ready ready, Done&& done = {}) {
   typedef CodesShared<FORMAT, CG, PIECES, TW, ROUND> Shared;
   Shared& v = *(Shared*)smem;
@@ -217,9 +224,13 @@ DEV void codes(const Product& p, u8* smem, Ready ready, Done&& done = {}) {
   const Segment& s = m.segment[0];
   const int lane = threadIdx.x % WARP, cg = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
   const int block = blockIdx.x, blocks = gridDim.x, rows = (int)s.rows, tiles = (rows + TILE - 1) / TILE;
+  constexpr int SLOTS = 2 * CodesRaw<FORMAT, TW>::STEPS, STRIDE = CG * WARP;  // of a tile and piece
+  uint4* staged = (uint4*)(smem + (sizeof(Shared) + 15) / 16 * 16) + threadIdx.x;
   CodesRaw<FORMAT, TW> raw[PIECES], next[PIECES];
 #pragma unroll
-  for (int k = 0; k < PIECES; ++k) load_codes<FORMAT, TW>(s, block, blocks, cg * PIECES + k, raw[k]);
+  for (int k = 0; k < PIECES; ++k)
+    load_codes<FORMAT, TW, STAGED>(s, block, blocks, cg * PIECES + k, raw[k], staged + k * TW * SLOTS * STRIDE, STRIDE);
+  if (STAGED) commit_copies();
   float4 w[PIECES][2];
 #pragma unroll
   for (int k = 0; k < 2 * PIECES; ++k) {
@@ -241,19 +252,27 @@ DEV void codes(const Product& p, u8* smem, Ready ready, Done&& done = {}) {
   for (int i = 0; i < 4 * PIECES; ++i)
     x[i / 4][i % 4] = *(const uint4*)(v.q[cg * PIECES + i / 4][slice] +
                                       (FORMAT == INT4 ? i % 4 / 2 * 128 + t * 32 + i % 2 * 16 : i % 4 * 64 + t * 16));
+  if (STAGED) wait_copies<0>();
 #pragma unroll 1
   for (int round = 0; block + round * TW * blocks < tiles; ++round) {
     const int tile0 = block + round * TW * blocks;
     if (LOOP)
 #pragma unroll
-      for (int k = 0; k < PIECES; ++k) load_codes<FORMAT, TW>(s, tile0 + TW * blocks, blocks, cg * PIECES + k, next[k]);
+      for (int k = 0; k < PIECES; ++k)
+        load_codes<FORMAT, TW, 0>(s, tile0 + TW * blocks, blocks, cg * PIECES + k, next[k], staged, 0);
     float(*part)[CG | 1] = v.part[round & 1];
 #pragma unroll
     for (int i = 0; i < TW; ++i) {
       if (tile0 + i * blocks >= tiles) break;
       float sum[2] = {};
 #pragma unroll
-      for (int k = 0; k < PIECES; ++k) codes_tile<FORMAT, TW, ROUND>(raw[k], i, x[k], sum);
+      for (int k = 0; k < PIECES; ++k) {
+        if (STAGED)
+#pragma unroll
+          for (int j = 0; j < SLOTS; ++j)
+            raw[k].row[i][j / (SLOTS / 2)][j % (SLOTS / 2)] = staged[((k * TW + i) * SLOTS + j) * STRIDE];
+        codes_tile<FORMAT, TW, ROUND>(raw[k], i, x[k], sum);
+      }
       if (!ROUND)
 #pragma unroll
         for (int h = 0; h < 2; ++h) sum[h] += shuffle_xor(sum[h], 1);

@@ -38,8 +38,6 @@ class _Config(ctypes.Structure):
 class Module:
     """A loaded cubin. CudaUnavailable when the driver is missing or refuses it (most often: it is too old)."""
 
-    SHARED_PERCENT = 70  # of a multiprocessor's memory, for kernels that share it (`spread`); the rest is its L1 cache
-
     def __init__(self, cubin: bytes) -> None:
         try:
             self._cuda = ctypes.CDLL("libcuda.so.1")
@@ -59,10 +57,11 @@ class Module:
         stream: int,
         *,
         overlap: bool = False,
-        spread: bool = False,
+        spread: int = 0,
     ) -> None:
         """Puts one kernel into the stream. grid: up to three numbers of blocks; shared: bytes of dynamic shared memory;
-        overlap: it may begin while the kernel before it ends (programmatic dependent launch), which it must expect.
+        overlap: it may begin while the kernel before it ends (programmatic dependent launch), which it must expect;
+        spread: percent of a multiprocessor's memory that its blocks and others' share, the rest is its L1 cache.
         """
         function = self._function(name, shared, spread)
         gx, gy, gz = (*grid, 1, 1)[:3]
@@ -74,13 +73,13 @@ class Module:
         code = self._cuda.cuLaunchKernelEx(ctypes.byref(config), function, arguments, None)
         self._check(code, f"launching {name} with {tuple(grid)} blocks and {shared} bytes of shared memory")
 
-    def _function(self, name: str, shared: int, spread: bool) -> ctypes.c_void_p:
+    def _function(self, name: str, shared: int, spread: int) -> ctypes.c_void_p:
         found, allowed = self._functions.get(name, (None, SHARED_BY_DEFAULT))
         if found is None:
             found = ctypes.c_void_p()
             self._check(self._cuda.cuModuleGetFunction(ctypes.byref(found), self._module, name.encode()), name)
             if spread:  # kernels that share a multiprocessor must agree on how its memory is divided
-                part = ctypes.c_int(self.SHARED_PERCENT)
+                part = ctypes.c_int(spread)
                 self._cuda.cuFuncSetAttribute(found, ctypes.c_int(SHARED_CARVEOUT), part)
         if shared > allowed:
             code = self._cuda.cuFuncSetAttribute(found, ctypes.c_int(MAX_DYNAMIC_SHARED), ctypes.c_int(shared))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slimba.runtime.backends.cuda_weights import FORMAT_CODES, DeviceMatrix
 
@@ -13,6 +13,7 @@ COLUMNS, TILE = 256, 16  # of a piece, of a tile of rows in kernels/cuda/codes.c
 PIECE_ROOM = 320  # floats in which a piece is transformed
 PIECES = 1, 2  # of a warp
 REGISTERS = {"int4": 18, "int8": 32}  # of a lane for the codes and scales of a tile and piece
+SLOT_BYTES = {"int4": 64, "int8": 128}  # of a lane for the same codes in shared memory
 OTHER_REGISTERS, MORE_REGISTERS = 72, 24  # of a lane for all else, and for each piece more
 ALL_REGISTERS, MOST_REGISTERS = 65536, 255  # of a multiprocessor, of a thread
 MOST_WARPS = 24  # of a block
@@ -21,7 +22,8 @@ MOST_WARPS = 24  # of a block
 @dataclass(frozen=True, slots=True)
 class Codes:
     """Arguments of the template `codes`: format, warps, groups of columns of each, tiles of a block at a time, groups
-    of a block of the transform, kind of rounding, and whether a block has more tiles than that."""
+    of a block of the transform, kind of rounding, whether a block has more tiles than that, and whether codes wait in
+    shared memory instead of registers."""
 
     format: str
     warps: int
@@ -30,6 +32,7 @@ class Codes:
     turned: int
     rounding: int
     loop: bool
+    staged: bool = False
 
     resident = 1  # blocks for which a multiprocessor should have registers
 
@@ -40,15 +43,23 @@ class Codes:
     @property
     def name(self) -> str:
         format = FORMAT_CODES[self.format]
-        numbers = self.warps, self.pieces, self.tiles, self.turned, self.rounding, int(self.loop)
+        numbers = self.warps, self.pieces, self.tiles, self.turned, self.rounding, int(self.loop), int(self.staged)
         return f"codes<{format}, {', '.join(map(str, numbers))}>"
+
+    @property
+    def staged_codes(self) -> Codes | None:
+        """The same with its codes in shared memory; None where a block has more than it holds at a time."""
+        return None if self.loop else replace(self, staged=True)
 
     @property
     def shared_bytes(self) -> int:
         """CodesShared."""
         slices = (1 if self.rounding else 3) * (272 if self.format == "int4" else 320)
         parts = 2 * self.tiles * TILE * (self.warps | 1) + 3 * self.warps
-        return self.warps * self.pieces * (4 * PIECE_ROOM + slices) + 4 * parts
+        known = self.warps * self.pieces * (4 * PIECE_ROOM + slices) + 4 * parts
+        if not self.staged:
+            return known
+        return -(-known // 16) * 16 + self.threads * self.pieces * self.tiles * SLOT_BYTES[self.format]
 
 
 def codes_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool) -> Codes | None:
@@ -58,7 +69,7 @@ def codes_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool) -> Cod
     if formats not in (["int4"], ["int8"]) or m.rank or m.layout.plane or m.col_scale or norm_groups > 1 or gated:
         return None
     groups, turned = m.cols // COLUMNS, m.hadamard // COLUMNS
-    if m.cols % COLUMNS or m.cols != m.kpad or (m.hadamard and not turned):
+    if m.cols % COLUMNS or (m.hadamard and not turned):
         return None
     tiles = math.ceil(math.ceil(m.rows / TILE) / blocks)
     found = [shape_of(formats[0], groups, pieces, tiles) for pieces in PIECES if groups % pieces == 0]

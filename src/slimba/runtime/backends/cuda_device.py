@@ -70,10 +70,10 @@ class Gpu:
         threads: int = 256,
         overlap: bool = False,
         module: Any = None,
-        spread: bool = False,
+        spread: int = 0,
     ) -> None:
         """Puts a kernel into torch's current stream; `overlap` where the GPU can and the kernel knows how; `spread`:
-        beside others that must find the multiprocessor's memory divided alike."""
+        beside others that must find the multiprocessor's memory divided alike, this percentage shared by blocks."""
         module = module or self.module(next((m for start, m in MODULE_OF.items() if name.startswith(start)), "main"))
         module.launch(
             name, grid, threads, shared, fields, self._stream(), overlap=overlap and self._overlap, spread=spread

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -183,8 +183,10 @@ class FusedStep(Step):
     arithmetic = "23-bit fixed point"
     DOTS = QUICK = STREAMS = True
     # Shared memory that kernels ask for so that their blocks spread over the multiprocessors: neighbours fit beside
-    # each other, but never two blocks of one kernel.
-    SPREAD, BESIDE = 164 * 1024, {"in_proj": 0.485, "recur": 0.378, "out_proj": 0.5005}
+    # each other, but never two blocks of one kernel. Percent of a multiprocessor's memory that blocks share, and bytes;
+    # STAGED: where codes of projections wait there.
+    SPREAD, STAGED = (70, 164 * 1024), (100, 226 * 1024)
+    BESIDE: ClassVar = {"in_proj": 0.485, "recur": 0.378, "out_proj": 0.5005}
 
     def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str) -> None:
         super().__init__(model, gpu, batch)
@@ -201,7 +203,7 @@ class FusedStep(Step):
             self.recurrences.append(recurrence(spec, layer, self._state(i), batch, state_dtype, *tensors))
         self.products.append(self._head())
         self._lean: dict[int, Codes | Dot | Lean | Stream] = {}
-        self._quick = False
+        self._quick, self._spread = False, self.SPREAD
         self.embed = fields_of(
             model.embedding.fields, self._state(0), batch, self.ids.data_ptr(), self.u.data_ptr()
         )  # fmt: skip
@@ -244,14 +246,16 @@ class FusedStep(Step):
         lean, fields = self._lean[i], self._choosing if choose else self._heads
         self._gpu.launch(
             self._kernels[i], (self._gpu.blocks,), fields, max(lean.shared_bytes, 8 * (lean.threads // 32 + 1)),
-            threads=lean.threads, overlap=overlap, module=self._own, spread=True,
+            threads=lean.threads, overlap=overlap, module=self._own, spread=self._spread[0],
         )  # fmt: skip
 
     def layers(self, overlap: bool, embedded: bool = False) -> None:
         """Launches everything before the head. embedded: the inputs are there already."""
         gpu, spec = self._gpu, self._model.spec
         if not embedded:
-            gpu.launch("slimba_embed", (gpu.blocks,), self.embed, overlap=overlap, spread=self.batch == 1)
+            gpu.launch(
+                "slimba_embed", (gpu.blocks,), self.embed, overlap=overlap, spread=self._spread[0] * (self.batch == 1)
+            )
         for i, layer in enumerate(self._model.layers):
             self.product(layer.matrices["in_proj"], 2 * i, 1, overlap)
             self.recur(i, overlap)
@@ -263,7 +267,7 @@ class FusedStep(Step):
             room = self._room("in_proj" if i % 2 == 0 else "out_proj")
             self._gpu.launch(
                 self._kernels[i], (self._gpu.blocks,), self.products[i], max(lean.shared_bytes, room),
-                threads=lean.threads, overlap=overlap, module=self._own, spread=True,
+                threads=lean.threads, overlap=overlap, module=self._own, spread=self._spread[0],
             )  # fmt: skip
             return
         blocks = self._gpu.blocks * (2 if m.items >= 2 * WARPS * self._gpu.blocks else 1)  # two fit a multiprocessor
@@ -284,7 +288,7 @@ class FusedStep(Step):
                 threads=QUICK_THREADS,
                 overlap=overlap,
                 module=self._own,
-                spread=True,
+                spread=self._spread[0],
             )
             return
         shared = recur_bytes(spec)
@@ -294,7 +298,7 @@ class FusedStep(Step):
     def _room(self, kernel: str) -> int:
         """Shared memory to ask for, whatever a kernel uses. Without it the blocks of the next kernel go in pairs to
         where there is room first, and half of the GPU has nothing to do."""
-        return int(self.BESIDE[kernel] * self.SPREAD) // 128 * 128 if self._gpu.overlaps and self.batch == 1 else 0
+        return int(self.BESIDE[kernel] * self._spread[1]) // 128 * 128 if self._gpu.overlaps and self.batch == 1 else 0
 
     def _generic(self) -> tuple[list[str], Any]:
         """Names of the kernels of products and recurrences, and their module: kernels for any shape."""
@@ -339,7 +343,22 @@ class FusedStep(Step):
                 m = layer.matrices[name]
                 dot = dot_of(m, blocks, groups, gated) if self.DOTS else None
                 found[2 * i + k] = dot or lean_of(m, blocks, groups, gated) or streamed(m, groups, gated)
-        return {i: lean for i, lean in found.items() if lean is not None and lean.shared_bytes <= self._gpu.shared}
+        fitting = {i: lean for i, lean in found.items() if lean is not None and lean.shared_bytes <= self._gpu.shared}
+        return fitting | self._staged(fitting)
+
+    def _staged(self, lean: dict[int, Codes | Dot | Lean | Stream]) -> dict[int, Codes | Dot | Lean | Stream]:
+        """All projections with their codes in shared memory, where in_proj and out_proj fit there side by side: then
+        the weights of one come while the other works, for which a multiprocessor has too few registers."""
+        out: dict[int, Codes | Dot | Lean | Stream] = {}
+        for i in range(len(self.products) - 1):
+            codes = lean.get(i)
+            staged = codes.staged_codes if isinstance(codes, Codes) else None
+            room = self.BESIDE["in_proj" if i % 2 == 0 else "out_proj"] * self.STAGED[1]
+            if staged is None or staged.shared_bytes > room or self._gpu.shared < self.STAGED[1]:
+                return {}
+            out[i] = staged
+        self._spread = self.STAGED
+        return out
 
     def _in_proj(self, layer: LayerWeights, i: int) -> np.ndarray:
         spec = self._model.spec
