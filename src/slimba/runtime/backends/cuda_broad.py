@@ -70,7 +70,12 @@ def codes_of(m: DeviceMatrix) -> bool:
 class Broad:
     """Images and launches for the products of `batch` vectors with any of `matrices`."""
 
-    CODES_BY_NORM = 32  # sequences
+    CODES_BY_NORM = range(17, 33)  # vectors: fewer and more are faster with a kernel beside in_proj's last blocks
+    CODES_EIGHTS: ClassVar[dict[int, int]] = {
+        128: 1,
+        512: 2,
+        1 << 30: 4,
+    }  # of vectors of a block of that kernel, up to so many
     MANY: ClassVar[dict[int, Shape]] = MANY_TILES
     FEW: ClassVar[dict[int, Shape]] = FEW_TILES
     CODES: ClassVar[dict[int, Shape]] = INT4_TILES
@@ -123,7 +128,7 @@ class Broad:
 
     def codes_by_norm(self, m: DeviceMatrix) -> bool:
         """Whether `norm` should multiply the rows of codes, which `product` then leaves out."""
-        return self._batch <= self.CODES_BY_NORM and code_tiles(m) > 0 and m.kpad <= NORM_COLUMNS
+        return self._batch in self.CODES_BY_NORM and code_tiles(m) > 0 and m.kpad <= NORM_COLUMNS
 
     def product(
         self,
@@ -150,7 +155,7 @@ class Broad:
             name, grid3, fields_of(fields(shape.parts)), shape.shared_bytes, threads=shape.threads, overlap=True
         )
         if codes:
-            eights = 1 if self._batch <= 8 else 2 if self._batch <= 64 else 4
+            eights = next(eights for most, eights in self.CODES_EIGHTS.items() if self._batch <= most)
             grid = codes, -(-self._batch // (8 * eights))
             shared = 4 * WARPS * 8 * eights * (CODES_TILE + 1)
             self._gpu.launch(f"slimba_broad_codes_{eights}", grid, fields_of(fields(1)), shared, overlap=True)
