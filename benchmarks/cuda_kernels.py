@@ -6,6 +6,7 @@ import numpy as np
 
 from kernels.cuda_cases import (
     DOT_LAYOUTS,
+    EXPAND_LAYOUTS,
     LAYOUTS,
     LEAN_LAYOUTS,
     expanded,
@@ -96,7 +97,7 @@ def products() -> str:
 
 def expansions() -> str:
     gpu, worst = open_gpu(), 0.0
-    for name, layout in LAYOUTS.items():
+    for name, layout in EXPAND_LAYOUTS.items():
         matrix = random_matrix(np.random.default_rng(5), layout)
         for exact in (True, False):
             try:

@@ -74,6 +74,14 @@ def product(gpu: Any, matrix: Matrix, x: np.ndarray, activations: str = "float32
     return np.asarray(out.cpu().numpy())
 
 
+EXPAND_LAYOUTS: dict[str, MatrixLayout] = LAYOUTS | {  # blocks of 64 rows inside and outside a plane, and partly
+    "blocks": MatrixLayout(
+        520, (Segment(64, "sign"), Segment(128, "sign"), Segment(9, "int8")), plane=Plane(173, 64, 192)
+    ),
+    "blocks-cut": MatrixLayout(264, (Segment(150, "sign"), Segment(70, "sign")), plane=Plane(264, 50, 210)),
+    "blocks-all": MatrixLayout(2048, (Segment(100, "sign"),), plane=Plane(683, 0, 100)),
+}
+
 TURNED_LAYOUTS: dict[str, MatrixLayout] = {  # inputs transformed, and with int8 activations rounded
     "turned-int4": MatrixLayout(512, (Segment(19, "int4"),), hadamard=512),
     "turned-int8": MatrixLayout(1032, (Segment(40, "int8"),), hadamard=8),
@@ -303,7 +311,7 @@ def expanded(gpu: Any, matrix: Matrix, exact: bool, first: int = 0) -> np.ndarra
     rows = m.rows - first
     out = torch.full((rows, m.cols), float("nan"), dtype=torch.float32 if exact else torch.float16, device=gpu.device)
     fields = fields_of(m.fields, first, rows, out.data_ptr(), m.cols, m.plane_inverse)
-    name = "slimba_expand_float" if exact else "slimba_expand_half"
+    name = "slimba_expand_float" if exact else "slimba_expand_half" if m.rank else "slimba_expand_plain"
     gpu.launch(name, (-(-m.cols // 256), -(-rows // 64)), fields, m.rank * (1024 if exact else 768))
     gpu.synchronize()
     return np.asarray(out.float().cpu().numpy())

@@ -74,3 +74,17 @@ DEV void product_across(float (&d)[HALF], const u32 (&a)[4], Across b) {
     }
   }
 }
+template <int HALF>
+DEV void product_both(float (&d)[HALF], u64 a, u64 b, int step) {
+  const int warp = host::current->warp % 4, g = host::current->lane / 4, t = host::current->lane % 4;
+  for (int i = 0; i < HALF; ++i) {
+    const int row = 16 * warp + g + i / 2 % 2 * 8, vector = i / 4 * 8 + 2 * t + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const int piece = 2 * step + k / 8;
+      const auto at = [&](u64 x, int r) {
+        return half_bits_to_float(reinterpret_cast<const u16*>(std::uintptr_t(x) + r * 128 + ((piece ^ (r & 7)) << 4))[k % 8]);
+      };
+      d[i] += at(a, row) * at(b, vector);
+    }
+  }
+}

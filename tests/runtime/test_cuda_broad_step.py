@@ -27,6 +27,7 @@ def test_steps_are_the_recurrence(
     from slimba.runtime.backends.cuda import CudaEngine
 
     monkeypatch.setattr("slimba.runtime.backends.cuda_broad_step.BroadStep.FLOW", fours)
+    monkeypatch.setattr("slimba.runtime.backends.cuda_broad.Broad.CODES_BY_NORM", 99 if fours else 0)
 
     monkeypatch.setattr("slimba.runtime.backends.cuda_broad_step.BroadStep.BROAD_HEAD_FROM", 2 if groups == 1 else 99)
     spec = mamba2_spec(

@@ -73,6 +73,7 @@ inline std::int32_t nearest(float x) {
 #define _mm512_cvtepi32_epi16(a) each<__m256i, std::int16_t, std::int32_t, 16>((a), [](std::int32_t x) { return x; })
 #define _mm512_cvtepi32_epi8(a) each<__m128i, std::int8_t, std::int32_t, 16>((a), [](std::int32_t x) { return x; })
 #define _mm512_cvtepi8_epi32(a) each<__m512i, std::int32_t, std::int8_t, 16>((a), [](std::int8_t x) { return x; })
+#define _mm512_cvtepi16_epi32(a) each<__m512i, std::int32_t, std::int16_t, 16>((a), [](std::int16_t x) { return x; })
 #define _mm512_cvtepu8_epi32(a) each<__m512i, std::int32_t, std::uint8_t, 16>((a), [](std::uint8_t x) { return x; })
 #define _mm512_cvtepu16_epi32(a) each<__m512i, std::int32_t, std::uint16_t, 16>((a), [](std::uint16_t x) { return x; })
 #define _mm512_srai_epi32(a, n) each<__m512i, std::int32_t, std::int32_t, 16>((a), [](std::int32_t x) { return x >> (n); })

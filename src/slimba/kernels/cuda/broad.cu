@@ -9,6 +9,7 @@
 #define UNIT 256  // columns of a stage
 #define DEPTH 3   // stages
 #define GROUP 128  // threads of a warpgroup
+#define FOUR_AT_ONCE 32
 
 DEV int image_column(int eight, int i) {  // the column of place 8 eight + i
   const int step = eight / 2, t = i / 2, high = i % 2;
@@ -26,6 +27,7 @@ struct Broad {
   i64 batch, x, x2, padded;  // images of `padded` vectors
   i64 parts, part_stride;    // the units are divided among so many blocks, each with its own result
   i64 squares, pieces, eps;  // squares: float32 [B][pieces], of vectors that steps.cu has not divided by their RMS; or 0
+  i64 late;  // let the next kernel begin only when the one before has ended; of broad_codes: wait for the one before at the end
 };
 #define IMAGE_SCALE 0.0625f  // of such vectors
 
@@ -92,6 +94,7 @@ DEV void load_codes(const BroadTile& tile, int row, int unit, BroadBits<INT4>& t
 template <int N, int G, int KS, int FORMAT = SIGN>
 DEV void broad(const Broad& p, u8* smem) {
   constexpr int WARPGROUPS = G * KS, SHARE = UNIT * 2 * N, STAGE = KS * SHARE, HALF = N / 2, EACH = HALF / KS;
+  constexpr int AT_ONCE = N <= FOUR_AT_ONCE ? 4 : 2;  // steps whose products are begun together
   static_assert(HALF % KS == 0, "a warpgroup finishes its share of the sums");
   const Matrix& m = p.m;
   const int group = threadIdx.x / GROUP, own = group % G, ks = group / G, warp = threadIdx.x % GROUP / WARP;
@@ -158,9 +161,10 @@ DEV void broad(const Broad& p, u8* smem) {
   }
   if (p.out.mode == IN_PROJ && (int)threadIdx.x < N && first + (int)threadIdx.x < (int)p.batch)
     rings[threadIdx.x] = (i64)next_ring_row(p.state, first + threadIdx.x);
-  release_next();
+  if (!p.late) release_next();
   __syncthreads();
   await_previous();
+  if (p.late) release_next();
   if (threadIdx.x < WARP) {
     see_stores();
 #pragma unroll
@@ -191,16 +195,16 @@ DEV void broad(const Broad& p, u8* smem) {
     for (int quarter = 0; quarter < 4; ++quarter) {
       const u64 right = operand_at(x + quarter * (SHARE / 4));
 #pragma unroll
-      for (int two = 0; two < 2; ++two) {
-        u32 a[2][4];
+      for (int from_step = 0; from_step < 4; from_step += AT_ONCE) {
+        u32 a[AT_ONCE][4];
 #pragma unroll
-        for (int s = 0; s < 2; ++s) left_operand(w, quarter * 4 + two * 2 + s, a[s]);
+        for (int s = 0; s < AT_ONCE; ++s) left_operand(w, quarter * 4 + from_step + s, a[s]);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) refresh(a[i / 4][i % 4]);
+        for (int i = 0; i < 4 * AT_ONCE; ++i) refresh(a[i / 4][i % 4]);
         products_wait<1>();  // here and not before they are made, or the assembler runs one product after another
         products_begin();
 #pragma unroll
-        for (int s = 0; s < 2; ++s) product_at(acc, a[s], right, two * 2 + s);
+        for (int s = 0; s < AT_ONCE; ++s) product_at(acc, a[s], right, from_step + s);
         products_commit();
       }
     }

@@ -210,7 +210,9 @@ DEV void broad_codes(const Broad& p, u8* smem) {
   };
   load(warp);
   release_next();
-  await_previous();
+  // A late one runs where blocks of the signs' product have ended. That product has waited for the norm before it let this begin,
+  // and what comes after must find both products done.
+  if (!p.late) await_previous();
   float acc[NT][4] = {};
 #pragma unroll 1
   for (int unit = warp; unit < (int)m.kpad / UNIT; unit += WARPS) {
@@ -250,4 +252,5 @@ DEV void broad_codes(const Broad& p, u8* smem) {
     const i64 ring = p.out.mode == IN_PROJ ? (i64)next_ring_row(p.state, first + b) : 0;
     put_output(p.out, ring, first_row + row0 + row, first + b, y);
   }
+  if (p.late) await_previous();
 }

@@ -36,7 +36,7 @@ MODULES = {  # apart, because a process needs few; cuda_bake.py adds the kernels
         *(*BASE, "rows.cuh", "step.cuh", "mid_norm.cu", "mid.cu", "still.cu", "batch.cu"),
         *("warpgroup.cuh", "broad.cu", "broad_norm.cu", "steps.cu", "flow.cu"),
     ),
-    "mixer": (*BASE, "step.cuh", "span.cuh", "warpgroup.cuh", "mixer.cu"),
+    "mixer": (*BASE, "step.cuh", "span.cuh", "warpgroup.cuh", "mixer.cuh", "mixer.cu"),
     "sample": (*BASE, "decode.cu", "sample.cu"),
 }
 WARPGROUPS = ("broad", "mixer")  # modules for sm_90 alone, with what that has and later ones have not

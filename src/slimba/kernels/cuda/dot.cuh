@@ -87,12 +87,13 @@ DEV void dot(const Product& p, u8* smem, Ready ready) {
   const float *weight = (const float*)p.in.weight, *col_scale = (const float*)m.col_scale;
 
   u32 bits[TW][2][X], bits2[TW][2][XP];
-  
+  bool planes[TW], last_there = true;
 #pragma unroll
   for (int i = 0; i < TW; ++i) {
     const LeanRows r = lean_rows<SIGN>(m, block + i * B);
+    last_there = r.there;
     const int in_plane = r.first + r.local - (int)m.plane_start;
-    const bool in = (PM >> i & 1) && r.there && in_plane + TILE > 0 && in_plane < plane_rows;
+    planes[i] = (PM >> i & 1) && r.there && in_plane + TILE > 0 && in_plane < plane_rows;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = r.local + g + 8 * h, at = in_plane + g + 8 * h;
@@ -103,7 +104,7 @@ DEV void dot(const Product& p, u8* smem, Ready ready) {
       if (!(PM >> i & 1)) continue;
       const u8* plane = plain ? lane_plane + further * m.plane_stride
                               : (const u8*)m.plane_data + (i64)at * m.plane_stride + 4 * (warp * P + t % SPAN * XP);
-      load_words<XP>(in && there && (plain || (at >= 0 && at < plane_rows)), (const u32*)plane, bits2[i][h]);
+      load_words<XP>(planes[i] && there && (plain || (at >= 0 && at < plane_rows)), (const u32*)plane, bits2[i][h]);
       if (SPAN < 4) bits2[i][h][0] >>= t / SPAN * BITS;
     }
   }
@@ -231,47 +232,47 @@ DEV void dot(const Product& p, u8* smem, Ready ready) {
   const float summed = dot_sums(sums);
   if (lane % APART == 0) v.sums[warp][lane / APART] = summed;
   const float by_slice = t & 1 ? one * 65536.0f : one;
-  // A product waits for the one before with the same sums, so those of all tiles go side by side, absent ones too, and of a single
-  // tile in two chains.
-  constexpr int CHAINS = TW == 1 ? 2 : 1;
-  int acc[CHAINS][TW][4] = {}, acc2[TW][4] = {};
 #pragma unroll
-  for (int step = 0; step < 4 * X || step < XP * BITS / 2; ++step) {
+  for (int i = 0; i < TW; ++i) {
+    if (i == TW - 1 && !last_there) break;
+    int acc[4] = {};
 #pragma unroll
-    for (int i = 0; i < TW; ++i) {
-      const int x = step / 4, j = 2 * step % 8;
-      if (x < X)
-        mma_u8s8(acc[step % CHAINS][i], bits[i][0][x] & ONES << j, bits[i][1][x] & ONES << j, bits[i][0][x] & ONES << (j + 1),
+    for (int x = 0; x < X; ++x)
+#pragma unroll
+      for (int j = 0; j < 8; j += 2)
+        mma_u8s8(acc, bits[i][0][x] & ONES << j, bits[i][1][x] & ONES << j, bits[i][0][x] & ONES << (j + 1),
                  bits[i][1][x] & ONES << (j + 1), xs[x][j], xs[x][j + 1]);
-    }
-#pragma unroll
-    for (int i = 0; i < TW; ++i) {
-      const int x = 2 * step / BITS, j = 2 * step % BITS;
-      if ((PM >> i & 1) && x < XP)
-        mma_u8s8(acc2[i], bits2[i][0][x] & ONES << j, bits2[i][1][x] & ONES << j, bits2[i][0][x] & ONES << (j + 1),
-                 bits2[i][1][x] & ONES << (j + 1), xs2[x][j], xs2[x][j + 1]);
-    }
-  }
-  int ranks[4] = {};
-#pragma unroll
-  for (int j = 7; LR && j >= 0; --j) {  // the columns of a j have the unit of 2^j
-#pragma unroll
-    for (int i = 0; i < 4; ++i) ranks[i] *= 2;
-    auto code = [&](int h, int x) { return word(right[h][x][j / 4], j % 4); };
-#pragma unroll
-    for (int x = 0; x < X; x += 2) {
-      const int y = x + 1 < X ? x + 1 : x;  // X = 1: half of the product is empty
-      mma_s8s8(ranks, code(0, x), code(1, x), X > 1 ? code(0, y) : 0, X > 1 ? code(1, y) : 0, xs[x][j], X > 1 ? xs[y][j] : 0);
-    }
+    dot_put(acc, by_slice, v.part[warp] + i * TILE);
   }
 #pragma unroll
   for (int i = 0; i < TW; ++i) {
+    if (!(PM >> i & 1) || !planes[i]) continue;
+    int acc[4] = {};
 #pragma unroll
-    for (int k = 0; k < (CHAINS == 2 ? 4 : 0); ++k) acc[0][i][k] += acc[CHAINS - 1][i][k];
-    dot_put(acc[0][i], by_slice, v.part[warp] + i * TILE);
-    if (PM >> i & 1) dot_put(acc2[i], by_slice, v.part2[P ? warp : 0] + (P ? i * TILE : 0));
+    for (int x = 0; x < XP; ++x)
+#pragma unroll
+      for (int j = 0; j < BITS; j += 2) {
+        const u32(&one_row)[XP] = bits2[i][0], (&other)[XP] = bits2[i][1];
+        mma_u8s8(acc, one_row[x] & ONES << j, other[x] & ONES << j, one_row[x] & ONES << (j + 1), other[x] & ONES << (j + 1),
+                 xs2[x][j], xs2[x][j + 1]);
+      }
+    dot_put(acc, by_slice, v.part2[P ? warp : 0] + (P ? i * TILE : 0));
   }
-  if (LR) dot_put<true>(ranks, by_slice, v.rank[LR ? warp : 0]);
+  if (LR) {  // the columns of a j have the unit of 2^j
+    int acc[4] = {};
+#pragma unroll
+    for (int j = 7; j >= 0; --j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[i] *= 2;
+      auto code = [&](int h, int x) { return word(right[h][x][j / 4], j % 4); };
+#pragma unroll
+      for (int x = 0; x < X; x += 2) {
+        const int y = x + 1 < X ? x + 1 : x;  // X = 1: half of the product is empty
+        mma_s8s8(acc, code(0, x), code(1, x), X > 1 ? code(0, y) : 0, X > 1 ? code(1, y) : 0, xs[x][j], X > 1 ? xs[y][j] : 0);
+      }
+    }
+    dot_put<true>(acc, by_slice, v.rank[LR ? warp : 0]);
+  }
   __syncthreads();
 
   if (warp * (WARP / K) >= TW * TILE + RW) return;

@@ -130,7 +130,7 @@ DEV OctetBits octet_bits(const Expand& p, int local, int octet, const ChosenOcte
 // Whether the block's 64 rows from `local0` on are signs of one segment without corrections but, for all or none, the second plane.
 DEV bool plain_signs(const Expand& p, int local0, int rows) {
   const Matrix& m = p.m;
-  if (m.rank || m.col_scale || (m.cols | p.out_stride) % 8) return false;
+  if (m.col_scale || (m.cols | p.out_stride) % 8) return false;
   const int row = (int)p.row0 + local0, k = segment_at(m, row);
   if (m.segment[k].format != SIGN || segment_at(m, row + rows - 1) != k) return false;
   const int start = (int)m.plane_start, stop = (int)m.plane_stop;
@@ -188,13 +188,33 @@ DEV void expand_signs(const Expand& p, int local0, int rows) {
   }
 }
 
+// Matrices without a low-rank part: few registers, so that more blocks are under way.
+DEV void expand_plain(const Expand& p) {
+  const int local0 = (int)blockIdx.y * 64, rows = (int)least(64, p.rows - local0);
+  if (plain_signs(p, local0, rows)) return expand_signs(p, local0, rows);
+  const Matrix& m = p.m;
+  const int octet = blockIdx.x * 32 + threadIdx.x % 32, c = octet * 8, count = (int)least(8, m.cols - c);
+  if (c >= (int)m.cols) return;
+#pragma unroll 2
+  for (int at = threadIdx.x / 32; at < rows; at += THREADS / 32) {
+    const i64 row = p.row0 + local0 + at;
+    const Segment& s = m.segment[segment_at(m, row)];
+    float w[8];
+    unpack_octet(s, row - s.first, octet, m.cols, w);
+    correct_octet(p, row, c, count, w);
+    u16* to = (u16*)p.out + (i64)(local0 + at) * p.out_stride + c;
+    if (count == 8 && p.out_stride % 8 == 0)
+      *(uint4*)to = uint4{pack_halves(w[0], w[1]), pack_halves(w[2], w[3]), pack_halves(w[4], w[5]), pack_halves(w[6], w[7])};
+    else
+      for (int i = 0; i < count; ++i) to[i] = float_to_half_bits(w[i]);
+  }
+}
+
 // The same in float16: the low-rank product is summed in float16, which is what it is rounded to. Shared memory:
 // rank * (128 + 64) pairs of halves, B and then A, each of whose entries fills a pair.
 DEV void expand_half(const Expand& p, u32* right) {
   const Matrix& m = p.m;
   const int octet = blockIdx.x * 32 + threadIdx.x % 32, c = octet * 8, rank = (int)m.rank;
-  const int local0 = (int)blockIdx.y * 64, rows = (int)least(64, p.rows - local0);
-  if (plain_signs(p, local0, rows)) return expand_signs(p, local0, rows);
   u32* left = right + rank * 128;
   for (int i = threadIdx.x; i < rank * 128; i += THREADS) {
     const int col = blockIdx.x * 256 + i % 128 * 2;
@@ -273,6 +293,7 @@ KERNEL(slimba_expand_half, Expand, THREADS) {
   SHARED(smem);
   expand_half(p, (u32*)smem);
 }
+KERNEL(slimba_expand_plain, Expand, THREADS, 4) { expand_plain(p); }
 KERNEL(slimba_expand_float, Expand, THREADS) {
   SHARED(smem);
   expand_float(p, (float*)smem);

@@ -103,6 +103,16 @@ WGMMA(128, 64, L64, 64, 65, 66, 67, 68, D16(0), D16(16), D16(32), D16(48))
 // The same with the right operand lying across: 16 rows of 64 of the N numbers each, as of operand_at but for across_at.
 WGMMA_ACROSS(64, 32, L32, 32, 33, 34, 35, 36, D16(0), D16(16))
 WGMMA_ACROSS(128, 64, L64, 64, 65, 66, 67, 68, D16(0), D16(16), D16(32), D16(48))
+// Both operands in shared memory: 64 rows of the left one and N vectors, as of operand_at.
+#define WGMMA_SHARED(N, HALF, LIST, A, B, ...)                                                                         \
+  DEV void product_shared(float (&d)[HALF], u64 a, u64 b) {                                                           \
+    asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 1, 1;\nwgmma.mma_async.sync.aligned.m64n" #N                      \
+                 "k16.f32.f16.f16 {" LIST "}, %" #A ", %" #B ", p, 1, 1, 0, 0;\n}\n"                                  \
+                 : __VA_ARGS__                                                                                      \
+                 : "l"(a), "l"(b));                                                                                 \
+  }
+WGMMA_SHARED(64, 32, L32, 32, 33, D16(0), D16(16))
+#undef WGMMA_SHARED
 #undef D4
 #undef D16
 #undef WGMMA
@@ -117,5 +127,9 @@ WGMMA_ACROSS(128, 64, L64, 64, 65, 66, 67, 68, D16(0), D16(16), D16(32), D16(48)
 template <int HALF>
 DEV void product_at(float (&d)[HALF], const u32 (&a)[4], u64 b, int step) {
   product_16(d, a, b + (u64)(2 * step));
+}
+template <int HALF>
+DEV void product_both(float (&d)[HALF], u64 a, u64 b, int step) {
+  product_shared(d, a + (u64)(2 * step), b + (u64)(2 * step));
 }
 #endif

@@ -138,19 +138,19 @@ class Broad:
         """The product with the vectors that `norm` left, for the same matrix; shape(m).parts results,
         `part_stride` numbers apart. squares: pointer, number and eps of the sums that steps.cu left with its images."""
         shape = self.shape(m)
+        codes = 0 if signs_only else code_tiles(m)
 
         def fields(parts: int) -> list[int]:
             images = self._x.data_ptr(), self._x2.data_ptr(), self._padded
-            return [*m.fields, *output, *state, self._batch, *images, parts, part_stride, *squares]
+            return [*m.fields, *output, *state, self._batch, *images, parts, part_stride, *squares, int(codes > 0)]
 
-        codes = code_tiles(m)
-        if codes and not signs_only:
-            eights = 1 if self._batch <= 8 else 2 if self._batch <= 64 else 4
-            grid = codes, -(-self._batch // (8 * eights))
-            shared = 4 * WARPS * 8 * eights * (CODES_TILE + 1)
-            self._gpu.launch(f"slimba_broad_codes_{eights}", grid, fields_of(fields(1)), shared, overlap=True)
         grid3 = -(-tiles_of(m) // shape.tiles), -(-self._batch // shape.vectors), shape.parts
         name = f"slimba_broad_{shape.vectors}_{shape.tiles}_{shape.split}" + ("_4" if codes_of(m) else "")
         self._gpu.launch(
             name, grid3, fields_of(fields(shape.parts)), shape.shared_bytes, threads=shape.threads, overlap=True
         )
+        if codes:
+            eights = 1 if self._batch <= 8 else 2 if self._batch <= 64 else 4
+            grid = codes, -(-self._batch // (8 * eights))
+            shared = 4 * WARPS * 8 * eights * (CODES_TILE + 1)
+            self._gpu.launch(f"slimba_broad_codes_{eights}", grid, fields_of(fields(1)), shared, overlap=True)

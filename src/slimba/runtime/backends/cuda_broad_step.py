@@ -29,10 +29,13 @@ FLOW_TAPS = 4  # for which the registers of flow.cu do
 class BroadStep(RecordedStep):
     FEWEST = 2  # sequences
     BROAD_HEAD_FROM = 64  # sequences from which broad.cu takes an int4 head
-    FLOW, FLOW_FILLS = (
-        (8, 4, 2),
-        1.8,
-    )  # fours of heads of a block of flow.cu, where there are so many for a multiprocessor
+    FLOW = (
+        16,
+        8,
+        4,
+        2,
+    )  # fours of heads of a block of flow.cu, where there are FLOW_FILLS such blocks a multiprocessor
+    FLOW_FILLS = 1.8
     WIDE_HEAD_FROM = 256  # and from which another is expanded for cuBLAS
 
     def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str, bulk: Bulk) -> None:

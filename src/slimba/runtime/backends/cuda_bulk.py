@@ -184,14 +184,15 @@ class Bulk:
             layer.a.data_ptr(), layer.d.data_ptr(), layer.dt_bias.data_ptr(), *xbc, dt.data_ptr(), heads,
             y.data_ptr(), inner, float_bits(low), float_bits(high),
         )  # fmt: skip
-        gates = fused and spec.gated_norm and not spec.norm_before_gate and spec.norm_group_size == inner
+        weight = layer.gated_norm
+        gates = fused and weight is not None and not spec.norm_before_gate and spec.norm_group_size == inner
         if fused:
             squares = self._empty(tokens, heads, dtype=torch.float32)
             bias_of_conv = layer.conv_bias.data_ptr() if layer.conv_bias is not None else 0
             more = fields_of(p[:, inner:].data_ptr(), wide, layer.conv.data_ptr(), bias_of_conv,
                              p.data_ptr() if gates else 0, wide, squares.data_ptr())  # fmt: skip
             fields = np.concatenate([scan, more])
-            self._gpu.launch(f"slimba_mixer_{n}", (batch * heads,), fields, mixer_bytes(n), threads=128)
+            self._gpu.launch(f"slimba_mixer_{n}", (batch * heads,), fields, mixer_bytes(n))
         elif self._by_chunks(length, chunked):
             self._gpu.launch(f"slimba_ssd_{n}", (batch * heads,), scan, ssd_bytes(n))
         else:
@@ -201,17 +202,15 @@ class Bulk:
             dt.data_ptr(), heads, layer.dt_bias.data_ptr(), layer.a.data_ptr(), float_bits(low), float_bits(high)
         )  # fmt: skip
         self._push(convolution, steps, channels, batch)
-        if gates and layer.gated_norm is not None:
-            norm = fields_of(
-                y.data_ptr(), squares.data_ptr(), layer.gated_norm.data_ptr(), inner, float_bits(spec.norm_eps)
-            )
+        if gates and weight is not None:
+            norm = fields_of(y.data_ptr(), squares.data_ptr(), weight.data_ptr(), inner, float_bits(spec.norm_eps))
             self._gpu.launch("slimba_rejoin", (tokens,), norm, 32)
             return y
         gated = self._empty(tokens, inner)
         groups = inner // spec.norm_group_size if spec.gated_norm else 0
         fields = fields_of(
             y.data_ptr(), inner, p.data_ptr(), wide, gated.data_ptr(), inner,
-            layer.gated_norm.data_ptr() if layer.gated_norm is not None else 0, inner, groups,
+            weight.data_ptr() if weight is not None else 0, inner, groups,
             float_bits(spec.norm_eps), int(spec.norm_before_gate),
         )  # fmt: skip
         self._launch("gate_norm", (tokens,), fields, 32)
@@ -350,7 +349,10 @@ class Bulk:
         if key not in self._expansions:
             self._expansions[key] = fields_of(m.fields, first, rows, out.data_ptr(), m.cols, m.plane_inverse)
         grid = -(-m.cols // 256), -(-rows // 64)
-        self._launch("expand", grid, self._expansions[key], m.rank * EXPAND_BYTES[self._suffix])
+        if m.rank or self.dtype == torch.float32:
+            self._launch("expand", grid, self._expansions[key], m.rank * EXPAND_BYTES[self._suffix])
+        else:
+            self._gpu.launch("slimba_expand_plain", grid, self._expansions[key])
         return out
 
     def _product32(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

@@ -185,7 +185,8 @@ struct Head {
       for (int64_t i = 0; i < count * bytes; i += 64) fetch_line(state(row) + kFetch + i, a.once);
     };
     int64_t r = 0;
-    for (; W == 16 && r + 4 <= n; r += 4) {
+    // Four rows where C is what is read most; floats from memory come faster two rows at a time
+    for (; W == 16 && (a.tokens > 4 || Piece::kCBytes == 2) && r + 4 <= n; r += 4) {
       fetch(p + r, 4);
       row_dots<Piece, 4>(state(p + r), bytes, shared.c, shared.stride, pieces, a.tokens, sums + r * W);
     }
