@@ -92,17 +92,7 @@ DEV void flow(const Steps& all, FlowShared<N>& m) {
   if (threadIdx.x < N && four0 * STATE_HEADS % (heads / groups) == 0) keep_value(kept, kept.b, (j * groups + group) * N + entry, of_bc_value);
   __syncthreads();
   float dot[KEPT / WARPS] = {};
-  u32 top = 0;
-#pragma unroll
-  for (int e = 0; e < ENTRIES; ++e) {
-    const float c = m.bc[N + lane * ENTRIES + e];
-#pragma unroll
-    for (int r = 0; r < KEPT / WARPS; ++r) dot[r] = fmaf(r * WARPS + warp == j ? m.bc[lane * ENTRIES + e] : before[r][e], c, dot[r]);
-    const u32 bits = float_to_bits(c) & 0x7fffffffu;
-    top = bits > top ? bits : top;
-  }
-#pragma unroll
-  for (int r = 0; r < KEPT / WARPS; ++r) dot[r] = warp_sum(dot[r]);
+  const u32 top = kept_dots<N>(m.bc, before, j, dot);
   const float own_dot = of_token > j ? 0.0f : lane < STATE_HEADS ? dot[0] : dot[1];
   const float c_unit = put_slices<N>(m.slices, m.bc + N, warp_max_bits(top));
   if (j == KEPT - 1) put_pairs<N>(m.b, (const u16*)kept.b + group * N, groups * N, m.bc, j);

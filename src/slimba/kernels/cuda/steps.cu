@@ -226,6 +226,25 @@ DEV void put_pairs(float* to, const u16* rows, int stride, const float* now, int
   }
 }
 
+// b_i . C of tokens warp and warp + 8, in every lane; the bits of the lane's largest |C|. before: the kept b of these tokens, bc: this
+// token's, the j-th, and C.
+template <int N>
+DEV u32 kept_dots(const float* bc, const float (&before)[KEPT / WARPS][N / WARP], int j, float (&dot)[KEPT / WARPS]) {
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  u32 top = 0;
+#pragma unroll
+  for (int e = 0; e < N / WARP; ++e) {
+    const float c = bc[N + lane * (N / WARP) + e];
+#pragma unroll
+    for (int r = 0; r < KEPT / WARPS; ++r) dot[r] = fmaf(r * WARPS + warp == j ? bc[lane * (N / WARP) + e] : before[r][e], c, dot[r]);
+    const u32 bits = float_to_bits(c) & 0x7fffffffu;
+    top = bits > top ? bits : top;
+  }
+#pragma unroll
+  for (int r = 0; r < KEPT / WARPS; ++r) dot[r] = warp_sum(dot[r]);
+  return top;
+}
+
 // Grid: fours of heads, sequences.
 template <int TYPE, int N>
 DEV void steps(const Steps& all, StepsShared<TYPE, N>& m) {
@@ -290,17 +309,7 @@ DEV void steps(const Steps& all, StepsShared<TYPE, N>& m) {
   else ((u16*)(m.u + j * KeptRows<TYPE>::STRIDE))[threadIdx.x] = float_to_bfloat(of_now);
   __syncthreads();
   float dot[KEPT / WARPS] = {};
-  u32 top = 0;
-#pragma unroll
-  for (int e = 0; e < ENTRIES; ++e) {
-    const float c = m.bc[N + lane * ENTRIES + e];
-#pragma unroll
-    for (int r = 0; r < KEPT / WARPS; ++r) dot[r] = fmaf(r * WARPS + warp == j ? m.bc[lane * ENTRIES + e] : before[r][e], c, dot[r]);
-    const u32 bits = float_to_bits(c) & 0x7fffffffu;
-    top = bits > top ? bits : top;
-  }
-#pragma unroll
-  for (int r = 0; r < KEPT / WARPS; ++r) dot[r] = warp_sum(dot[r]);
+  const u32 top = kept_dots<N>(m.bc, before, j, dot);
   if (lane < STATE_HEADS * KEPT / WARPS) {
     const float latest = m.now[of_head], by = of_token <= j ? expf(latest - (of_token < j ? l_before : latest)) : 0.0f;
     const float weight = of_token <= j ? by * (lane < STATE_HEADS ? dot[0] : dot[1]) : 0.0f;
