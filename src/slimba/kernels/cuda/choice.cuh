@@ -44,37 +44,18 @@ struct Choosing {
 template <int W>
 DEV void choose(const Head& s, u64 key, u64* scratch) {
   const Argmax& p = s.choice;
-  key = largest_of_warp(key);
   __syncthreads();
-  if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = key;
-  __syncthreads();
+  key = largest_key<W>(key, scratch);
   u64* keys = (u64*)p.keys;
   if (threadIdx.x == 0) {
-#pragma unroll
-    for (int w = 1; w < W; ++w) key = scratch[w] > key ? scratch[w] : key;
     store_fresh(keys + blockIdx.x, key);
     scratch[W] = take_ticket((u32*)p.tickets) == gridDim.x - 1;
   }
   __syncthreads();
   if (!scratch[W]) return;
   if (threadIdx.x < WARP) {
-    i32* count = (i32*)p.count;
-    const i32 token = *count;
-    key = 0;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < (int)gridDim.x; i += WARP) {
-      const u64 other = load_fresh(keys + i);
-      key = other > key ? other : key;
-    }
-    key = largest_of_warp(key);
-    if (threadIdx.x == 0) {
-      const i32 chosen = key == ~0ull ? -2 : (i32)(0x7fffffffu - (u32)key), id = chosen < 0 ? 0 : chosen;
-      scratch[0] = (u64)id;
-      *(u32*)p.tickets = 0;
-      *(i32*)p.ids = id;
-      ((i32*)p.out)[token] = chosen;
-      *count = token + 1;
-    }
+    key = largest_of_blocks(keys, (int)gridDim.x);
+    if (threadIdx.x == 0) scratch[0] = (u64)record_choice(p, 0, key);
   }
   __syncthreads();
   const i32 id = (i32)scratch[0];

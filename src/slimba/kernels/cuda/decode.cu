@@ -78,12 +78,32 @@ DEV u64 largest_of_warp(u64 key) {
   }
   return key;
 }
-DEV u64 largest_key(u64 key, u64* scratch) {  // of a block, in thread 0
+template <int W>
+DEV u64 largest_key(u64 key, u64* scratch) {  // of a block of W warps, in thread 0
   key = largest_of_warp(key);
   if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = key;
   __syncthreads();
-  for (int w = 0; threadIdx.x == 0 && w < WARPS; ++w) key = scratch[w] > key ? scratch[w] : key;
+  for (int w = 0; threadIdx.x == 0 && w < W; ++w) key = scratch[w] > key ? scratch[w] : key;
   return key;
+}
+
+DEV u64 largest_of_blocks(const u64* keys, int blocks) {  // by one warp
+  u64 key = 0;
+  for (int i = threadIdx.x; i < blocks; i += WARP) {
+    const u64 other = load_fresh(keys + i);
+    key = other > key ? other : key;
+  }
+  return largest_of_warp(key);
+}
+DEV i32 key_id(u64 key) { return (i32)(0x7fffffffu - (u32)key); }
+// The choice of sequence b for who reads it, by one thread. Returns the next id.
+DEV i32 record_choice(const Argmax& p, int b, u64 key) {
+  const i32 chosen = key == ~0ull ? -2 : key_id(key), id = chosen < 0 ? 0 : chosen;
+  *((u32*)p.tickets + b) = 0;
+  ((i32*)p.ids)[b] = id;
+  i32* count = (i32*)p.count + b;
+  ((i32*)p.out)[b * p.out_stride + (*count)++] = chosen;
+  return id;
 }
 
 // Grid: parts of the logits, sequences. The last block of a sequence: out[b][count[b]++] = ids[b] = the lowest id among
@@ -98,7 +118,7 @@ DEV void argmax(const Argmax& p, u64* scratch) {
     const u64 one = choice_key(load_fresh(x + i), i);
     key = one > key ? one : key;
   }
-  key = largest_key(key, scratch);
+  key = largest_key<WARPS>(key, scratch);
   if (threadIdx.x >= WARP) return;
   u64* keys = (u64*)p.keys + (i64)b * parts;
   int last = 0;
@@ -107,17 +127,9 @@ DEV void argmax(const Argmax& p, u64* scratch) {
     last = take_ticket((u32*)p.tickets + b) == (u32)parts - 1;
   }
   if (!warp_sum(last)) return;
-  for (int i = threadIdx.x; i < parts; i += WARP) {
-    const u64 other = load_fresh(keys + i);
-    key = i == (int)threadIdx.x || other > key ? other : key;
-  }
-  key = largest_of_warp(key);
+  key = largest_of_blocks(keys, parts);
   if (threadIdx.x) return;
-  *((u32*)p.tickets + b) = 0;
-  const i32 chosen = key == ~0ull ? -2 : (i32)(0x7fffffffu - (u32)key);
-  ((i32*)p.ids)[b] = chosen < 0 ? 0 : chosen;
-  i32* count = (i32*)p.count + b;
-  ((i32*)p.out)[b * p.out_stride + (*count)++] = chosen;
+  record_choice(p, b, key);
   ++((i32*)state_array(p.state, 3))[slot_of(p.state, b)];
 }
 

@@ -62,18 +62,7 @@ DEV void mixer_store(const Scan& p, const float (&s)[N / 2], i64 row0) {
   if (type == STATE_INT8) {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      float most = 0;
-      bool bad = false;
-#pragma unroll
-      for (int j = 0; j < N / 8; ++j)
-        for (int e = 0; e < 2; ++e) {
-          const float v = fabsf(s[4 * j + 2 * k + e]);
-          bad |= float_to_bits(v) >= INF_BITS;
-          most = fmaxf(most, v);
-        }
-      if (bad) most = bits_to_float(INF_BITS);
-      most = fmaxf(most, shuffle_xor(most, 1));
-      most = fmaxf(most, shuffle_xor(most, 2));
+      const float most = largest_of_row<N / 8>(k, [&](int j, int i) { return s[4 * j + i]; });
       const Int8Scale code = int8_scale(float_to_bits(most));
       to_code[k] = code.to_code;
       if (t == 0) ((float*)state_array(p.state, 1))[first + 8 * k] = code.step;

@@ -38,7 +38,6 @@ DEV float key_logit(u64 key) {
   const u32 ordered = (u32)(key >> 32);
   return bits_to_float(ordered >> 31 ? ordered & 0x7fffffffu : ~ordered);
 }
-DEV i32 key_id(u64 key) { return (i32)(0x7fffffffu - (u32)key); }
 // Sum over the block in a fixed order; every thread gets it. Ends with a barrier.
 DEV double sample_sum(double v, double* scratch) {
   __syncthreads();

@@ -9,6 +9,24 @@ DEV Span span_of(int time, i64 length) {
   return end ? Span{before, end - before, 0} : Span{before, 0, before};
 }
 
+// The largest |v| of row k of a state of which four lanes have two entries a tile each; infinity where one is not finite. entry(j, i): the
+// lane's i-th of tile j, row k has those from 2 k on.
+template <int TILES, typename Entry>
+DEV float largest_of_row(int k, Entry entry) {
+  float most = 0;
+  bool bad = false;
+#pragma unroll
+  for (int j = 0; j < TILES; ++j)
+    for (int e = 0; e < 2; ++e) {
+      const float v = fabsf(entry(j, 2 * k + e));
+      bad |= float_to_bits(v) >= INF_BITS;
+      most = fmaxf(most, v);
+    }
+  if (bad) most = bits_to_float(INF_BITS);
+  most = fmaxf(most, shuffle_xor(most, 1));
+  return fmaxf(most, shuffle_xor(most, 2));
+}
+
 // Mamba-2's recurrence over many tokens.
 struct Scan {
   StateRef state;

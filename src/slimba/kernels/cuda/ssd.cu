@@ -30,18 +30,7 @@ DEV void ssd_store(const Scan& p, SsdShared<N>& m, const float (&s)[N / 16][4], 
   if (type == STATE_INT8) {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      float most = 0;
-      bool bad = false;
-#pragma unroll
-      for (int j = 0; j < TILES; ++j)
-        for (int e = 0; e < 2; ++e) {
-          const float v = fabsf(s[j][2 * k + e]);
-          bad |= float_to_bits(v) >= INF_BITS;
-          most = fmaxf(most, v);
-        }
-      if (bad) most = bits_to_float(INF_BITS);
-      most = fmaxf(most, shuffle_xor(most, 1));
-      most = fmaxf(most, shuffle_xor(most, 2));
+      const float most = largest_of_row<TILES>(k, [&](int j, int i) { return s[j][i]; });
       if (t == 0) m.top[half][16 * tile + g + 8 * k] = float_to_bits(most);
     }
     __syncthreads();
