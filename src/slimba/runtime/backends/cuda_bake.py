@@ -44,6 +44,8 @@ MANY = {
     "broad": ("Broad", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
     "broad_codes": ("Broad", "THREADS", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
     "broad_norm": ("BroadNorm", "THREADS", "s", {MATRIX + 9, MATRIX + 13, MATRIX + 26}),
+    "eight": ("Eight", "", "s", {MATRIX + 12}),
+    "eight_embed": ("EightEmbed", "THREADS", "s", set()),
     "steps": ("Steps", "THREADS, ", "s", RECURRENCE_VARYING),
     "flow": ("Steps", "THREADS, 2", "s", RECURRENCE_VARYING),
     "prepare": ("BatchRecurrence", "THREADS", "s", RECURRENCE_VARYING),
@@ -113,7 +115,7 @@ class Baked:
             call += f", *(FlowShared<{arguments[0]}>*)smem"
         else:
             call += ", smem"
-        if kind in ("still", "few"):
+        if kind in ("still", "few", "eight"):
             bounds = f"{32 * int(arguments[kind == 'few'])}, 1"
         if kind == "broad":
             bounds = f"{128 * int(arguments[1]) * int(arguments[2])}, 1"
