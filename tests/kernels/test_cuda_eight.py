@@ -51,7 +51,7 @@ def eight_product(gpu: Any, matrix: Matrix, x: np.ndarray, **changes: Any) -> np
     out = torch.full((len(x), m.rows), float("nan"), device=gpu.device)
     fields = fields_of(
         m.fields, [STORE, out.data_ptr(), m.rows, *[0] * 7], [0] * 5, len(x), *(t.data_ptr() for t in given),
-        float_bits(shape.unit), [0] * 10,
+        float_bits(shape.unit), [0] * 11,
     )  # fmt: skip
     baked = Baked()
     name = baked.of_many(shape.name, fields)

@@ -12,6 +12,7 @@
 //
 // Naive twin: `Matrix.matmul` of formats/matrix.py. Tests: tests/kernels/test_cuda_eight.py.
 #define EIGHT 8  // vectors
+#define EIGHT_SQUARES 3  // fours of sums of squares of a lane
 #define EIGHT_ROOM 20  // floats of a tile's rows of one vector: the lanes of a warp write to different banks
 
 struct Eight {
@@ -22,11 +23,12 @@ struct Eight {
   i64 squares, n_squares, eps;          // float32 [B][n_squares], of what the vectors were before the norm's weights
   i64 scale, next_scale;                // float32 [8]: what the vectors were multiplied by, or 0; where the next such number goes, or 0
   i64 places, next, next2, next_range;  // of ADD: where a row goes as an operand of the product after, struct Place each, and by what number
-  i64 next_squares;                     // float32 [B][TW blocks]
+  i64 next_squares, n_next;             // float32 [B][n_next], TW blocks of them
 };
 
-template <int CW, int TW>
+template <int CW, int TW, int PIECES>
 struct EightShared {
+  uint4 x[CW][PIECES][WARP], squares[EIGHT][EIGHT_SQUARES * WARP];
   float part[CW][TW][EIGHT][EIGHT_ROOM], row8[CW][EIGHT];
   float factor[EIGHT], range[EIGHT];
   i64 rings[EIGHT];
@@ -34,14 +36,10 @@ struct EightShared {
 
 DEV float power_of_two(float v) { return bits_to_float(float_to_bits(v) & 0x7f800000u); }
 
-// COUNT pieces of a warp's lanes from `piece` on, four pairs each.
-template <int COUNT>
-DEV void eight_pairs(i64 from, int piece, u32* to) {
-#pragma unroll
-  for (int q = 0; q < COUNT; ++q) {
-    const uint4 four = load_fresh_four((const u8*)from + ((piece + q) * WARP + threadIdx.x % WARP) * 16);
-    to[4 * q] = four.x, to[4 * q + 1] = four.y, to[4 * q + 2] = four.z, to[4 * q + 3] = four.w;
-  }
+// Asks for a warp's piece of operands. By way of shared memory, because the assembler moves loads into registers between the products.
+DEV void ask_piece(uint4 (&to)[WARP], i64 from, int piece) {
+  const int lane = threadIdx.x % WARP;
+  copy_async(&to[lane], (const u8*)from + (piece * WARP + lane) * 16);
 }
 
 // Rows g and g + 8 of a tile, bits 2 k and 2 k + 1 of the words and 16 above.
@@ -57,14 +55,14 @@ DEV void eight_signs(u32 w0, u32 w1, int k, u32 (&a)[4]) {
 }
 
 // A result joins the residual stream, and from there the operands of the next product. All lanes come here, 16 with the rows of a vector.
-DEV void eight_add(const Eight& p, const Place& place, int entry, int entries, int row, int b, bool there, float u, float range) {
+DEV void eight_add(const Eight& p, const Place& place, int entry, int row, int b, bool there, float u, float range) {
   if (there) ((float*)p.out.y)[b * (int)p.out.stride + row] = u;
   if (!p.places) return;
   if (there) put_operand(p.next, p.next2, place, b, u * range);
   float squares = there ? u * u : 0.0f;
 #pragma unroll
   for (int by = 8; by; by /= 2) squares += shuffle_xor(squares, by);
-  if (threadIdx.x % TILE == 0 && b < (int)p.batch) ((float*)p.next_squares)[b * entries + entry] = squares;
+  if (threadIdx.x % TILE == 0 && b < (int)p.batch) ((float*)p.next_squares)[b * (int)p.n_next + entry] = squares;
 }
 
 // CW warps, X words of 32 columns a lane, TW tiles and RW int8 rows (at most 1) a block, P words of a second plane a warp, PM: which
@@ -73,8 +71,10 @@ template <int CW, int X, int TW, int RW, int P, int PM, bool MASKED>
 DEV void eight(const Eight& p, u8* smem) {
   constexpr int COLUMNS = 128 * X, ROUNDS = (TW * TILE * EIGHT + CW * WARP - 1) / (CW * WARP);  // of finishing
   constexpr int XP = P > 4 ? P / 4 : 1, SPAN = P > 4 ? 4 : P ? P : 1, PAIRS = 4 * SPAN;  // of a lane's word of the plane
+  constexpr int PIECES = 4 * X, PIECES2 = P ? XP * PAIRS / 4 : 0;  // of a lane's operands, and of the plane's
   constexpr u32 ONES = 0x00010001u;
-  EightShared<CW, TW>& v = *(EightShared<CW, TW>*)smem;
+  typedef EightShared<CW, TW, PIECES + PIECES2> Shared;
+  Shared& v = *(Shared*)smem;
   const Matrix& m = p.m;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, batch = (int)p.batch;
   const int block = blockIdx.x, blocks = gridDim.x, plane_rows = (int)(m.plane_stop - m.plane_start);
@@ -124,42 +124,45 @@ DEV void eight(const Eight& p, u8* smem) {
   }
   await_previous();
 
-  u32 xs[X][16], xs2[XP][PAIRS];
+  // Steps 3, 2, 7 and 6 of a word come first, which have the odd pieces
 #pragma unroll
-  for (int x = 0; x < X; ++x) eight_pairs<4>(p.x, (warp * X + x) * 4, xs[x]);
+  for (int first = 1; first >= 0; --first) {
 #pragma unroll
-  for (int x = 0; x < (P ? XP : 0); ++x) eight_pairs<PAIRS / 4>(p.x2, (warp * XP + x) * (PAIRS / 4), xs2[x]);
+    for (int i = first; i < PIECES; i += 2) ask_piece(v.x[warp][i], p.x, warp * PIECES + i);
+    commit_copies();
+  }
+#pragma unroll
+  for (int i = 0; i < PIECES2; ++i) ask_piece(v.x[warp][PIECES + i], p.x2, warp * PIECES2 + i);
+#pragma unroll
+  for (int i = lane; i < EIGHT_SQUARES * WARP; i += WARP)
+    if (warp < batch && 4 * i < (int)p.n_squares) copy_async(&v.squares[warp][i], (const float*)p.squares + warp * (int)p.n_squares + 4 * i);
+  commit_copies();
   float residual[ROUNDS];
 #pragma unroll
   for (int k = 0; k < ROUNDS; ++k)
     residual[k] = adds && rows[k] >= 0 ? load_fresh((const float*)p.out.y + of * (int)p.out.stride + rows[k]) : 0.0f;
-  if (warp < EIGHT) {
-    float squares = 0;
-    for (int i = lane; i < (warp < batch ? (int)p.n_squares : 0); i += WARP) squares += load_fresh((const float*)p.squares + warp * (int)p.n_squares + i);
-    squares = warp_sum(squares);
-    if (lane == 0) {
-      const float inverse = p.squares ? fast_rsqrt(squares / (float)m.cols + param_float(p.eps)) : 1.0f, unit = param_float(p.unit);
-      v.factor[warp] = inverse * (p.scale ? unit * fast_reciprocal(load_fresh((const float*)p.scale + warp)) : unit);
-      v.range[warp] = p.next_range ? load_fresh((const float*)p.next_range + warp) : 1.0f;
-      if (p.next_scale && block == 0) ((float*)p.next_scale)[warp] = power_of_two(inverse);
-    }
-  }
+  const bool sums = warp < batch;  // warp v: the squares of vector v
+  const float scaled = p.scale && sums ? load_fresh((const float*)p.scale + warp) : 1.0f;
+  const float range = p.next_range && sums ? load_fresh((const float*)p.next_range + warp) : 1.0f;
 
   float acc[TW][4] = {}, more[TW][4] = {}, both[4] = {}, total2[4] = {};  // both: of the int8 row, and sums of all columns
 #pragma unroll
   for (int k = 3; k >= 0; --k) {  // of a word of codes column j counts 2^j if MASKED
+    if (k == 3) wait_copies<2>();
+    if (k == 1) wait_copies<1>();
 #pragma unroll
     for (int x = 0; x < X; ++x)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int step = 4 * half + k;
-        const u32 b0 = xs[x][2 * step], b1 = xs[x][2 * step + 1];
+        const uint2 two = *((const uint2*)&v.x[warp][4 * x + step / 2][lane] + k % 2);
+        const u32 b0 = two.x, b1 = two.y;
         u32 a[4];
         if (MASKED || RW) {
-          u32 one = 0, two = 0;
-          if (RW) code_operand(codes[x], step, one, two);
-          if (RW && MASKED) two = add_halves(two, two);
-          mma_f16(both, one, MASKED ? ONES << 2 * k : 0, two, MASKED ? ONES << (2 * k + 1) : 0, b0, b1);
+          u32 one = 0, other = 0;
+          if (RW) code_operand(codes[x], step, one, other);
+          if (RW && MASKED) other = add_halves(other, other);
+          mma_f16(both, one, MASKED ? ONES << 2 * k : 0, other, MASKED ? ONES << (2 * k + 1) : 0, b0, b1);
         }
 #pragma unroll
         for (int i = 0; i < TW; ++i) {
@@ -169,11 +172,13 @@ DEV void eight(const Eight& p, u8* smem) {
       }
     if (RW && MASKED && k) both[0] *= 4, both[1] *= 4;
   }
+  wait_copies<0>();
 #pragma unroll
   for (int x = 0; x < (P ? XP : 0); ++x)
 #pragma unroll
     for (int step = 0; step < PAIRS / 2; ++step) {
-      const u32 b0 = xs2[x][2 * step], b1 = xs2[x][2 * step + 1];
+      const uint2 two = *((const uint2*)&v.x[warp][PIECES + x * (PAIRS / 4) + step / 2][lane] + step % 2);
+      const u32 b0 = two.x, b1 = two.y;
       u32 a[4];
       if (MASKED) mma_f16(total2, ONES << 2 * (step % 4), 0, ONES << (2 * (step % 4) + 1), 0, b0, b1);
 #pragma unroll
@@ -192,6 +197,19 @@ DEV void eight(const Eight& p, u8* smem) {
       v.part[warp][i][2 * t + k % 2][g + k / 2 * 8] = y;
     }
   if (RW && g == 0) v.row8[warp][2 * t] = both[0], v.row8[warp][2 * t + 1] = both[1];
+  if (sums) {
+    float squares = 0;
+#pragma unroll
+    for (int i = lane; i < EIGHT_SQUARES * WARP; i += WARP) {
+      if (4 * i >= (int)p.n_squares) continue;
+      const float4 four = *(const float4*)&v.squares[warp][i];
+      squares += (four.x + four.y) + (four.z + four.w);
+    }
+    squares = warp_sum(squares);
+    const float inverse = p.squares ? fast_rsqrt(squares / (float)m.cols + param_float(p.eps)) : 1.0f;
+    if (lane == 0) v.factor[warp] = inverse * param_float(p.unit) * fast_reciprocal(scaled), v.range[warp] = range;
+    if (lane == 0 && p.next_scale && block == 0) ((float*)p.next_scale)[warp] = power_of_two(inverse);
+  }
   __syncthreads();
 
 #pragma unroll
@@ -203,7 +221,7 @@ DEV void eight(const Eight& p, u8* smem) {
     for (int w = 0; w < CW; ++w) y += v.part[w][i][of][threadIdx.x % TILE];
     y *= v.factor[of];
     if (m.bias && rows[k] >= 0) y += ((const float*)m.bias)[rows[k]];
-    if (adds) eight_add(p, place[k], i * blocks + block, TW * blocks, rows[k], of, rows[k] >= 0, residual[k] + y, v.range[of]);
+    if (adds) eight_add(p, place[k], i * blocks + block, rows[k], of, rows[k] >= 0, residual[k] + y, v.range[of]);
     else if (rows[k] >= 0) put_output(p.out, v.rings[of], rows[k], of, y);
   }
   if (RW && warp == CW - 1 && lane < batch && codes_row.there) {

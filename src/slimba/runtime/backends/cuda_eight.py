@@ -23,13 +23,14 @@ from slimba.runtime.backends.cuda_mid import Mid
 from slimba.runtime.backends.cuda_model import CudaModel
 from slimba.runtime.backends.cuda_state import STATE_CODES
 from slimba.runtime.backends.cuda_step import ADD, IN_PROJ, STORE, norm_groups, recurrence
-from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of, float_bits
+from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of, float_bits, up_to
 
 __all__ = ["EIGHT", "EightShape", "EightStep", "operand_places", "shape_of"]
 
 EIGHT, TILE, ROOM = 8, 16, 20  # vectors, rows of a tile, EIGHT_ROOM of kernels/cuda/eight.cuh
 MASKED_SCALE = 2.0  # of operands that meet masked signs, in bit 0: 2^16 / 2 over the RMS before is the largest entry
 IMAGE_SCALE = 0.0625  # of operands that meet 1 and -1
+SQUARES = 3  # EIGHT_SQUARES of kernels/cuda/eight.cuh
 MOST_TILES = 8  # of a block
 MASKED_FROM = 2  # tiles, for which the sums of all columns are worth having
 
@@ -59,7 +60,8 @@ class EightShape:
     @property
     def shared_bytes(self) -> int:
         """EightShared."""
-        return 4 * self.warps * EIGHT * (self.tiles * ROOM + 1) + 16 * EIGHT
+        pieces = 4 * self.words + max(1, self.plane // 4) * min(self.plane, 4)
+        return 512 * self.warps * pieces + 512 * EIGHT * SQUARES + 4 * self.warps * EIGHT * (self.tiles * ROOM + 1) + 16 * EIGHT
 
     @property
     def unit(self) -> float:
@@ -147,7 +149,8 @@ class EightStep(RecordedStep):
             operand_places(layer.matrices["out_proj"], shape, layer.gated_norm)
             for layer, shape in zip(model.layers, self._outs, strict=True)
         ]
-        # Of in_proj and out_proj: operands, those of the second plane, squares. Ranges: in turn, a layer each
+        # Of in_proj and out_proj: operands, those of each layer's second plane, whose gaps stay 0, and squares. Ranges: in
+        # turn, a layer each
         self._in = self._operands("in_proj", max(s.tiles for s in self._outs) * gpu.blocks)
         self._out = self._operands("out_proj", spec.n_heads // STATE_HEADS * WARPS)
         self._ranges = [zeros(EIGHT), zeros(EIGHT)]
@@ -176,13 +179,13 @@ class EightStep(RecordedStep):
             )
         )
 
-    def _operands(self, name: str, squares: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _operands(self, name: str, squares: int) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
         matrices = [layer.matrices[name] for layer in self._model.layers]
         half: dict[str, Any] = {"dtype": torch.float16}
         return (
             self._zeros(EIGHT * max(m.cols for m in matrices), **half),
-            self._zeros(EIGHT * (max(m.plane_kpad for m in matrices) or 8), **half),
-            self._zeros(self.batch, squares),
+            [self._zeros(EIGHT * (m.plane_kpad or 8), **half) for m in matrices],
+            self._zeros(self.batch, up_to(squares, 4)),
         )
 
     def _layers(self, gpu: Recorder) -> None:
@@ -194,7 +197,7 @@ class EightStep(RecordedStep):
         y, y2, y_squares = self._out
         embed = fields_of(
             model.embedding.fields, self._state(0), self.batch, self.ids.data_ptr(), self._u.data_ptr(),
-            self._in_places[0].data_ptr(), x.data_ptr(), x2.data_ptr(), squares.data_ptr(), squares.shape[1],
+            self._in_places[0].data_ptr(), x.data_ptr(), x2[0].data_ptr(), squares.data_ptr(), squares.shape[1],
             self._ranges[0].data_ptr(), eps,
         )  # fmt: skip
         gpu.launch("slimba_eight_embed", (self.batch,), embed, 4 * WARPS)
@@ -202,18 +205,21 @@ class EightStep(RecordedStep):
         to_stream = [ADD, self._u.data_ptr(), spec.d_model, *[0] * 7]
         for i, layer in enumerate(model.layers):
             now, following = (self._ranges[(i + k) % 2].data_ptr() for k in range(2))
-            source = [x.data_ptr(), x2.data_ptr(), float_bits(self._ins[i].unit)]
+            source = [x.data_ptr(), x2[i].data_ptr(), float_bits(self._ins[i].unit)]
             norm = [squares.data_ptr(), squares.shape[1], eps, now, following]
-            self._product(gpu, layer.matrices["in_proj"], i, to_state, source, norm, [0] * 5)
+            self._product(gpu, layer.matrices["in_proj"], i, to_state, source, norm, [0] * 6)
             fields = fields_of(
-                self._recurrences[i].tolist(), 0, y.data_ptr(), y2.data_ptr(), y_squares.data_ptr(), 0, 0, 0,
+                self._recurrences[i].tolist(), 0, y.data_ptr(), y2[i].data_ptr(), y_squares.data_ptr(), 0, 0, 0,
                 self._out_places[i].data_ptr(),
             )  # fmt: skip
             self._launch(gpu, 1, self._recur_name, (spec.n_heads // STATE_HEADS, self.batch), fields, self._recur_bytes, 256)
-            last = i + 1 == len(model.layers)
-            following_places = 0 if last else self._in_places[i + 1].data_ptr()
-            leaves = [following_places, x.data_ptr(), x2.data_ptr(), following, squares.data_ptr()]
-            source = [y.data_ptr(), y2.data_ptr(), float_bits(self._outs[i].unit)]
+            leaves = [0] * 6
+            if i + 1 < len(model.layers):
+                leaves = [
+                    self._in_places[i + 1].data_ptr(), x.data_ptr(), x2[i + 1].data_ptr(), following,
+                    squares.data_ptr(), squares.shape[1],
+                ]  # fmt: skip
+            source = [y.data_ptr(), y2[i].data_ptr(), float_bits(self._outs[i].unit)]
             norm = [y_squares.data_ptr(), y_squares.shape[1], eps, 0, 0]
             self._product(gpu, layer.matrices["out_proj"], i, to_stream, source, norm, leaves)
         source = [self._u.data_ptr(), spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, eps]
