@@ -56,7 +56,7 @@ def eight_product(gpu: Any, matrix: Matrix, x: np.ndarray, **changes: Any) -> np
     baked = Baked()
     name = baked.of_many(shape.name, fields)
     gpu.launch(
-        name, (gpu.blocks,), fields, shape.shared_bytes, threads=shape.threads, module=gpu.module("eight", baked.source)
+        name, (gpu.blocks,), fields, shape.shared_bytes(0), threads=shape.threads, module=gpu.module("eight", baked.source)
     )
     gpu.synchronize()
     return np.asarray(out.cpu().numpy())

@@ -12,7 +12,7 @@
 //
 // Naive twin: `Matrix.matmul` of formats/matrix.py. Tests: tests/kernels/test_cuda_eight.py.
 #define EIGHT 8  // vectors
-#define EIGHT_SQUARES 3  // fours of sums of squares of a lane
+#define EIGHT_SQUARES 3  // fours of sums of squares of a lane, at most
 #define EIGHT_ROOM 20  // floats of a tile's rows of one vector: the lanes of a warp write to different banks
 
 struct Eight {
@@ -28,8 +28,11 @@ struct Eight {
 
 template <int CW, int TW, int PIECES>
 struct EightShared {
-  uint4 x[CW][PIECES][WARP], squares[EIGHT][EIGHT_SQUARES * WARP];
-  float part[CW][TW][EIGHT][EIGHT_ROOM], row8[CW][EIGHT];
+  union {
+    uint4 x[PIECES][WARP];
+    float part[TW][EIGHT][EIGHT_ROOM];  // when its operands are multiplied
+  } warp[CW];
+  float row8[CW][EIGHT];
   float factor[EIGHT], range[EIGHT];
   i64 rings[EIGHT];
 };
@@ -75,6 +78,7 @@ DEV void eight(const Eight& p, u8* smem) {
   constexpr u32 ONES = 0x00010001u;
   typedef EightShared<CW, TW, PIECES + PIECES2> Shared;
   Shared& v = *(Shared*)smem;
+  uint4* fours = (uint4*)(smem + sizeof(Shared));  // sums of squares
   const Matrix& m = p.m;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, batch = (int)p.batch;
   const int block = blockIdx.x, blocks = gridDim.x, plane_rows = (int)(m.plane_stop - m.plane_start);
@@ -128,14 +132,17 @@ DEV void eight(const Eight& p, u8* smem) {
 #pragma unroll
   for (int first = 1; first >= 0; --first) {
 #pragma unroll
-    for (int i = first; i < PIECES; i += 2) ask_piece(v.x[warp][i], p.x, warp * PIECES + i);
+    for (int i = first; i < PIECES; i += 2) ask_piece(v.warp[warp].x[i], p.x, warp * PIECES + i);
     commit_copies();
   }
 #pragma unroll
-  for (int i = 0; i < PIECES2; ++i) ask_piece(v.x[warp][PIECES + i], p.x2, warp * PIECES2 + i);
+  for (int i = 0; i < PIECES2; ++i) ask_piece(v.warp[warp].x[PIECES + i], p.x2, warp * PIECES2 + i);
 #pragma unroll
   for (int i = lane; i < EIGHT_SQUARES * WARP; i += WARP)
-    if (warp < batch && 4 * i < (int)p.n_squares) copy_async(&v.squares[warp][i], (const float*)p.squares + warp * (int)p.n_squares + 4 * i);
+    if (warp < batch && 4 * i < (int)p.n_squares) {
+      const int at = warp * (int)p.n_squares / 4 + i;
+      copy_async(fours + at, (const uint4*)p.squares + at);
+    }
   commit_copies();
   float residual[ROUNDS];
 #pragma unroll
@@ -155,7 +162,7 @@ DEV void eight(const Eight& p, u8* smem) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int step = 4 * half + k;
-        const uint2 two = *((const uint2*)&v.x[warp][4 * x + step / 2][lane] + k % 2);
+        const uint2 two = *((const uint2*)&v.warp[warp].x[4 * x + step / 2][lane] + k % 2);
         const u32 b0 = two.x, b1 = two.y;
         u32 a[4];
         if (MASKED || RW) {
@@ -177,7 +184,7 @@ DEV void eight(const Eight& p, u8* smem) {
   for (int x = 0; x < (P ? XP : 0); ++x)
 #pragma unroll
     for (int step = 0; step < PAIRS / 2; ++step) {
-      const uint2 two = *((const uint2*)&v.x[warp][PIECES + x * (PAIRS / 4) + step / 2][lane] + step % 2);
+      const uint2 two = *((const uint2*)&v.warp[warp].x[PIECES + x * (PAIRS / 4) + step / 2][lane] + step % 2);
       const u32 b0 = two.x, b1 = two.y;
       u32 a[4];
       if (MASKED) mma_f16(total2, ONES << 2 * (step % 4), 0, ONES << (2 * (step % 4) + 1), 0, b0, b1);
@@ -188,13 +195,14 @@ DEV void eight(const Eight& p, u8* smem) {
         mma_f16(more[i], a[0], a[1], a[2], a[3], b0, b1);
       }
     }
+  sync_warp();
 #pragma unroll
   for (int i = 0; i < TW; ++i)
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       float y = scale[i][k / 2] * (MASKED ? fmaf(2.0f, acc[i][k], -both[2 + k % 2]) : acc[i][k]);
       if (PM >> i & 1) y = fmaf(scale2[i][k / 2], MASKED ? fmaf(2.0f, more[i][k], -total2[k % 2]) : more[i][k], y);
-      v.part[warp][i][2 * t + k % 2][g + k / 2 * 8] = y;
+      v.warp[warp].part[i][2 * t + k % 2][g + k / 2 * 8] = y;
     }
   if (RW && g == 0) v.row8[warp][2 * t] = both[0], v.row8[warp][2 * t + 1] = both[1];
   if (sums) {
@@ -202,7 +210,7 @@ DEV void eight(const Eight& p, u8* smem) {
 #pragma unroll
     for (int i = lane; i < EIGHT_SQUARES * WARP; i += WARP) {
       if (4 * i >= (int)p.n_squares) continue;
-      const float4 four = *(const float4*)&v.squares[warp][i];
+      const float4 four = *(const float4*)(fours + warp * (int)p.n_squares / 4 + i);
       squares += (four.x + four.y) + (four.z + four.w);
     }
     squares = warp_sum(squares);
@@ -218,7 +226,7 @@ DEV void eight(const Eight& p, u8* smem) {
     if (i >= TW) break;
     float y = 0;
 #pragma unroll
-    for (int w = 0; w < CW; ++w) y += v.part[w][i][of][threadIdx.x % TILE];
+    for (int w = 0; w < CW; ++w) y += v.warp[w].part[i][of][threadIdx.x % TILE];
     y *= v.factor[of];
     if (m.bias && rows[k] >= 0) y += ((const float*)m.bias)[rows[k]];
     if (adds) eight_add(p, place[k], i * blocks + block, rows[k], of, rows[k] >= 0, residual[k] + y, v.range[of]);

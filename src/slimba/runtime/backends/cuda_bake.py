@@ -108,7 +108,8 @@ class Baked:
         struct, bounds, call, varying = MANY[kind]
         arguments = numbers.split("_") if numbers else []
         if kind in ("states", "steps"):
-            bounds += {"states": "3", "steps": "4"}[kind] if arguments[0] == "2" else "2"
+            alone = kind == "steps" and fields[-1] != 0  # a block a multiprocessor, with a product's beside it
+            bounds += {"states": "3", "steps": "4"}[kind] if arguments[0] == "2" and not alone else "2"
             shape = arguments[1] if kind == "states" else ", ".join(arguments)
             call += f", *({kind.title()}Shared<{shape}>*)smem"
         elif kind == "flow":

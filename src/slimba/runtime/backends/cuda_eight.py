@@ -30,7 +30,7 @@ __all__ = ["EIGHT", "EightShape", "EightStep", "operand_places", "shape_of"]
 EIGHT, TILE, ROOM = 8, 16, 20  # vectors, rows of a tile, EIGHT_ROOM of kernels/cuda/eight.cuh
 MASKED_SCALE = 2.0  # of operands that meet masked signs, in bit 0: 2^16 / 2 over the RMS before is the largest entry
 IMAGE_SCALE = 0.0625  # of operands that meet 1 and -1
-SQUARES = 3  # EIGHT_SQUARES of kernels/cuda/eight.cuh
+MOST_SQUARES = 128 * 3  # of a vector: EIGHT_SQUARES of kernels/cuda/eight.cuh
 MOST_TILES = 8  # of a block
 MASKED_FROM = 2  # tiles, for which the sums of all columns are worth having
 
@@ -57,11 +57,11 @@ class EightShape:
         numbers = self.warps, self.words, self.tiles, self.rows, self.plane, self.with_plane, int(self.masked)
         return "slimba_eight_" + "_".join(map(str, numbers))
 
-    @property
-    def shared_bytes(self) -> int:
-        """EightShared."""
-        pieces = 4 * self.words + max(1, self.plane // 4) * min(self.plane, 4)
-        return 512 * self.warps * pieces + 512 * EIGHT * SQUARES + 4 * self.warps * EIGHT * (self.tiles * ROOM + 1) + 16 * EIGHT
+    def shared_bytes(self, squares: int) -> int:
+        """EightShared, and so many sums of squares of each vector."""
+        pieces = 4 * self.words + (max(1, self.plane // 4) * min(self.plane, 4))
+        own = max(512 * pieces, 4 * self.tiles * EIGHT * ROOM)
+        return self.warps * (own + 4 * EIGHT) + 16 * EIGHT + 4 * EIGHT * squares
 
     @property
     def unit(self) -> float:
@@ -129,8 +129,7 @@ def scales(shape: EightShape, bit: np.ndarray) -> np.ndarray:
 
 class EightStep(RecordedStep):
     WARPS_IN, WARPS_OUT = 16, 16  # of a block
-    SPREAD = (70, 164 * 1024)  # as in FusedStep
-    ROOMS = (0.485, 0.378, 0.5005)  # of in_proj, the recurrence and out_proj
+    SPREAD = 70  # percent of a multiprocessor's memory that blocks share: the fastest by docs/log.md
 
     def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str) -> None:
         super().__init__(model, gpu, batch)
@@ -169,8 +168,10 @@ class EightStep(RecordedStep):
         if not gpu.bakes or spec.architecture != "mamba2" or not states_fit(spec) or not 2 <= batch <= EIGHT:
             return False
         normed = spec.gated_norm and not spec.norm_before_gate and norm_groups(spec) == 1
+        fewest = spec.n_heads // STATE_HEADS * WARPS, -(-spec.d_model // TILE) + gpu.blocks
         return (
             normed
+            and max(fewest) <= MOST_SQUARES
             and Mid.fits(model.head)
             and all(
                 shape_of(layer.matrices["in_proj"], gpu.blocks, cls.WARPS_IN)
@@ -212,7 +213,8 @@ class EightStep(RecordedStep):
                 self._recurrences[i].tolist(), 0, y.data_ptr(), y2[i].data_ptr(), y_squares.data_ptr(), 0, 0, 0,
                 self._out_places[i].data_ptr(),
             )  # fmt: skip
-            self._launch(gpu, 1, self._recur_name, (spec.n_heads // STATE_HEADS, self.batch), fields, self._recur_bytes, 256)
+            grid = spec.n_heads // STATE_HEADS, self.batch
+            gpu.launch(self._recur_name, grid, fields, self._recur_bytes, overlap=True, spread=self.SPREAD)
             leaves = [0] * 6
             if i + 1 < len(model.layers):
                 leaves = [
@@ -240,15 +242,10 @@ class EightStep(RecordedStep):
         out = output[0] == ADD
         shape = (self._outs if out else self._ins)[i]
         fields = fields_of(m.fields, list(output), self._state(i), self.batch, list(source), list(norm), list(leaves))
-        self._launch(gpu, 2 if out else 0, shape.name, (self._gpu.blocks,), fields, shape.shared_bytes, shape.threads)
-
-    def _launch(
-        self, gpu: Recorder, kind: int, name: str, grid: tuple[int, ...], fields: np.ndarray, shared: int, threads: int
-    ) -> None:
-        """kind: in_proj, recurrence or out_proj, whose blocks ask for shared memory so that none has a second of its
-        kind beside it."""
-        room = int(self.ROOMS[kind] * self.SPREAD[1]) // 128 * 128 if self._gpu.overlaps else 0
-        gpu.launch(name, grid, fields, max(shared, room), threads=threads, overlap=True, spread=self.SPREAD[0])
+        gpu.launch(
+            shape.name, (self._gpu.blocks,), fields, shape.shared_bytes(norm[1]), threads=shape.threads, overlap=True,
+            spread=self.SPREAD,
+        )  # fmt: skip
 
 
 def made_shape(m: DeviceMatrix, gpu: Gpu, warps: int) -> EightShape:
