@@ -267,6 +267,7 @@ DEV void steps(const Steps& all, StepsShared<TYPE, N>& m) {
   constexpr int SIZE = Stored<TYPE>::SIZE, E = Stored<TYPE>::E, Q = N * SIZE / 64, AHEAD = TYPE == STATE_F32 ? 1 : 2;
   constexpr int ENTRIES = N / WARP, KEPT_SIZE = KeptRows<TYPE>::SIZE;
   const Recurrence& p = all.r;
+  if (all.places) release_next();  // with few sequences there is room for the product's blocks beside these
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, b = blockIdx.y;
   const int inner = (int)p.inner, heads = (int)p.heads, groups = (int)p.groups, head0 = (int)blockIdx.x * STATE_HEADS;
   const int group = head0 / (heads / groups), first = head0 * 64, channel = first + threadIdx.x, head = channel / 64;
@@ -310,7 +311,7 @@ DEV void steps(const Steps& all, StepsShared<TYPE, N>& m) {
   const int of_head = lane % STATE_HEADS, of_token = lane / STATE_HEADS % (KEPT / WARPS) * WARPS + warp;
   const float l_before = of_token < j ? kept.l[of_token * heads + head0 + of_head] : 0.0f;
   if (all.image && !all.places && threadIdx.x * 32u < plane_places(all)) prefetch((const i32*)all.plane_index + blockIdx.x * plane_places(all) + threadIdx.x * 32);
-  release_next();
+  if (!all.places) release_next();
   await_previous();
   const float raw_dt = load_fresh((const float*)p.dt + b * (int)p.dt_stride + head), in = load_fresh(newest + channel);
   const float in_bc = load_fresh(newest + (of_bc ? bc_channel : inner));
