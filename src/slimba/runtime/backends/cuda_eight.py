@@ -128,7 +128,7 @@ def scales(shape: EightShape, bit: np.ndarray) -> np.ndarray:
 
 
 class EightStep(RecordedStep):
-    WARPS_IN, WARPS_OUT = 16, 16  # of a block
+    WARPS_IN, WARPS_OUT = 8, 16  # of a block
     SPREAD = 70  # percent of a multiprocessor's memory that blocks share: the fastest by docs/log.md
 
     def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str) -> None:
