@@ -3,8 +3,9 @@
     python benchmarks/cuda_check.py --json cuda-check.json [--seconds 210] [--only decode]
 
 Compiles the kernels for the GPU at hand, compares every kernel with its NumPy twin at odd sizes on poisoned outputs,
-the engine with the NumPy recurrence and the torch reference, the packed 25M model with the reference on text, and then
-measures the 1.3B shape with random weights. A failed check is printed and counted and the run goes on.
+the engine with the NumPy recurrence and the torch reference, trained models with the reference on text (activations in
+float32 and int8), and then measures the 1.3B shape with random weights. A failed check is printed and counted and the
+run goes on.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from cuda_measure import (  # noqa: E402
     seconds,
 )  # fmt: skip
 from cuda_parts import PARTS, chunks, plain, small_engine  # noqa: E402
+from cuda_trained import trained_checks  # noqa: E402
 
 from kernels.cuda_cases import SPECS  # noqa: E402
 from runtime.numpy_reference import mamba2_spec, random_checkpoint  # noqa: E402
@@ -110,54 +112,12 @@ def stored_states(state_dtype: str) -> str:
     return f"largest difference {worst:.2g}"
 
 
-def real_text(model: Path, count: int) -> np.ndarray:
-    from slimba.data.tokenizer import Tokenizer
-
-    text = (ROOT / "src/slimba/assets/demo-text/heldout.txt").read_text(encoding="utf-8")[: count * 8]
-    return np.array(Tokenizer.from_file(model / "tokenizer.json").encode(text)[:count], np.int32)
-
-
-def packed_model() -> str:
-    """The packed 25M model on text against the reference on the same GPU, in float32: bulk and step by step."""
-    from slimba.checkpoints.reader import open_checkpoint
-    from slimba.runtime.backends.reference import ReferenceEngine
-
-    path = ROOT / "benchmarks/models/mamba2-25m-1bit"
-    checkpoint = open_checkpoint(path)
-    ids = real_text(path, 1025)[None]
-    reference = ReferenceEngine(checkpoint, device="cuda")
-    want = reference.forward(ids[:, :-1], reference.new_state())[0]
-    engine = CudaEngine(checkpoint)
-    parts = []
-    state = engine.new_state()
-    stepped = np.stack([engine.step(ids[:, t], state)[0].cpu().numpy() for t in range(256)])
-    for name, got in (("bulk", engine.forward(ids[:, :-1], engine.new_state())[0]), ("steps", stepped)):
-        n = len(got)
-        tolerance = 0.15 if name == "bulk" else 2e-3
-        top = np.sort(want[:n], axis=1)
-        same = got.argmax(1) == want[:n].argmax(1)
-        clear = top[:, -1] - top[:, -2] > tolerance
-        difference = close(got, want[:n], tolerance)
-        ours, theirs = (perplexity(x, ids[0, 1 : n + 1]) for x in (got, want[:n]))
-        assert same.mean() >= 0.99, f"{name}: argmax agrees at {same.mean():.4f}"
-        assert same[clear].all(), f"{name}: argmax differs where the margin exceeds the tolerance"
-        assert abs(ours / theirs - 1) < 0.005, f"{name}: perplexity {ours} for {theirs}"
-        parts.append(f"{name}: logits {difference:.2g}, argmax {same.mean():.4f}, ppl {ours:.4f} for {theirs:.4f}")
-    return "; ".join(parts)
-
-
-def perplexity(logits: np.ndarray, targets: np.ndarray) -> float:
-    x = logits.astype(np.float64)
-    top = x.max(1, keepdims=True)
-    logp = x - top - np.log(np.exp(x - top).sum(1, keepdims=True))
-    return float(np.exp(-logp[np.arange(len(targets)), targets].mean()))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seconds", type=float, default=210, help="start no further measurement after this")
-    parser.add_argument("--only", default="", help="some of: quick,correct,decode,prefill,batches,shape,peers")
+    parser.add_argument("--only", default="", help="some of: quick,correct,trained,decode,prefill,batches,shape,peers")
+    parser.add_argument("--models", type=Path, default=ROOT / "benchmarks/models", help="where the packed 25M model is")
     parser.add_argument("--part", default="", help=f"of quick, some of: {','.join(PARTS)}")
     parser.add_argument("--shape", default="mamba2-1.3b")
     args = parser.parse_args()
@@ -186,8 +146,10 @@ def main() -> None:
                 check(f"chunks {n} {state}", functools.partial(chunks, gpu, n, state))
         check("state bfloat16", lambda: stored_states("bfloat16"))
         check("state int8", lambda: stored_states("int8"))
-        check("packed 25M model", packed_model)
-    if chosen <= {"quick", "correct"}:
+    if chosen & {"correct", "trained"}:
+        for name, work in trained_checks(args.models, open_gpu()).items():
+            check(name, work)
+    if chosen <= {"quick", "correct", "trained"}:
         return finish(args.json)
     check("bandwidth", bandwidth)
     spec = named_spec(args.shape)
