@@ -89,7 +89,7 @@ def compare_layers(
     layers: Iterable[int] | None = None,
     device: str = "cpu",
 ) -> list[LayerFound]:
-    """ids: int32 [L], a text of at least FEWEST tokens; engine_of: of a model and whether exact; layers: by default all."""
+    """ids: int32 [L], a text of at least FEWEST tokens; engine_of: of a model and whether exact; layers: or all."""
     entering = streams(checkpoint, ids, device)
     chosen = range(checkpoint.spec.n_layer) if layers is None else layers
     return [_compare(one_layer(checkpoint, i, entering[i]), i, len(ids), engine_of, device) for i in chosen]
