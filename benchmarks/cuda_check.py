@@ -11,6 +11,7 @@ run goes on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import sys
@@ -44,7 +45,7 @@ from cuda_measure import (  # noqa: E402
     results,
     seconds,
 )  # fmt: skip
-from cuda_parts import PARTS, chunks, plain, small_engine  # noqa: E402
+from cuda_parts import PARTS, FloatProducts, chunks, plain, small_engine  # noqa: E402
 from cuda_trained import trained_checks  # noqa: E402
 
 from kernels.cuda_cases import SPECS  # noqa: E402
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="some of: quick,correct,trained,decode,prefill,batches,shape,peers")
     parser.add_argument("--models", type=Path, default=ROOT / "benchmarks/models", help="where the packed 25M model is")
     parser.add_argument("--part", default="", help=f"of quick, some of: {','.join(PARTS)}")
+    parser.add_argument("--float-products", action="store_true", help="of quick, for racecheck: see FloatProducts")
     parser.add_argument("--shape", default="mamba2-1.3b")
     args = parser.parse_args()
     chosen = set(args.only.split(",")) if args.only else {"correct", "decode", "prefill", "batches", "shape"}
@@ -128,8 +130,9 @@ def main() -> None:
     if check("compile and load", lambda: f"{open_gpu().blocks} multiprocessors, {open_gpu().shared} bytes") is None:
         sys.exit(1)
     if "quick" in chosen:
-        for name in args.part.split(",") if args.part else PARTS:
-            check(name, functools.partial(PARTS[name].compare, open_gpu()))
+        with FloatProducts() if args.float_products else contextlib.nullcontext():
+            for name in args.part.split(",") if args.part else PARTS:
+                check(name, functools.partial(PARTS[name].compare, open_gpu()))
     if "correct" in chosen:
         gpu = open_gpu()
         check("products", lambda: products(gpu))

@@ -26,6 +26,7 @@ from cuda_kernels import (
     stream_products,
     turns,
 )
+from torch.overrides import TorchFunctionMode
 
 from kernels.cuda_cases import SPECS
 from runtime.numpy_reference import NumpyModel, mamba2_spec, random_checkpoint
@@ -34,6 +35,23 @@ from slimba.runtime import measure
 from slimba.runtime.backends.cuda import CudaEngine
 from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.engine import SamplingParams
+
+
+class FloatProducts(TorchFunctionMode):
+    """torch's float16 products in float32, by kernels of cuBLAS without products of warpgroups: racecheck broke down at
+    the others, before our own kernels behind them (docs/log.md)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func not in PRODUCTS_OF_TORCH or not any(getattr(a, "dtype", None) == torch.float16 for a in args):
+            return func(*args, **kwargs)
+        out_dtype, out = kwargs.pop("out_dtype", torch.float16), kwargs.pop("out", None)
+        given = torch.matmul if len(args) == 2 else torch.addmm
+        result = given(*(a.float() for a in args)).to(out_dtype)
+        return result if out is None else out.copy_(result)
+
+
+PRODUCTS_OF_TORCH = (torch.mm, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 
 
 def plain(gpu: Gpu, *, warpgroups: bool = False) -> Gpu:
