@@ -126,9 +126,9 @@ void lookup_few(const QuantArgs& a) {
   for (int64_t row = a.row_begin; row < a.row_end; row += kLookupRows) {
     const int64_t n = min64(kLookupRows, a.row_end - row);
     transpose_bytes(a.data + row * row_bytes, row_bytes, n, 0, row_bytes, a.scratch);
-    const uint8_t* ahead = a.data + row * row_bytes + kAhead;
+    const uint8_t* rows = a.data + row * row_bytes;
     const auto fetch = [&](int64_t k) {  // of eight bytes of every row
-      for (int64_t i = 0; i < 8 * kLookupRows; i += 64) fetch_line(ahead + k * kLookupRows + i, a.once);
+      for (int64_t i = 0; i < 8 * kLookupRows; i += 64) fetch_later(rows + k * kLookupRows + i, a.once);
     };
     for (int64_t t = 0; t < a.tokens; ++t) {
       vi sum[4];

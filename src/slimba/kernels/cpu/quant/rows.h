@@ -10,7 +10,15 @@
 namespace slimba {
 namespace {
 
-constexpr int64_t kAhead = 16384;  // bytes between what is read and what is fetched into the cache
+constexpr int64_t kAhead = 16384;  // bytes between what is read and what is fetched into the cache `once`
+constexpr int64_t kFar = 32768, kNear = 4096;  // else: into the second-level cache, then into the first
+
+// Of rows at p, what will be read later. In two steps, since few lines at a time can be on the way to the first-level cache.
+inline void fetch_later(const uint8_t* p, bool once) {
+  if (once) return fetch_line(p + kAhead, true);
+  asm volatile("prefetcht1 %0" ::"m"(*(const char*)(p + kFar)));
+  fetch_line(p + kNear);
+}
 
 #if defined(__AVX512F__)
 constexpr int64_t kSignColumns = 512;  // whose bits fill a vector
@@ -89,7 +97,7 @@ inline __mmask64 load_mask(const uint8_t* p) {
 constexpr int64_t kMaskedBytes = 40;  // of a row's end, up to which masks of 64 columns take fewer instructions
 
 // sum[i]: activations where the bit is 1, of RB rows and the token whose activations are x as prepared, and q in their own
-// order. `fetch`: these rows are read for the first time, so what lies kAhead bytes on is fetched.
+// order. `fetch`: these rows are read for the first time, so what lies behind them is fetched.
 template <int RB>
 inline void sign_dots(const uint8_t* const* rows, int64_t bytes, const uint8_t* x, const int8_t* q, bool fetch,
                       bool once, vi* sum) {
@@ -102,14 +110,14 @@ inline void sign_dots(const uint8_t* const* rows, int64_t bytes, const uint8_t* 
   for (; b + 64 <= bytes; b += 64, x += kSignColumns) {
 #pragma GCC unroll 4
     for (int r = 0; r < RB; ++r) {
-      if (fetch) fetch_line(rows[r] + b + kAhead, once);
+      if (fetch) fetch_later(rows[r] + b, once);
       w[r] = iload(rows[r] + b);
     }
     sign_step<RB>(w, x, acc);
   }
   if (b < bytes && bytes - b <= kMaskedBytes) {
     for (int r = 0; r < RB; ++r)
-      if (fetch) fetch_line(rows[r] + b + kAhead, once);
+      if (fetch) fetch_later(rows[r] + b, once);
     for (; b < bytes; b += 8) {
       const vi own = iload(q + b * 8);
 #pragma GCC unroll 4
@@ -119,7 +127,7 @@ inline void sign_dots(const uint8_t* const* rows, int64_t bytes, const uint8_t* 
   } else if (b < bytes) {
     const __mmask64 some = (__mmask64(1) << (bytes - b)) - 1;
     for (int r = 0; r < RB; ++r) {
-      if (fetch) fetch_line(rows[r] + b + kAhead, once);
+      if (fetch) fetch_later(rows[r] + b, once);
       w[r] = _mm512_maskz_loadu_epi8(some, rows[r] + b);
     }
     sign_step<RB>(w, x, acc);
