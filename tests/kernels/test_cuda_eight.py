@@ -23,7 +23,9 @@ LAYOUTS: dict[str, MatrixLayout] = {
     "sign": MatrixLayout(2048, (Segment(64, "sign"),)),
     "odd": MatrixLayout(2048, (Segment(37, "sign"),), col_scale=True),
     "codes": MatrixLayout(2048, (Segment(3, "int8"), Segment(130, "sign"))),
-    "plane": MatrixLayout(2048, (Segment(70, "sign"), Segment(67, "sign"), Segment(2, "int8")), plane=Plane(683, 64, 137)),
+    "plane": MatrixLayout(
+        2048, (Segment(70, "sign"), Segment(67, "sign"), Segment(2, "int8")), plane=Plane(683, 64, 137)
+    ),
     "few": MatrixLayout(2048, (Segment(50, "sign"),), plane=Plane(205, 10, 41), col_scale=True),
     "long": MatrixLayout(4096, (Segment(66, "sign"), Segment(3, "int8")), plane=Plane(1365, 0, 66)),
     "long-plain": MatrixLayout(4096, (Segment(48, "sign"),)),
@@ -56,7 +58,12 @@ def eight_product(gpu: Any, matrix: Matrix, x: np.ndarray, **changes: Any) -> np
     baked = Baked()
     name = baked.of_many(shape.name, fields)
     gpu.launch(
-        name, (gpu.blocks,), fields, shape.shared_bytes(0), threads=shape.threads, module=gpu.module("eight", baked.source)
+        name,
+        (gpu.blocks,),
+        fields,
+        shape.shared_bytes(0),
+        threads=shape.threads,
+        module=gpu.module("eight", baked.source),
     )
     gpu.synchronize()
     return np.asarray(out.cpu().numpy())

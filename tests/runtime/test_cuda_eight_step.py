@@ -21,9 +21,7 @@ def test_steps_are_the_recurrence(state_dtype: str, batch: int, warps: int, monk
     from slimba.runtime.backends.cuda import CudaEngine
 
     monkeypatch.setattr("slimba.runtime.backends.cuda_eight.EightStep.WARPS_IN", warps)
-    spec = mamba2_spec(
-        d_model=2048, headdim=64, d_inner=2048, d_state=128, n_groups=1, n_layer=2, norm_group_size=2048
-    )
+    spec = mamba2_spec(d_model=2048, headdim=64, d_inner=2048, d_state=128, n_groups=1, n_layer=2, norm_group_size=2048)
     checkpoint = random_model(spec, "dfssm")
     ids = np.random.default_rng(6).integers(0, 67, (batch, 24)).astype(np.int32)
     cuda = CudaEngine(checkpoint, gpu=host_gpu(40, bakes=True), state_dtype=state_dtype)
