@@ -23,9 +23,9 @@ try:
     from slimba.kernels.cuda.compiler import CudaUnavailable
     from slimba.runtime.backends.cuda_batch import BatchStep
     from slimba.runtime.backends.cuda_broad_step import BroadStep
-    from slimba.runtime.backends.cuda_eight import EightStep
     from slimba.runtime.backends.cuda_bulk import CHUNK, Bulk
     from slimba.runtime.backends.cuda_device import Gpu, open_gpu
+    from slimba.runtime.backends.cuda_eight import EightStep
     from slimba.runtime.backends.cuda_model import CudaModel
     from slimba.runtime.backends.cuda_state import STATE_CODES, CudaState, StatePointers
     from slimba.runtime.backends.cuda_step import BulkStep, FusedStep, Step

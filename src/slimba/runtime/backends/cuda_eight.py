@@ -148,8 +148,8 @@ class EightStep(RecordedStep):
             operand_places(layer.matrices["out_proj"], shape, layer.gated_norm)
             for layer, shape in zip(model.layers, self._outs, strict=True)
         ]
-        # Of in_proj and out_proj: operands, those of each layer's second plane, whose gaps stay 0, and squares. Ranges: in
-        # turn, a layer each
+        # Of in_proj and out_proj: operands, those of each layer's second plane, whose gaps stay 0, and squares.
+        # Ranges: in turn, a layer each
         self._in = self._operands("in_proj", max(s.tiles for s in self._outs) * gpu.blocks)
         self._out = self._operands("out_proj", spec.n_heads // STATE_HEADS * WARPS)
         self._ranges = [zeros(EIGHT), zeros(EIGHT)]
