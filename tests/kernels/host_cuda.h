@@ -54,21 +54,14 @@ struct Warp {
   Gate gate;
   u32 slot[2][32][8];  // of one exchange and the next: no lane can be further ahead than that
 };
-struct Shared {  // begins behind a multiple of 1024 as far in every block, as on a GPU
-  std::vector<u8> room;
-  u8* data() { return room.data() + (1024 - std::uintptr_t(room.data()) % 1024) % 1024 + 16; }
-};
 struct Block {
   Gate gate;
   std::vector<Warp> warps;
-  Shared shared;
-  int running = 0;
-  bool ended = false;
+  std::vector<u8> shared;
 };
 inline Fibre* current = nullptr;
 inline void* scheduler = nullptr;
-inline std::vector<Block>* blocks = nullptr;  // of a cluster
-inline Gate* cluster_gate = nullptr;
+inline std::vector<Block>* blocks = nullptr;
 constexpr std::size_t kStack = 48 * 1024;
 inline std::vector<std::unique_ptr<char[]>> stacks;  // kept: making them costs more than running on them
 inline Dim3 grid_size, block_size;
@@ -110,31 +103,26 @@ inline Warp& own_warp() { return own_block().warps[current->warp]; }
 inline void enter() {
   (*body)();
   current->done = true;
-  if (--own_block().running == 0) own_block().ended = true;
   for (;;) yield();
 }
 
-// Runs one cluster of blocks after another.
-inline void run(Dim3 grid, int threads, i64 shared_bytes, int cluster, const std::function<void()>& f) {
-  if (grid.x % cluster) std::abort();
+// Runs one block after another.
+inline void run(Dim3 grid, int threads, i64 shared_bytes, const std::function<void()>& f) {
   grid_size = grid;
   block_size = {unsigned(threads), 1, 1};
   body = &f;
-  const int total = int(grid.x * grid.y * grid.z), step = cluster;
+  const int total = int(grid.x * grid.y * grid.z), step = 1;
   for (int from = 0; from < total; from += step) {
     const int count = step < total - from ? step : total - from;
     std::vector<Block> group(count);
     std::vector<Fibre> fibres(std::size_t(count) * threads);
-    Gate all = {threads * count, 0, 0};
     blocks = &group;
-    cluster_gate = &all;
     for (int b = 0; b < count; ++b) {
       const int at = from + b;
       group[b].gate = {threads, 0, 0};
       group[b].warps.resize((threads + 31) / 32);
       for (auto& w : group[b].warps) w.gate = {32, 0, 0};
-      group[b].running = threads;
-      group[b].shared.room.assign(std::size_t(shared_bytes) + 2048, 0xA5);  // poison, and a guard behind the end
+      group[b].shared.assign(std::size_t(shared_bytes) + 64, 0xA5);  // poison, and a guard behind the end
       for (int t = 0; t < threads; ++t) {
         Fibre& fibre = fibres[std::size_t(b) * threads + t];
         if (stacks.size() <= std::size_t(b) * threads + t) stacks.emplace_back(new char[kStack]);
@@ -162,7 +150,7 @@ inline void run(Dim3 grid, int threads, i64 shared_bytes, int cluster, const std
     }
     for (auto& b : group)
       for (std::size_t i = 0; i < 64; ++i)
-        if (b.shared.data()[std::size_t(shared_bytes) + i] != 0xA5) {
+        if (b.shared[std::size_t(shared_bytes) + i] != 0xA5) {
           std::fprintf(stderr, "a kernel wrote behind its %lld bytes of shared memory\n", (long long)shared_bytes);
           std::abort();
         }
@@ -186,7 +174,7 @@ struct Exchange {
 #define gridDim (host::grid_size)
 #define blockDim (host::block_size)
 #define SHARED(name) u8* name = host::own_block().shared.data()
-#define HOST_KERNEL(name, CLUSTER, Params)                                                                               \
+#define KERNEL(name, Params, ...)                                                                                  \
   static void name##_body(const Params& p);                                                                       \
   extern "C" void name(int gx, int gy, int gz, i64 shared, const void* fields, i64 bytes, int n) { \
     if (bytes != (i64)sizeof(Params)) {                                                                            \
@@ -195,10 +183,9 @@ struct Exchange {
       std::abort();                                                                                                \
     }                                                                                                              \
     const Params& p = *static_cast<const Params*>(fields);                                                         \
-    host::run({unsigned(gx), unsigned(gy), unsigned(gz)}, n, shared, CLUSTER, [&] { name##_body(p); }); \
+    host::run({unsigned(gx), unsigned(gy), unsigned(gz)}, n, shared, [&] { name##_body(p); });    \
   }                                                                                                                \
   static void name##_body(const Params& p)
-#define KERNEL(name, Params, ...) HOST_KERNEL(name, 1, Params)
 
 inline void sync_warp() { host::wait(host::own_warp().gate); }
 inline void __syncthreads() { host::wait(host::own_block().gate); }

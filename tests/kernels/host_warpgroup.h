@@ -3,50 +3,24 @@
 
 DEV u8* align_shared(u8* p, int to) { return p + ((to - int(std::uintptr_t(p) % to)) & (to - 1)); }
 
-// A barrier: phases passed, bytes that are missing, arrivals that are missing, arrivals of a phase.
-struct Barrier {
-  u64 phase : 16, count : 12, left : 12;
-  i64 bytes : 24;
-};
-DEV Barrier* host_barrier(u64* bar) { return reinterpret_cast<Barrier*>(bar); }
-DEV void host_settle(Barrier* b) {
-  if (b->left == 0 && b->bytes == 0) b->left = b->count, b->phase = b->phase + 1;
-}
-DEV void barrier_start(u64* bar, int count) { *bar = 0, host_barrier(bar)->count = host_barrier(bar)->left = count; }
+// A barrier: phases passed, arrivals that are missing, arrivals of a phase.
+DEV void barrier_start(u64* bar, int count) { *bar = u64(count) << 48 | u64(count) << 32; }
 DEV void barriers_started() {}
 DEV void barrier_arrive(u64* bar) {
-  Barrier* b = host_barrier(bar);
-  if (b->left == 0) std::abort();
-  b->left = b->left - 1;
-  host_settle(b);
+  const u64 count = *bar >> 48, left = (*bar >> 32 & 0xffff) - 1;
+  if (left > 0xffff) std::abort();
+  *bar = left ? count << 48 | left << 32 | u32(*bar) : count << 48 | count << 32 | u32(*bar + 1);
 }
 DEV void barrier_expect(u64* bar, int bytes) {
   if (bytes % 16 || bytes <= 0) std::abort();
-  host_barrier(bar)->bytes += bytes;
   barrier_arrive(bar);
 }
 DEV void barrier_wait(u64* bar, int parity) {
-  while (int(host_barrier(bar)->phase & 1) == parity) host::yield();
+  while (int(u32(*bar) & 1) == parity) host::yield();
 }
-DEV void copy_block(void* to, const void* from, int bytes, u64* bar) {
+DEV void copy_block(void* to, const void* from, int bytes, u64*) {
   if ((std::uintptr_t(to) | std::uintptr_t(from) | unsigned(bytes)) % 16) std::abort();
   std::memcpy(to, from, bytes);
-  host_barrier(bar)->bytes -= bytes;
-  host_settle(host_barrier(bar));
-}
-// Clusters of blocks
-#define CLUSTER_KERNEL(name, C, Params, ...) HOST_KERNEL(name, C, Params)
-template <typename T>
-DEV T* host_at(T* p, int block) {  // the same place of another block's shared memory
-  host::Block& other = (*host::blocks)[block];
-  if (other.ended) std::abort();
-  return reinterpret_cast<T*>(other.shared.data() + (reinterpret_cast<u8*>(p) - host::own_block().shared.data()));
-}
-DEV void cluster_sync() { host::wait(*host::cluster_gate); }
-DEV void barrier_arrive_at(u64* bar, int block) { barrier_arrive(host_at(bar, block)); }
-template <int C>
-DEV void copy_to_cluster(void* to, const void* from, int bytes, u64* bar) {
-  for (int b = 0; b < C; ++b) copy_block(host_at((u8*)to, b), from, bytes, host_at(bar, b));
 }
 DEV void see_stores() {}
 DEV void see_shared_stores() {}

@@ -90,13 +90,12 @@ DEV void load_codes(const BroadTile& tile, int row, int unit, BroadBits<INT4>& t
   }
 }
 
-// N vectors of a block; G tiles, a warpgroup each, whose units of columns are divided among KS warpgroups. C blocks side by side are a
-// cluster: they multiply the same vectors, so each copies a part of them into the shared memory of all.
-template <int N, int G, int KS, int FORMAT = SIGN, int C = 1>
+// N vectors of a block; G tiles, a warpgroup each, whose units of columns are divided among KS warpgroups.
+template <int N, int G, int KS, int FORMAT = SIGN>
 DEV void broad(const Broad& p, u8* smem) {
   constexpr int WARPGROUPS = G * KS, SHARE = UNIT * 2 * N, STAGE = KS * SHARE, HALF = N / 2, EACH = HALF / KS;
   constexpr int AT_ONCE = N <= FOUR_AT_ONCE ? 4 : 2;  // steps whose products are begun together
-  static_assert(HALF % KS == 0 && N % C == 0, "a warpgroup finishes its share of the sums, a block copies its share of vectors");
+  static_assert(HALF % KS == 0, "a warpgroup finishes its share of the sums");
   const Matrix& m = p.m;
   const int group = threadIdx.x / GROUP, own = group % G, ks = group / G, warp = threadIdx.x % GROUP / WARP;
   const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4, first = blockIdx.y * N, part = blockIdx.z;
@@ -104,10 +103,9 @@ DEV void broad(const Broad& p, u8* smem) {
   u64 *full = (u64*)(stages + DEPTH * STAGE), *empty = full + DEPTH;
   i64* rings = (i64*)(empty + DEPTH);
   float* factor = (float*)(rings + N);  // of the sums of a vector
-  const int rank = blockIdx.x % C;
   bool any = false;
 #pragma unroll
-  for (int k = 0; k < G * C; ++k) any = any || broad_tile<FORMAT>(m, blockIdx.x - rank + k % C + k / C * gridDim.x).plane;
+  for (int k = 0; k < G; ++k) any = any || broad_tile<FORMAT>(m, blockIdx.x + k * gridDim.x).plane;
   const BroadTile tile = broad_tile<FORMAT>(m, blockIdx.x + own * gridDim.x);
   const int planes = any ? (int)m.plane_kpad / UNIT : 0, all = planes + (int)m.kpad / UNIT;
   const int from = all * part / (int)p.parts, mine = all * (part + 1) / (int)p.parts - from;
@@ -135,11 +133,9 @@ DEV void broad(const Broad& p, u8* smem) {
     const int k = lane / 4, quarter = lane % 4, unit = from + mine * k / KS + round;
     if (k >= KS || unit >= from + mine * (k + 1) / KS || (all_here && quarter)) return;
     const i64 image = unit < planes ? p.x2 : p.x;
-    const int at = (unit < planes ? unit : unit - planes) * 4 + quarter, size = all_here ? SHARE / C : SHARE / 4 / C;
-    u8* to = stages + round % DEPTH * STAGE + k * SHARE + quarter * (SHARE / 4) + rank * size;
-    const u8* from_image = (const u8*)image + ((i64)at * p.padded + first) * 128 + rank * size;
-    if constexpr (C > 1) copy_to_cluster<C>(to, from_image, size, bar);
-    else copy_block(to, from_image, size, bar);
+    const int at = (unit < planes ? unit : unit - planes) * 4 + quarter;
+    copy_block(stages + round % DEPTH * STAGE + k * SHARE + quarter * (SHARE / 4),
+               (const u8*)image + ((i64)at * p.padded + first) * 128, all_here ? SHARE : SHARE / 4, bar);
   };
 
   BroadBits<SIGN> bits, next;  // of signs two units are in registers, of codes only the one that is multiplied
@@ -151,7 +147,7 @@ DEV void broad(const Broad& p, u8* smem) {
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i) {
       barrier_start(&full[i], 1);
-      barrier_start(&empty[i], 4 * WARPGROUPS * C);
+      barrier_start(&empty[i], 4 * WARPGROUPS);
     }
     barriers_started();
   }
@@ -166,8 +162,7 @@ DEV void broad(const Broad& p, u8* smem) {
   if (p.out.mode == IN_PROJ && (int)threadIdx.x < N && first + (int)threadIdx.x < (int)p.batch)
     rings[threadIdx.x] = (i64)next_ring_row(p.state, first + threadIdx.x);
   if (!p.late) release_next();
-  if constexpr (C > 1) cluster_sync();
-  else __syncthreads();
+  __syncthreads();
   await_previous();
   if (p.late) release_next();
   if (threadIdx.x < WARP) {
@@ -215,14 +210,9 @@ DEV void broad(const Broad& p, u8* smem) {
     }
     products_wait<0>();
   };
-  auto leave = [&](int round) {  // the stage may be filled again, by all blocks of the cluster
-    if (round + DEPTH >= rounds) return;  // it will not be; and a block that no one waits for may have ended
-    if constexpr (C > 1) {
-      if (lane < C) barrier_arrive_at(&empty[round % DEPTH], lane);
-    } else if (lane == 0) {
-      barrier_arrive(&empty[round % DEPTH]);
-    }
-    if (threadIdx.x >= WARP) return;
+  auto leave = [&](int round) {  // the stage may be filled again
+    if (lane == 0) barrier_arrive(&empty[round % DEPTH]);
+    if (threadIdx.x >= WARP || round + DEPTH >= rounds) return;
     barrier_wait(&empty[round % DEPTH], round / DEPTH & 1);
     fetch(round + DEPTH);
   };

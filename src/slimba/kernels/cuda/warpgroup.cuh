@@ -36,28 +36,6 @@ DEV void copy_block(void* to, const void* from, int bytes, u64* bar) {
                "l"(from), "r"(bytes), "r"(shared_address(bar))
                : "memory");
 }
-// A kernel whose blocks form clusters of C side by side, on multiprocessors that see each other's shared memory.
-#define CLUSTER_KERNEL(name, C, Params, ...) \
-  extern "C" __global__ void __attribute__((cluster_dims(C, 1, 1))) __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Params p)
-DEV void cluster_sync() {  // as __syncthreads, for all blocks of the cluster
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-DEV void barrier_arrive_at(u64* bar, int block) {  // at the same barrier of a block of the cluster
-  asm volatile(
-      "{\n"
-      ".reg .u32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
-      "}\n" ::"r"(shared_address(bar)), "r"(block) : "memory");
-}
-// copy_block to the same place of every block of a cluster of C, whose barriers each count the bytes.
-template <int C>
-DEV void copy_to_cluster(void* to, const void* from, int bytes, u64* bar) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(
-                   shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(bar)), "h"((u16)((1 << C) - 1))
-               : "memory");
-}
 // What ordinary stores have written may be read by copy_block.
 DEV void see_stores() { asm volatile("fence.proxy.async;" ::: "memory"); }
 

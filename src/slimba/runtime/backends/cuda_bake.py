@@ -121,8 +121,6 @@ class Baked:
         fixed = [(i, v) for i, v in enumerate(fields.tolist()) if 0 <= v < 1 << 32 and i not in varying]
         sets = " ".join(f"f[{i}] = {v};" for i, v in fixed)
         text = kernel(struct, bounds, sets, f"{kind}{template}({call});")
-        if kind == "broad" and len(arguments) > 4:
-            text = text.replace("KERNEL(NAME, ", f"CLUSTER_KERNEL(NAME, {arguments[4]}, ", 1)
         return self._add(f"slimba_{kind}", text)
 
     def _first(self) -> str:

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 
 from slimba.runtime.backends.cuda_device import Gpu
-from slimba.runtime.backends.cuda_weights import FORMAT_CODES, WARPS, DeviceMatrix, fields_of, up_to
+from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of, up_to
 
 __all__ = ["Broad", "Shape"]
 
@@ -27,14 +27,12 @@ CODES_TILE, NORM_COLUMNS = 16, 2048  # of kernels/cuda/broad_norm.cu; columns of
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Arguments of the template `broad`: vectors of a block, tiles, warpgroups among which the columns of a tile are
-    divided; among how many blocks; and how many blocks share their copies of the vectors, where that divides the blocks
-    of a matrix."""
+    divided; and among how many blocks."""
 
     vectors: int
     tiles: int
     split: int
     parts: int = 1
-    cluster: int = 1
 
     @property
     def threads(self) -> int:
@@ -152,10 +150,7 @@ class Broad:
             return [*m.fields, *output, *state, self._batch, *images, parts, part_stride, *squares, int(codes > 0)]
 
         grid3 = -(-tiles_of(m) // shape.tiles), -(-self._batch // shape.vectors), shape.parts
-        cluster = shape.cluster if grid3[0] % shape.cluster == 0 else 1
         name = f"slimba_broad_{shape.vectors}_{shape.tiles}_{shape.split}" + ("_4" if codes_of(m) else "")
-        if cluster > 1:
-            name += ("" if codes_of(m) else f"_{FORMAT_CODES['sign']}") + f"_{cluster}"
         self._gpu.launch(
             name, grid3, fields_of(fields(shape.parts)), shape.shared_bytes, threads=shape.threads, overlap=True
         )
