@@ -1,6 +1,7 @@
-"""The scripts of `benchmarks/baselines/` import each other by their plain names, as they do when they are run."""
+"""The scripts of `benchmarks/` and `benchmarks/baselines/` import each other by their plain names, as when they run."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "baselines"))
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path[:0] = [str(BENCHMARKS / "baselines"), str(BENCHMARKS)]

@@ -3,22 +3,11 @@
 //
 // Naive twin: `Matrix.matmul` of formats/matrix.py. Tests: tests/kernels/test_cuda_broad.py.
 //
-// Vectors lie in float16 as their image: 64 places of all vectors after 64 places, a vector's 128 bytes in the swizzle of
-// warpgroup.cuh, so that a block's share of 64 is one copy. Of 256 columns, lane t of four has the 64 from 64 t on, two words of
-// signs h; bits 2 jj + odd and 16 above are a pair of halves of the left operand of step 8 h + jj. place_in_image says where a column lies.
+// Vectors lie in float16 as image.cuh says, so that a block's share of 64 is one copy.
 #define UNIT 256  // columns of a stage
 #define DEPTH 3   // stages
 #define GROUP 128  // threads of a warpgroup
 #define FOUR_AT_ONCE 32
-
-DEV int image_column(int eight, int i) {  // the column of place 8 eight + i
-  const int step = eight / 2, t = i / 2, high = i % 2;
-  return (step & ~15) * 16 + 64 * t + (step >> 3 & 1) * 32 + 16 * high + (step & 7) * 2 + (eight & 1);
-}
-// Eights of places of vector v in an image of `padded` vectors.
-DEV u8* image_at(i64 image, int padded, int v, int eight) {
-  return (u8*)image + ((i64)(eight >> 3) * padded + v) * 128 + (((eight & 7) ^ (v & 7)) << 4);
-}
 
 struct Broad {
   Matrix m;
@@ -29,7 +18,6 @@ struct Broad {
   i64 squares, pieces, eps;  // squares: float32 [B][pieces], of vectors that steps.cu has not divided by their RMS; or 0
   i64 late;  // let the next kernel begin only when the one before has ended; of broad_codes: wait for the one before at the end
 };
-#define IMAGE_SCALE 0.0625f  // of such vectors
 
 struct BroadTile {  // 64 rows of signs or int4 codes
   const u8 *data, *plane_data;

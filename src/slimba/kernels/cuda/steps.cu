@@ -11,6 +11,7 @@ struct Steps {
   Recurrence r;
   i64 weight, image, image2, squares, padded;  // image 0: y goes to r.y instead; squares float32 [B][blocks]
   i64 plane_index, plane_kpad;                 // of out_proj: places in groups (plane_slots in cuda_weights.py)
+  i64 places;  // of the channels, a struct Place each (eight.cuh), where image and image2 are operands; then squares [B][blocks][WARPS]
 };
 
 // The kept u of a block's channels, a row a token: float32, or bfloat16 with a piece of padding for load_transposed.
@@ -18,6 +19,21 @@ template <int TYPE>
 struct KeptRows {
   static constexpr int SIZE = TYPE == STATE_F32 ? 4 : 2, PIECES = THREADS * SIZE / 16, STRIDE = THREADS * SIZE + (TYPE == STATE_F32 ? 0 : 16);
 };
+// Where a channel goes as an operand of eight.cuh, and what multiplies it there: its place among the first vector's in bytes, and
+// that in the second plane, or -1.
+struct Place {
+  i32 at, at2;
+  float by, by2;
+};
+DEV Place load_place(i64 places, int column) {
+  const uint4 v = *(const uint4*)(places + 16 * (i64)column);
+  return {(i32)v.x, (i32)v.y, bits_to_float(v.z), bits_to_float(v.w)};
+}
+DEV void put_operand(i64 x, i64 x2, const Place& place, int b, float v) {
+  *(u16*)(x + place.at + 64 * b) = float_to_half_bits(v * place.by);
+  if (place.at2 >= 0) *(u16*)(x2 + place.at2 + 64 * b) = float_to_half_bits(v * place.by2);
+}
+
 template <int TYPE, int N>
 struct StepsShared {
   static constexpr bool EXACT = TYPE == STATE_F32;
@@ -251,6 +267,7 @@ DEV void steps(const Steps& all, StepsShared<TYPE, N>& m) {
   constexpr int SIZE = Stored<TYPE>::SIZE, E = Stored<TYPE>::E, Q = N * SIZE / 64, AHEAD = TYPE == STATE_F32 ? 1 : 2;
   constexpr int ENTRIES = N / WARP, KEPT_SIZE = KeptRows<TYPE>::SIZE;
   const Recurrence& p = all.r;
+  if (all.places) release_next();  // with few sequences there is room for the product's blocks beside these
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, b = blockIdx.y;
   const int inner = (int)p.inner, heads = (int)p.heads, groups = (int)p.groups, head0 = (int)blockIdx.x * STATE_HEADS;
   const int group = head0 / (heads / groups), first = head0 * 64, channel = first + threadIdx.x, head = channel / 64;
@@ -288,12 +305,13 @@ DEV void steps(const Steps& all, StepsShared<TYPE, N>& m) {
   }
   const float a = ((const float*)p.a)[head], dt_bias = ((const float*)p.dt_bias)[head];
   const float d = ((const float*)p.d)[p.d_per_channel ? channel : head], last = j ? kept.l[(j - 1) * heads + head] : 0.0f;
-  const float weight = all.image ? ((const float*)all.weight)[channel] : 0.0f;
+  const float weight = all.image && !all.places ? ((const float*)all.weight)[channel] : 0.0f;
+  const Place operand = all.places ? load_place(all.places, channel) : Place{0, -1, 0, 0};
   // Lane r STATE_HEADS + h makes the weight of head h and row r of the kept b
   const int of_head = lane % STATE_HEADS, of_token = lane / STATE_HEADS % (KEPT / WARPS) * WARPS + warp;
   const float l_before = of_token < j ? kept.l[of_token * heads + head0 + of_head] : 0.0f;
-  if (all.image && threadIdx.x * 32u < plane_places(all)) prefetch((const i32*)all.plane_index + blockIdx.x * plane_places(all) + threadIdx.x * 32);
-  release_next();
+  if (all.image && !all.places && threadIdx.x * 32u < plane_places(all)) prefetch((const i32*)all.plane_index + blockIdx.x * plane_places(all) + threadIdx.x * 32);
+  if (!all.places) release_next();
   await_previous();
   const float raw_dt = load_fresh((const float*)p.dt + b * (int)p.dt_stride + head), in = load_fresh(newest + channel);
   const float in_bc = load_fresh(newest + (of_bc ? bc_channel : inner));
@@ -331,7 +349,11 @@ DEV void steps(const Steps& all, StepsShared<TYPE, N>& m) {
     y += m.of_kept[threadIdx.x];
   }
   if (p.gated) y *= silu(z);
-  if (all.image) {
+  if (all.places) {
+    put_operand(all.image, all.image2, operand, b, y);
+    const float squares = warp_sum(y * y);
+    if (lane == 0) ((float*)all.squares)[(b * (int)gridDim.x + blockIdx.x) * WARPS + warp] = squares;
+  } else if (all.image) {
     const float squares = warp_sum(y * y);
     if (lane == 0) m.part[warp] = squares;
     m.sum[threadIdx.x] = y * weight * IMAGE_SCALE;

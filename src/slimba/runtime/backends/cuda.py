@@ -23,6 +23,7 @@ try:
     from slimba.kernels.cuda.compiler import CudaUnavailable
     from slimba.runtime.backends.cuda_batch import BatchStep
     from slimba.runtime.backends.cuda_broad_step import BroadStep
+    from slimba.runtime.backends.cuda_eight import EightStep
     from slimba.runtime.backends.cuda_bulk import CHUNK, Bulk
     from slimba.runtime.backends.cuda_device import Gpu, open_gpu
     from slimba.runtime.backends.cuda_model import CudaModel
@@ -237,7 +238,9 @@ class CudaEngine:
         """The step for this batch size, pointed to `state`."""
         batch = state.batch
         if batch not in self._steps:
-            if batch >= BroadStep.FEWEST and BroadStep.fits(self.model, self.gpu) and not self._exact:
+            if EightStep.fits(self.model, self.gpu, batch) and not self._exact:
+                self._steps[batch] = EightStep(self.model, self.gpu, batch, self.state_dtype)
+            elif batch >= BroadStep.FEWEST and BroadStep.fits(self.model, self.gpu) and not self._exact:
                 self._steps[batch] = BroadStep(self.model, self.gpu, batch, self.state_dtype, self._bulk)
             elif batch > 1 and BatchStep.fits(self.model, self.gpu, batch) and not self._exact:
                 self._steps[batch] = BatchStep(self.model, self.gpu, batch, self.state_dtype, self._bulk)

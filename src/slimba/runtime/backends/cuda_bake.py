@@ -44,6 +44,8 @@ MANY = {
     "broad": ("Broad", "", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
     "broad_codes": ("Broad", "THREADS", "s", {MATRIX + 12, MATRIX + 15, MATRIX + 18, MATRIX + 20}),
     "broad_norm": ("BroadNorm", "THREADS", "s", {MATRIX + 9, MATRIX + 13, MATRIX + 26}),
+    "eight": ("Eight", "", "s", {MATRIX + 12}),
+    "eight_embed": ("EightEmbed", "THREADS", "s", set()),
     "steps": ("Steps", "THREADS, ", "s", RECURRENCE_VARYING),
     "flow": ("Steps", "THREADS, 2", "s", RECURRENCE_VARYING),
     "prepare": ("BatchRecurrence", "THREADS", "s", RECURRENCE_VARYING),
@@ -106,14 +108,15 @@ class Baked:
         struct, bounds, call, varying = MANY[kind]
         arguments = numbers.split("_") if numbers else []
         if kind in ("states", "steps"):
-            bounds += {"states": "3", "steps": "4"}[kind] if arguments[0] == "2" else "2"
+            alone = kind == "steps" and fields[-1] != 0  # a block a multiprocessor, with a product's beside it
+            bounds += {"states": "3", "steps": "4"}[kind] if arguments[0] == "2" and not alone else "2"
             shape = arguments[1] if kind == "states" else ", ".join(arguments)
             call += f", *({kind.title()}Shared<{shape}>*)smem"
         elif kind == "flow":
             call += f", *(FlowShared<{arguments[0]}>*)smem"
         else:
             call += ", smem"
-        if kind in ("still", "few"):
+        if kind in ("still", "few", "eight"):
             bounds = f"{32 * int(arguments[kind == 'few'])}, 1"
         if kind == "broad":
             bounds = f"{128 * int(arguments[1]) * int(arguments[2])}, 1"

@@ -41,6 +41,7 @@ ONLY_MADE = (
     "slimba_broad",
     "slimba_steps",
     "slimba_flow",
+    "slimba_eight",
 )  # kernels that there are for one model's shape alone
 
 

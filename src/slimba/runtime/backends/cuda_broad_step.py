@@ -105,7 +105,7 @@ class BroadStep(RecordedStep):
             self._broad.product(m, to_state, self._state(i), signs_only=early)
             weight = layer.gated_norm.data_ptr() if layer.gated_norm is not None else 0
             fields = fields_of(
-                self._recurrences[i].tolist(), weight, self._broad.images, squares[0], self._broad.padded, plane_of(out)
+                self._recurrences[i].tolist(), weight, self._broad.images, squares[0], self._broad.padded, plane_of(out), 0
             )  # fmt: skip
             grid = spec.n_heads // STATE_HEADS // self._recur_fours, self.batch
             gpu.launch(self._recur_name, grid, fields, self._recur_bytes, overlap=True)

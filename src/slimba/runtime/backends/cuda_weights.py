@@ -113,7 +113,8 @@ class DeviceMatrix:
         segments, items = self._segments(matrix)
         rank, lowrank = self._lowrank(matrix)
         plane = self._plane(matrix)
-        col_scale = self._upload(matrix.arrays["col_scale"].astype(np.float32)) if layout.col_scale else 0
+        self.column_factors = matrix.arrays["col_scale"].astype(np.float32) if layout.col_scale else None
+        col_scale = self._upload(self.column_factors) if self.column_factors is not None else 0
         self.hadamard = layout.hadamard if layout.hadamard > 1 else 0
         self.rounding, step = KEEP_FLOAT, 0
         if activations == "int8" and layout.takes_int8:
@@ -147,6 +148,10 @@ class DeviceMatrix:
     def turns(self) -> bool:
         """Whether its inputs are transformed or rounded."""
         return bool(self.hadamard or self.rounding)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
 
     @property
     def nbytes(self) -> int:

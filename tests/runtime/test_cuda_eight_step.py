@@ -1,0 +1,39 @@
+"""Steps of two to eight sequences by three kernels a layer, run on this processor, against the NumPy model.
+
+Run: `pytest tests/runtime/test_cuda_eight_step.py`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kernels.cuda_host import host_gpu
+from runtime.numpy_reference import NumpyModel, mamba2_spec
+from slimba.runtime.measure import random_model
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.mark.parametrize(("state_dtype", "batch", "warps"), [("float32", 8, 16), ("int8", 3, 16), ("bfloat16", 2, 8)])
+def test_steps_are_the_recurrence(state_dtype: str, batch: int, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sequence elsewhere in its buffer, past the token that stores the state."""
+    from slimba.runtime.backends.cuda import CudaEngine
+
+    monkeypatch.setattr("slimba.runtime.backends.cuda_eight.EightStep.WARPS_IN", warps)
+    spec = mamba2_spec(
+        d_model=2048, headdim=64, d_inner=2048, d_state=128, n_groups=1, n_layer=2, norm_group_size=2048
+    )
+    checkpoint = random_model(spec, "dfssm")
+    ids = np.random.default_rng(6).integers(0, 67, (batch, 24)).astype(np.int32)
+    cuda = CudaEngine(checkpoint, gpu=host_gpu(40, bakes=True), state_dtype=state_dtype)
+    pool = cuda.new_state(batch)
+    for b in range(batch):
+        cuda.prefill(ids[b : b + 1, : 10 + b], pool.view([b]))
+    steps = [cuda.step(ids[range(batch), range(10 + t, 10 + t + batch)], pool).numpy().copy() for t in range(6)]
+    got = np.stack(steps, axis=1)
+    assert type(cuda.stepper(pool)).__name__ == "EightStep"
+    for b in range(batch):
+        want = NumpyModel(checkpoint).logits(ids[b, : 16 + b])[10 + b :]
+        most = np.abs(want).max()
+        np.testing.assert_allclose(got[b], want, rtol=0, atol=(5e-3 if state_dtype == "float32" else 3e-2) * most)
