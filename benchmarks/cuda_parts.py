@@ -170,16 +170,32 @@ def broad_steps(gpu: Gpu, state_dtype: str) -> str:
     return f"largest difference {worst:.2g} of the largest logit"
 
 
+def steps_of_eight(gpu: Gpu) -> str:
+    """The three kernels a layer for up to eight sequences, two layers with other columns in the second plane, against the
+    kernels for tens."""
+    if gpu.device.type == "cpu":  # whose few blocks would have too many tiles each
+        gpu = Gpu(gpu.device, gpu.module, 40, gpu.shared, bakes=gpu.bakes)
+    spec = mamba2_spec(d_model=2048, headdim=64, d_inner=2048, d_state=128, n_layer=2, norm_group_size=2048)
+    checkpoint, worst = measure.random_model(spec, "dfssm"), 0.0
+    for state_dtype, batch in ("float32", 8), ("int8", 3):
+        want, _ = _steps_of_many(plain(gpu), checkpoint, state_dtype, 10, batch=batch)
+        got, _ = _steps_of_many(gpu, checkpoint, state_dtype, 10, "EightStep", batch)
+        most = float(np.abs(want).max())
+        worst = max(worst, close(got, want, (4e-3 if state_dtype == "float32" else 2e-2) * most) / most)
+    return f"largest difference {worst:.2g} of the largest logit"
+
+
 def _steps_of_many(
-    gpu: Gpu, checkpoint: Any, state_dtype: str, count: int, kind: str = "BatchStep"
+    gpu: Gpu, checkpoint: Any, state_dtype: str, count: int, kind: str = "BatchStep", batch: int = 9
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [9, count, V] of steps after prompts of 8, 9 ... 16 tokens; and all ids."""
-    ids = np.random.default_rng(6).integers(0, 67, (9, 40)).astype(np.int32)
+    """Logits [batch, count, V] of steps after prompts of 8, 9 ... tokens; and all ids."""
+    ids = np.random.default_rng(6).integers(0, 67, (batch, 40)).astype(np.int32)
     engine = CudaEngine(checkpoint, state_dtype=state_dtype, gpu=gpu)
-    pool = engine.new_state(9)
-    for b in range(9):
+    pool = engine.new_state(batch)
+    for b in range(batch):
         engine.prefill(ids[b : b + 1, : 8 + b], pool.view([b]))
-    steps = [engine.step(ids[range(9), range(8 + t, 17 + t)], pool).cpu().numpy().copy() for t in range(count)]
+    each = range(batch)
+    steps = [engine.step(ids[each, [8 + t + b for b in each]], pool).cpu().numpy().copy() for t in range(count)]
     assert type(engine.stepper(pool)).__name__ == kind
     return np.stack(steps, axis=1), ids
 
@@ -232,5 +248,6 @@ PARTS: dict[str, Part] = {
     "batches-int8": Part(lambda gpu: batches(gpu, "int8"), "batch.cu"),
     "broad-float32": Part(lambda gpu: broad_steps(gpu, "float32"), "broad.cu broad_norm.cu steps.cu"),
     "broad-int8": Part(lambda gpu: broad_steps(gpu, "int8"), "steps.cu flow.cu"),
+    "eight": Part(steps_of_eight, "eight.cuh steps.cu image.cuh"),
     "draws": Part(draws, "sample.cu"),
 }

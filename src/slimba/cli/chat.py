@@ -12,7 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimba.cli.options import Activations, Backend, Model, NoVerify, Seed, StateDtype, Threads, TokenizerFile
+from slimba.cli.options import (
+    Activations,
+    Backend,
+    MinP,
+    Model,
+    NoVerify,
+    RepetitionPenalty,
+    Seed,
+    StateDtype,
+    Temperature,
+    Threads,
+    TokenizerFile,
+    TopK,
+    TopP,
+)
 
 if TYPE_CHECKING:
     from slimba.runtime.api import LoadedModel
@@ -58,11 +72,11 @@ class Conversation:
 def chat(
     model: Model,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of one answer at most.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token, 1 samples from the model.")] = 0.8,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that make up this share.")] = 0.95,
-    top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 for all.")] = 0,
-    min_p: Annotated[float, typer.Option(help="Leave out tokens below this share of the likeliest one's.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens seen before get less likely.")] = 1.0,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = 0,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="End an answer before this text; may be repeated.")

@@ -7,18 +7,33 @@ from typing import Annotated, Any
 
 import typer
 
-from slimba.cli.options import Activations, Backend, JsonFile, Model, NoVerify, Seed, StateDtype, Threads, TokenizerFile
+from slimba.cli.options import (
+    Activations,
+    Backend,
+    JsonFile,
+    MinP,
+    Model,
+    NoVerify,
+    RepetitionPenalty,
+    Seed,
+    StateDtype,
+    Temperature,
+    Threads,
+    TokenizerFile,
+    TopK,
+    TopP,
+)
 
 
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue; - reads it from stdin.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token, 1 samples from the model.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that make up this share.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 for all.")] = 0,
-    min_p: Annotated[float, typer.Option(help="Leave out tokens below this share of the likeliest one's.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens seen before get less likely.")] = 1.0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")] = None,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Show the text while it comes.")] = True,

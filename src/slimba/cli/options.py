@@ -14,12 +14,17 @@ __all__ = [
     "Activations",
     "Backend",
     "JsonFile",
+    "MinP",
     "Model",
     "NoVerify",
+    "RepetitionPenalty",
     "Seed",
     "StateDtype",
+    "Temperature",
     "Threads",
     "TokenizerFile",
+    "TopK",
+    "TopP",
     "write_json",
 ]
 
@@ -35,6 +40,11 @@ Activations = Annotated[
 TokenizerFile = Annotated[Path | None, typer.Option("--tokenizer", help="tokenizer.json, where the model has none.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same text, in every backend.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token, 1 samples from the model.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that make up this share.")]
+TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 for all.")]
+MinP = Annotated[float, typer.Option(help="Leave out tokens below this share of the likeliest one's.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: tokens seen before get less likely.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the checksums of the tensors.")]
 
 
