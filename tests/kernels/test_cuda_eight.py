@@ -69,8 +69,7 @@ def eight_product(gpu: Any, matrix: Matrix, x: np.ndarray, **changes: Any) -> np
     return np.asarray(out.cpu().numpy())
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("warps", [8, 16])
+@pytest.mark.parametrize(("warps", "masked"), [(8, True), (16, False)])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_eight_product(name: str, warps: int, masked: bool) -> None:
     rng = np.random.default_rng(len(name))

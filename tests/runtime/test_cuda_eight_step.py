@@ -15,7 +15,14 @@ from slimba.runtime.measure import random_model
 torch = pytest.importorskip("torch")
 
 
-@pytest.mark.parametrize(("state_dtype", "batch", "warps"), [("float32", 8, 16), ("int8", 3, 16), ("bfloat16", 2, 8)])
+@pytest.mark.parametrize(
+    ("state_dtype", "batch", "warps"),
+    [
+        ("int8", 3, 8),
+        pytest.param("float32", 8, 16, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 2, 8, marks=pytest.mark.slow),
+    ],
+)
 def test_steps_are_the_recurrence(state_dtype: str, batch: int, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sequence elsewhere in its buffer, past the token that stores the state."""
     from slimba.runtime.backends.cuda import CudaEngine
