@@ -19,7 +19,7 @@ from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.checkpoints.reader import open_checkpoint
 from slimba.runtime.backends.cuda import CudaEngine
 from slimba.runtime.backends.cuda_device import Gpu
-from slimba.runtime.backends.cuda_speed import SHAKEN, _shaken
+from slimba.runtime.backends.cuda_speed import SHAKEN, shake
 from slimba.runtime.backends.reference import ReferenceEngine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +68,7 @@ def int8_model(path: Path, gpu: Gpu) -> str:
     parts = [f"int8 moves by {rms(want - plain):.2g}, argmax agrees at {_same(plain, want):.4f}"]
     for name, got in _ours(CudaEngine(checkpoint, activations="int8", gpu=gpu), ids).items():
         n = len(got)
-        shaken = _shaken(reference, run, SHAKEN["prompt" if name == "bulk" else "steps"])[:n]
+        shaken = shake(reference, run, SHAKEN["prompt" if name == "bulk" else "steps"])[:n]
         allowed = 2 * float(np.abs(shaken - want[:n]).max())
         found = _agreement(name, got, want, ids, allowed, _same(shaken, want[:n]) - 0.02)
         share, by_shaking = rms(got - want[:n]), rms(shaken - want[:n])

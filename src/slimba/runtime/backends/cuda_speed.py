@@ -28,7 +28,7 @@ STEPS, PROMPT = 4, 24  # tokens of the comparison
 # Largest difference of the logits, relative to the largest logit: steps take 23-bit activations, prompts float16
 TOLERANCE = {"steps": 2e-3, "prompt": 2e-2, "continued": 2e-2}
 # What sums in another order and float16 products do, relative; by as much the reference's embeddings are shaken to see
-# how far its own logits go (`_shaken`)
+# how far its own logits go (`shake`)
 SHAKEN = {"steps": 2.0**-20, "prompt": 2.0**-11, "continued": 2.0**-11}
 
 
@@ -109,13 +109,13 @@ def _differences(engine: CudaEngine, references: list[ReferenceEngine], batches:
         ours.reset()
         prompt, more = engine.prefill(ids[:, :-1], ours), engine.step(ids[:, -1], ours).cpu().numpy().copy()
         what = "steps" if engine.arithmetic(batch) != "float16" else "prompt"
-        shaken = _shaken(first, lambda: _steps_of(first, ids), SHAKEN[what]) if rounds else None  # noqa: B023
+        shaken = shake(first, lambda: _steps_of(first, ids), SHAKEN[what]) if rounds else None  # noqa: B023
         _compare(worst, what, stepped, _steps_of(first, ids), shaken, batch, 2)
         right = first if rounds else last
         wanted = _continued(right, ids)
         moved = [None, _continued(first, ids)[1] if first is not right else None]
         if rounds:
-            moved = _shaken(first, lambda: _continued(first, ids), SHAKEN["prompt"])  # noqa: B023
+            moved = shake(first, lambda: _continued(first, ids), SHAKEN["prompt"])  # noqa: B023
         for name, got, want, other in zip(("prompt", "continued"), (prompt, more), wanted, moved, strict=True):
             _compare(worst, name, got, want, other, batch, 2 if rounds else 1)
     return worst
@@ -133,7 +133,7 @@ def _continued(reference: ReferenceEngine, ids: np.ndarray) -> list[np.ndarray]:
     return [reference.prefill(ids[:, :-1], state), reference.prefill(ids[:, -1:], state)]
 
 
-def _shaken(reference: ReferenceEngine, work: Callable[[], Any], by: float) -> Any:
+def shake(reference: ReferenceEngine, work: Callable[[], Any], by: float) -> Any:
     """`work` while every number that enters the first layer is off by up to `by` of itself."""
     noise = torch.Generator().manual_seed(0)
 
