@@ -3,7 +3,7 @@
 //
 // Rows, columns and the second plane are divided as in dot.cuh: a block has TW tiles of 16 rows and RW int8 rows, a warp 128 X
 // columns of them all, lane t of four X words of 32 columns. Piece q of word x of the warps' lanes are 512 bytes side by side, lane
-// 4 v + t having four pairs of vector v in float16: pair i of a word are its columns i and i + 16. Eights.places in cuda_eight.py says
+// 4 v + t having four pairs of vector v in float16: pair i of a word are its columns i and i + 16. operand_places in cuda_eight.py says
 // where each column lies. Vectors come without the norm's division, which the sums are multiplied by; so that
 // float16 holds them they are multiplied by a power of two near the inverse RMS that the residual stream had a layer before.
 //
@@ -73,7 +73,8 @@ DEV void eight_add(const Eight& p, const Place& place, int entry, int row, int b
 template <int CW, int X, int TW, int RW, int P, int PM, bool MASKED>
 DEV void eight(const Eight& p, u8* smem) {
   constexpr int COLUMNS = 128 * X, ROUNDS = (TW * TILE * EIGHT + CW * WARP - 1) / (CW * WARP);  // of finishing
-  constexpr int XP = P > 4 ? P / 4 : 1, SPAN = P > 4 ? 4 : P ? P : 1, PAIRS = 4 * SPAN;  // of a lane's word of the plane
+  typedef SignTiles<X, TW, P, PM> Tiles;
+  constexpr int XP = Tiles::XP, PAIRS = Tiles::PAIRS;
   constexpr int PIECES = 4 * X, PIECES2 = P ? XP * PAIRS / 4 : 0;  // of a lane's operands, and of the plane's
   constexpr u32 ONES = 0x00010001u;
   typedef EightShared<CW, TW, PIECES + PIECES2> Shared;
@@ -81,30 +82,11 @@ DEV void eight(const Eight& p, u8* smem) {
   uint4* fours = (uint4*)(smem + sizeof(Shared));  // sums of squares
   const Matrix& m = p.m;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, batch = (int)p.batch;
-  const int block = blockIdx.x, blocks = gridDim.x, plane_rows = (int)(m.plane_stop - m.plane_start);
+  const int block = blockIdx.x, blocks = gridDim.x;
   const bool adds = p.out.mode == ADD;
 
-  u32 bits[TW][2][X], bits2[TW][2][XP];
-  float scale[TW][2], scale2[TW][2];
-  bool planes[TW];
-#pragma unroll
-  for (int i = 0; i < TW; ++i) {
-    const LeanRows r = lean_rows<SIGN>(m, block + i * blocks);
-    const int in_plane = r.first + r.local - (int)m.plane_start;
-    planes[i] = (PM >> i & 1) && r.there && in_plane + TILE > 0 && in_plane < plane_rows;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = r.local + g + 8 * h, at = in_plane + g + 8 * h;
-      const bool is_row = r.there && row < r.rows, in = planes[i] && is_row && at >= 0 && at < plane_rows;
-      load_words<X>(is_row, (const u32*)(r.data + (i64)row * r.stride + warp * (COLUMNS / 8)) + t * X, bits[i][h]);
-      scale[i][h] = is_row ? half_bits_to_float(r.scale[row]) : 0.0f;
-      if (!(PM >> i & 1)) continue;
-      const u32* plane = (const u32*)((const u8*)m.plane_data + (i64)at * m.plane_stride) + warp * P + t % SPAN * XP;
-      load_words<XP>(in, plane, bits2[i][h]);
-      if (SPAN < 4) bits2[i][h][0] >>= t / SPAN * PAIRS;
-      scale2[i][h] = in ? half_bits_to_float(((const u16*)m.plane_scale)[at]) : 0.0f;
-    }
-  }
+  Tiles tiles;
+  tiles.load(m);
   const LeanRows codes_row = lean_rows<INT8>(m, RW ? block : -1);
   uint4 codes[X][2];  // in lanes g = 0
 #pragma unroll
@@ -173,7 +155,7 @@ DEV void eight(const Eight& p, u8* smem) {
         }
 #pragma unroll
         for (int i = 0; i < TW; ++i) {
-          eight_signs<MASKED>(bits[i][0][x], bits[i][1][x], step, a);
+          eight_signs<MASKED>(tiles.bits[i][0][x], tiles.bits[i][1][x], step, a);
           mma_f16(acc[i], a[0], a[1], a[2], a[3], b0, b1);
         }
       }
@@ -190,8 +172,8 @@ DEV void eight(const Eight& p, u8* smem) {
       if (MASKED) mma_f16(total2, ONES << 2 * (step % 4), 0, ONES << (2 * (step % 4) + 1), 0, b0, b1);
 #pragma unroll
       for (int i = 0; i < TW; ++i) {
-        if (!(PM >> i & 1) || !planes[i]) continue;
-        eight_signs<MASKED>(bits2[i][0][x], bits2[i][1][x], step, a);
+        if (!(PM >> i & 1) || !tiles.planes[i]) continue;
+        eight_signs<MASKED>(tiles.bits2[i][0][x], tiles.bits2[i][1][x], step, a);
         mma_f16(more[i], a[0], a[1], a[2], a[3], b0, b1);
       }
     }
@@ -200,8 +182,8 @@ DEV void eight(const Eight& p, u8* smem) {
   for (int i = 0; i < TW; ++i)
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      float y = scale[i][k / 2] * (MASKED ? fmaf(2.0f, acc[i][k], -both[2 + k % 2]) : acc[i][k]);
-      if (PM >> i & 1) y = fmaf(scale2[i][k / 2], MASKED ? fmaf(2.0f, more[i][k], -total2[k % 2]) : more[i][k], y);
+      float y = tiles.scale[i][k / 2] * (MASKED ? fmaf(2.0f, acc[i][k], -both[2 + k % 2]) : acc[i][k]);
+      if (PM >> i & 1) y = fmaf(tiles.scale2[i][k / 2], MASKED ? fmaf(2.0f, more[i][k], -total2[k % 2]) : more[i][k], y);
       v.warp[warp].part[i][2 * t + k % 2][g + k / 2 * 8] = y;
     }
   if (RW && g == 0) v.row8[warp][2 * t] = both[0], v.row8[warp][2 * t + 1] = both[1];

@@ -42,3 +42,38 @@ DEV void code_operand(const uint4 (&q)[2], int jj, u32& first, u32& second) {
   const int j = 2 * jj % 8;
   first = int8_pair(word(q[j / 4], j % 4), jj), second = int8_pair(word(q[j / 4], j % 4 + 1), jj);
 }
+
+// What still.cu and eight.cuh have of a block's tiles of signs before there is anything to multiply: tile i is number blockIdx.x +
+// i gridDim.x of the matrix; a warp's 128 X columns, lane t of four X words of them; P words of a second plane a warp, PM: which of the
+// tiles may have it.
+template <int X, int TW, int P, int PM>
+struct SignTiles {
+  static constexpr int XP = P > 4 ? P / 4 : 1, SPAN = P > 4 ? 4 : P ? P : 1, PAIRS = 4 * SPAN;  // of a lane's word of the plane
+  u32 bits[TW][2][X], bits2[TW][2][XP];  // rows g and g + 8
+  float scale[TW][2], scale2[TW][2];
+  bool there[TW], planes[TW];
+
+  DEV_MEMBER void load(const Matrix& m) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+    const int plane_rows = (int)(m.plane_stop - m.plane_start);
+#pragma unroll
+    for (int i = 0; i < TW; ++i) {
+      const LeanRows r = lean_rows<SIGN>(m, (int)blockIdx.x + i * (int)gridDim.x);
+      there[i] = r.there;
+      const int in_plane = r.first + r.local - (int)m.plane_start;
+      planes[i] = (PM >> i & 1) && r.there && in_plane + TILE > 0 && in_plane < plane_rows;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = r.local + g + 8 * h, at = in_plane + g + 8 * h;
+        const bool is_row = r.there && row < r.rows, in = planes[i] && is_row && at >= 0 && at < plane_rows;
+        load_words<X>(is_row, (const u32*)(r.data + (i64)row * r.stride + warp * (16 * X)) + t * X, bits[i][h]);
+        scale[i][h] = is_row ? half_bits_to_float(r.scale[row]) : 0.0f;
+        if (!(PM >> i & 1)) continue;
+        const u32* plane = (const u32*)((const u8*)m.plane_data + (i64)at * m.plane_stride) + warp * P + t % SPAN * XP;
+        load_words<XP>(in, plane, bits2[i][h]);
+        if (SPAN < 4) bits2[i][h][0] >>= t / SPAN * PAIRS;
+        scale2[i][h] = in ? half_bits_to_float(((const u16*)m.plane_scale)[at]) : 0.0f;
+      }
+    }
+  }
+};

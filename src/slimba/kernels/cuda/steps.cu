@@ -19,21 +19,6 @@ template <int TYPE>
 struct KeptRows {
   static constexpr int SIZE = TYPE == STATE_F32 ? 4 : 2, PIECES = THREADS * SIZE / 16, STRIDE = THREADS * SIZE + (TYPE == STATE_F32 ? 0 : 16);
 };
-// Where a channel goes as an operand of eight.cuh, and what multiplies it there: its place among the first vector's in bytes, and
-// that in the second plane, or -1.
-struct Place {
-  i32 at, at2;
-  float by, by2;
-};
-DEV Place load_place(i64 places, int column) {
-  const uint4 v = *(const uint4*)(places + 16 * (i64)column);
-  return {(i32)v.x, (i32)v.y, bits_to_float(v.z), bits_to_float(v.w)};
-}
-DEV void put_operand(i64 x, i64 x2, const Place& place, int b, float v) {
-  *(u16*)(x + place.at + 64 * b) = float_to_half_bits(v * place.by);
-  if (place.at2 >= 0) *(u16*)(x2 + place.at2 + 64 * b) = float_to_half_bits(v * place.by2);
-}
-
 template <int TYPE, int N>
 struct StepsShared {
   static constexpr bool EXACT = TYPE == STATE_F32;

@@ -26,34 +26,15 @@ DEV void still_pairs(const u16* from, u32* to) {
 template <int CW, int X, int TW, int RW, int P, int PM, int NT>
 DEV void still(const Mid& p, u8* smem) {
   constexpr int COLUMNS = 128 * X;
-  constexpr int XP = P > 4 ? P / 4 : 1, SPAN = P > 4 ? 4 : P ? P : 1, PAIRS = 4 * SPAN;  // of a lane's word of the plane
+  typedef SignTiles<X, TW, P, PM> Tiles;
+  constexpr int XP = Tiles::XP, SPAN = Tiles::SPAN, PAIRS = Tiles::PAIRS;
   StillShared<CW, TW, RW, NT>& v = *(StillShared<CW, TW, RW, NT>*)smem;
   const Matrix& m = p.m;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, batch = (int)p.batch;
-  const int block = blockIdx.x, blocks = gridDim.x, plane_rows = (int)(m.plane_stop - m.plane_start);
+  const int block = blockIdx.x, blocks = gridDim.x;
 
-  u32 bits[TW][2][X], bits2[TW][2][XP];
-  float scale[TW][2], scale2[TW][2];
-  bool planes[TW], there[TW];
-#pragma unroll
-  for (int i = 0; i < TW; ++i) {
-    const LeanRows r = lean_rows<SIGN>(m, block + i * blocks);
-    there[i] = r.there;
-    const int in_plane = r.first + r.local - (int)m.plane_start;
-    planes[i] = (PM >> i & 1) && r.there && in_plane + TILE > 0 && in_plane < plane_rows;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = r.local + g + 8 * h, at = in_plane + g + 8 * h;
-      const bool is_row = r.there && row < r.rows, in = planes[i] && is_row && at >= 0 && at < plane_rows;
-      load_words<X>(is_row, (const u32*)(r.data + (i64)row * r.stride + warp * (COLUMNS / 8)) + t * X, bits[i][h]);
-      scale[i][h] = is_row ? half_bits_to_float(r.scale[row]) : 0.0f;
-      if (!(PM >> i & 1)) continue;
-      const u32* plane = (const u32*)((const u8*)m.plane_data + (i64)at * m.plane_stride) + warp * P + t % SPAN * XP;
-      load_words<XP>(in, plane, bits2[i][h]);
-      if (SPAN < 4) bits2[i][h][0] >>= t / SPAN * PAIRS;
-      scale2[i][h] = in ? half_bits_to_float(((const u16*)m.plane_scale)[at]) : 0.0f;
-    }
-  }
+  Tiles tiles;
+  tiles.load(m);
   uint4 codes[RW ? RW : 1][X][2];  // int8 rows, in lanes g = 0
 #pragma unroll
   for (int i = 0; i < RW; ++i) {
@@ -89,13 +70,13 @@ DEV void still(const Mid& p, u8* smem) {
     }
 #pragma unroll
     for (int i = 0; i < TW; ++i) {
-      if (!there[i]) continue;
+      if (!tiles.there[i]) continue;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
 #pragma unroll
-        for (int x = 0; x < X; ++x) refresh(bits[i][h][x]);
+        for (int x = 0; x < X; ++x) refresh(tiles.bits[i][h][x]);
 #pragma unroll
-        for (int x = 0; x < (PM >> i & 1 ? XP : 0); ++x) refresh(bits2[i][h][x]);
+        for (int x = 0; x < (PM >> i & 1 ? XP : 0); ++x) refresh(tiles.bits2[i][h][x]);
       }
       float acc[NT][4] = {};
 #pragma unroll
@@ -103,29 +84,29 @@ DEV void still(const Mid& p, u8* smem) {
 #pragma unroll
         for (int jj = 0; jj < 8; ++jj) {
           u32 a[4];
-          sign_operand(bits[i][0][x], bits[i][1][x], jj, a);
+          sign_operand(tiles.bits[i][0][x], tiles.bits[i][1][x], jj, a);
 #pragma unroll
           for (int n = 0; n < NT; ++n) mma_f16(acc[n], a[0], a[1], a[2], a[3], xs[n][x][2 * jj], xs[n][x][2 * jj + 1]);
         }
 #pragma unroll
       for (int n = 0; n < NT; ++n)
 #pragma unroll
-        for (int k = 0; k < 4; ++k) acc[n][k] *= scale[i][k / 2];
-      if ((PM >> i & 1) && planes[i]) {
+        for (int k = 0; k < 4; ++k) acc[n][k] *= tiles.scale[i][k / 2];
+      if ((PM >> i & 1) && tiles.planes[i]) {
         float more[NT][4] = {};
 #pragma unroll
         for (int x = 0; x < XP; ++x)
 #pragma unroll
           for (int jj = 0; jj < 2 * SPAN; ++jj) {
             u32 a[4];
-            sign_operand(bits2[i][0][x], bits2[i][1][x], jj, a);
+            sign_operand(tiles.bits2[i][0][x], tiles.bits2[i][1][x], jj, a);
 #pragma unroll
             for (int n = 0; n < NT; ++n) mma_f16(more[n], a[0], a[1], a[2], a[3], xs2[n][x][2 * jj], xs2[n][x][2 * jj + 1]);
           }
 #pragma unroll
         for (int n = 0; n < NT; ++n)
 #pragma unroll
-          for (int k = 0; k < 4; ++k) acc[n][k] = fmaf(more[n][k], scale2[i][k / 2], acc[n][k]);
+          for (int k = 0; k < 4; ++k) acc[n][k] = fmaf(more[n][k], tiles.scale2[i][k / 2], acc[n][k]);
       }
 #pragma unroll
       for (int n = 0; n < NT; ++n)

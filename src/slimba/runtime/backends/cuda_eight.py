@@ -8,7 +8,6 @@ Ready to be recorded as a CUDA graph. Run the tests: `pytest tests/kernels/test_
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,9 @@ import torch
 from slimba.runtime.backends.cuda_batch import RESIDUAL, STATE_HEADS, RecordedStep, Recorder, made, states_fit
 from slimba.runtime.backends.cuda_broad_step import steps_bytes
 from slimba.runtime.backends.cuda_device import Gpu
+from slimba.runtime.backends.cuda_lean import share_of
 from slimba.runtime.backends.cuda_mid import Mid
-from slimba.runtime.backends.cuda_model import CudaModel
+from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights
 from slimba.runtime.backends.cuda_state import STATE_CODES
 from slimba.runtime.backends.cuda_step import ADD, IN_PROJ, STORE, norm_groups, recurrence
 from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of, float_bits, up_to
@@ -28,7 +28,7 @@ from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of,
 __all__ = ["EIGHT", "EightShape", "EightStep", "operand_places", "shape_of"]
 
 EIGHT, TILE, ROOM = 8, 16, 20  # vectors, rows of a tile, EIGHT_ROOM of kernels/cuda/eight.cuh
-MASKED_SCALE = 2.0  # of operands that meet masked signs, in bit 0: 2^16 / 2 over the RMS before is the largest entry
+MASKED_SCALE = 2.0  # of operands that meet masked signs of bit 0: float16 ends at 2^15 times the RMS before
 IMAGE_SCALE = 0.0625  # of operands that meet 1 and -1
 MOST_SQUARES = 128 * 3  # of a vector: EIGHT_SQUARES of kernels/cuda/eight.cuh
 MOST_TILES = 8  # of a block
@@ -78,18 +78,10 @@ def shape_of(m: DeviceMatrix, blocks: int, warps: int = 16) -> EightShape | None
     plane = m.plane_kpad // (32 * warps)
     if not m.plane_by_groups or plane not in (0, 1, 2, 4, 8):
         return None
-    starts: list[int] = []  # rows of the matrix with which its tiles of signs begin
-    first = 0
-    for s in m.layout.segments:
-        starts += range(first, first + s.rows, TILE) if s.format == "sign" else []
-        first += s.rows
-    p = m.layout.plane
-    at = {i // blocks for i, row in enumerate(starts) if p and row + TILE > p.start and row < p.stop}
-    tiles = math.ceil(len(starts) / blocks)
-    rows = math.ceil(sum(s.rows for s in m.layout.segments if s.format == "int8") / blocks)
+    tiles, rows, with_plane = share_of(m, blocks)
     if not 1 <= tiles <= MOST_TILES or rows > 1:
         return None
-    return EightShape(warps, words, tiles, rows, plane, sum(1 << i for i in at), tiles >= MASKED_FROM)
+    return EightShape(warps, words, tiles, rows, plane, with_plane, tiles >= MASKED_FROM)
 
 
 def operand_places(m: DeviceMatrix, shape: EightShape, weight: torch.Tensor | None) -> torch.Tensor:
@@ -168,17 +160,19 @@ class EightStep(RecordedStep):
         if not gpu.bakes or spec.architecture != "mamba2" or not states_fit(spec) or not 2 <= batch <= EIGHT:
             return False
         normed = spec.gated_norm and not spec.norm_before_gate and norm_groups(spec) == 1
-        fewest = spec.n_heads // STATE_HEADS * WARPS, -(-spec.d_model // TILE) + gpu.blocks
+        squares = spec.n_heads // STATE_HEADS * WARPS, -(-spec.d_model // TILE) + gpu.blocks
         return (
             normed
-            and max(fewest) <= MOST_SQUARES
+            and max(squares) <= MOST_SQUARES
             and Mid.fits(model.head)
-            and all(
-                shape_of(layer.matrices["in_proj"], gpu.blocks, cls.WARPS_IN)
-                and shape_of(layer.matrices["out_proj"], gpu.blocks, cls.WARPS_OUT)
-                for layer in model.layers
-            )
+            and all(cls._takes(layer, gpu) for layer in model.layers)
         )
+
+    @classmethod
+    def _takes(cls, layer: LayerWeights, gpu: Gpu) -> bool:
+        """Whether the kernels take a layer's matrices."""
+        out = shape_of(layer.matrices["out_proj"], gpu.blocks, cls.WARPS_OUT)
+        return bool(shape_of(layer.matrices["in_proj"], gpu.blocks, cls.WARPS_IN) and out)
 
     def _operands(self, name: str, squares: int) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
         matrices = [layer.matrices[name] for layer in self._model.layers]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from slimba.runtime.backends.cuda_weights import DeviceMatrix
 
-__all__ = ["Dot", "Lean", "dot_of", "lean_of"]
+__all__ = ["Dot", "Lean", "dot_of", "lean_of", "share_of"]
 
 COLUMNS, TILE, RANK = 256, 16, 16  # columns of a warp, rows of a tile, ranks of a correction in kernels/cuda/lean.cuh
 MOST_TILES, MOST_ROWS = 4, 4  # of a warp: their weights are in registers before the input is there
@@ -112,6 +112,19 @@ class Dot:
         return 8 * self.warps * (self.tiles * TILE * (8 * eights + 2) + max(1, self.rows) * 8 * eights)
 
 
+def share_of(m: DeviceMatrix, blocks: int) -> tuple[int, int, int]:
+    """Tiles of signs and int8 rows of a block, and, a bit each, which of the tiles may have the second plane."""
+    starts: list[int] = []  # rows of the matrix with which its tiles begin
+    first = 0
+    for s in m.layout.segments:
+        starts += range(first, first + s.rows, TILE) if s.format == "sign" else []
+        first += s.rows
+    rows = sum(s.rows for s in m.layout.segments if s.format == "int8")
+    p = m.layout.plane
+    at = {i // blocks for i, row in enumerate(starts) if p and row + TILE > p.start and row < p.stop}
+    return math.ceil(len(starts) / blocks), math.ceil(rows / blocks), sum(1 << i for i in at)
+
+
 def dot_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool) -> Dot | None:
     """The kernel of dot.cuh for a matrix, its input as in `lean_of`; None where it does not take it."""
     formats = {s.format for s in m.layout.segments}
@@ -121,17 +134,8 @@ def dot_of(m: DeviceMatrix, blocks: int, norm_groups: int, gated: bool) -> Dot |
     plane = m.plane_kpad // (32 * warps)
     if m.rank not in (0, RANK) or not m.plane_by_groups or plane > 8:
         return None
-    starts: list[int] = []  # rows of the matrix with which its tiles of signs begin
-    first = 0
-    for s in m.layout.segments:
-        starts += range(first, first + s.rows, TILE) if s.format == "sign" else []
-        first += s.rows
-    rows = sum(s.rows for s in m.layout.segments if s.format == "int8")
-    p = m.layout.plane
-    at = {i // blocks for i, row in enumerate(starts) if p and row + TILE > p.start and row < p.stop}
-    tiles = math.ceil(len(starts) / blocks)
-    words, planes = m.cols // (128 * warps), sum(1 << i for i in at)
-    dot = Dot(warps, words, tiles, math.ceil(rows / blocks), plane, planes, int(m.rank > 0), blocks)
+    tiles, rows, planes = share_of(m, blocks)
+    dot = Dot(warps, m.cols // (128 * warps), tiles, rows, plane, planes, int(m.rank > 0), blocks)
     if not 1 <= dot.tiles <= DOT_TILES or dot.rows > DOT_ROWS or 2 * (dot.tiles * TILE + dot.rows) > dot.threads:
         return None
     return dot
