@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from kernels.cuda_host import host_gpu
-from runtime.numpy_reference import NumpyModel, mamba2_spec
+from runtime.numpy_reference import NumpyModel, mamba2_spec, random_matrix
+from slimba.formats import MatrixLayout, Segment
 from slimba.runtime.measure import random_model
 
 torch = pytest.importorskip("torch")
@@ -42,3 +43,19 @@ def test_steps_are_the_recurrence(state_dtype: str, batch: int, warps: int, monk
         want = NumpyModel(checkpoint).logits(ids[b, : 16 + b])[10 + b :]
         most = np.abs(want).max()
         np.testing.assert_allclose(got[b], want, rtol=0, atol=(5e-3 if state_dtype == "float32" else 3e-2) * most)
+
+
+def test_rows_of_out_proj_in_int8_are_left_to_others() -> None:
+    """They would not become operands of the next product."""
+    from slimba.runtime.backends.cuda import CudaEngine
+    from slimba.runtime.backends.cuda_eight import EightStep
+    from slimba.runtime.backends.cuda_weights import DeviceMatrix
+
+    spec = mamba2_spec(d_model=2048, headdim=64, d_inner=2048, d_state=128, n_layer=1, norm_group_size=2048)
+    gpu = host_gpu(40, bakes=True)
+    model = CudaEngine(random_model(spec, "dfssm"), gpu=gpu).model
+    assert EightStep.fits(model, gpu, 8)
+    layout = MatrixLayout(2048, (Segment(2040, "sign"), Segment(8, "int8")))
+    matrix = random_matrix(np.random.default_rng(0), layout)
+    model.layers[0].matrices["out_proj"] = DeviceMatrix(matrix, gpu.device, gpu.blocks)
+    assert not EightStep.fits(model, gpu, 8)

@@ -221,8 +221,7 @@ DEV void eight(const Eight& p, u8* smem) {
     const int row = codes_row.first + codes_row.local;
     y *= half_bits_to_float(codes_row.scale[codes_row.local]) * v.factor[lane] * (MASKED ? 1.0f / (1 << 24) : 1.0f);
     if (m.bias) y += ((const float*)m.bias)[row];
-    if (adds) ((float*)p.out.y)[lane * (int)p.out.stride + row] += y;
-    else put_output(p.out, v.rings[lane], row, lane, y);
+    put_output(p.out, v.rings[lane], row, lane, y);
   }
 }
 

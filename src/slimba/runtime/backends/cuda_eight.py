@@ -170,9 +170,9 @@ class EightStep(RecordedStep):
 
     @classmethod
     def _takes(cls, layer: LayerWeights, gpu: Gpu) -> bool:
-        """Whether the kernels take a layer's matrices."""
+        """Whether the kernels take a layer's matrices. Rows of out_proj in int8 would leave no operands."""
         out = shape_of(layer.matrices["out_proj"], gpu.blocks, cls.WARPS_OUT)
-        return bool(shape_of(layer.matrices["in_proj"], gpu.blocks, cls.WARPS_IN) and out)
+        return bool(shape_of(layer.matrices["in_proj"], gpu.blocks, cls.WARPS_IN) and out and not out.rows)
 
     def _operands(self, name: str, squares: int) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
         matrices = [layer.matrices[name] for layer in self._model.layers]
