@@ -68,11 +68,14 @@ void test_products(const Kernels& k) {
   const Kernels& portable = *kernels_for("portable");
   const int64_t sizes[][3] = {{1, 1, 1},   {7, 3, 2},     {16, 64, 1},  {19, 40, 5},  {33, 65, 3},    {70, 127, 4},
                               {65, 128, 13}, {130, 129, 7}, {300, 200, 9}, {17, 513, 70}, {64, 1000, 33}, {37, 8300, 2},
-                              {40, 1100, 300}, {610, 330, 7}, {545, 256, 261}};
+                              {40, 1100, 300}, {610, 330, 7}, {545, 256, 261}, {70, 2100, 57}, {131, 1351, 90},
+                              {2117, 140, 40}};
   std::mt19937_64 random(7);
   for (const auto& [rows, cols, tokens] : sizes) {
     std::vector<float> x(static_cast<std::size_t>(tokens * cols));
     for (float& v : x) v = float(int(random() % 2001) - 1000) / 250;
+    for (int64_t t = 0; t < tokens; ++t)  // and the largest sums that there are
+      if (t % 5 > 2) std::fill_n(x.begin() + t * cols, cols, t % 5 == 3 ? 4.0f : -4.0f);
     const Quantised q = quantise(k, x, tokens, cols), want_q = quantise(portable, x, tokens, cols);
     check(q.scale == want_q.scale && q.sums == want_q.sums && q.q == want_q.q, std::string("quantize ") + k.isa);
     std::vector<std::uint8_t> data(std::size_t(rows * (cols + 64) + 1));
@@ -95,6 +98,23 @@ void test_products(const Kernels& k) {
       }
     }
   }
+}
+
+// Kernels that are chosen by the size of the first-level cache, whatever it is here
+void test_caches(Kernels k) {
+#if defined(SLIMBA_X86)
+  const std::string isa = k.isa;
+  for (const int64_t bytes : {0, 1 << 20}) {
+    k.near_bytes = bytes;
+    if (isa == "avx2") avx2_quant(k);
+    else if (isa == "avxvnni") avxvnni_quant(k);
+    else if (isa == "avx512vnni") avx512vnni_quant(k);
+    else return;
+    test_products(k);
+  }
+#else
+  (void)k;
+#endif
 }
 
 std::vector<float> logits(Model& model, const std::vector<std::int32_t>& ids, int64_t batch, int64_t piece) {
@@ -181,6 +201,7 @@ int main() {
     }
     const int before = failures, from = checks;
     test_products(*k);
+    test_caches(*k);
     for (const char* layout : {"published", "dfssm", "ranked", "mixed"}) {
       Config shape = mamba2_shape(2, 72, 24, 16, 131);
       test_model(*k, shape, layout);

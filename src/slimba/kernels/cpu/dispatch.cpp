@@ -40,10 +40,21 @@ std::int64_t cached_bytes() {
   return __builtin_cpu_is("amd") ? std::int64_t(128) << 20 : 0;
 }
 
+std::int64_t near_bytes() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kLeaves[] = {4, 0x8000001d};  // Intel's, AMD's
+  for (const unsigned leaf : kLeaves) {
+    if (!__get_cpuid_count(leaf, 0, &a, &b, &c, &d) || (a & 31) != 1 || (a >> 5 & 7) != 1) continue;
+    return std::int64_t((b >> 22) + 1) * ((b >> 12 & 1023) + 1) * ((b & 4095) + 1) * (std::int64_t(c) + 1);
+  }
+  return 0;
+}
+
 Kernels make_avx2(const char* isa) {
   Kernels k = {};
   k.isa = isa;
   k.cached_bytes = cached_bytes();
+  k.near_bytes = near_bytes();
   const FormatKernels* formats[kFormats] = {&kAvx2Float32, &kAvx2Float16, &kAvx2Bfloat16,
                                             &kAvx2Int8,    &kAvx2Int4,    &kAvx2Sign};
   std::memcpy(k.format, formats, sizeof formats);
@@ -63,6 +74,7 @@ Kernels make_avx512(const char* isa) {
   Kernels k = {};
   k.isa = isa;
   k.cached_bytes = cached_bytes();
+  k.near_bytes = near_bytes();
   const FormatKernels* formats[kFormats] = {&kAvx512Float32, &kAvx512Float16, &kAvx512Bfloat16,
                                             &kAvx512Int8,    &kAvx512Int4,    &kAvx512Sign};
   std::memcpy(k.format, formats, sizeof formats);

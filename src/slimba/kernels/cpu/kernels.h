@@ -150,6 +150,7 @@ struct Kernels {
   const char* isa;
   // Weights of more bytes in all are read with `once`; 0: never. On AMD, whose cores see a third-level cache of 32 or 96 MB.
   std::int64_t cached_bytes;
+  std::int64_t near_bytes;  // a core's first-level cache for data; 0: not known
   const FormatKernels* format[kFormats];
   // quant/
   const QuantFormat* quant[kFormats];  // null for the float formats

@@ -121,6 +121,8 @@ template <class P>
 const QuantFormat& with_tiles(const QuantFormat& rows) {
   static QuantFormat format = rows;
   format.many = many_tiles<P>;
+  format.scratch_bytes = many_scratch_bytes;
+  format.many_rows = 64;
   return format;
 }
 

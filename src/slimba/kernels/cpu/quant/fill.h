@@ -4,6 +4,7 @@
 #include "quantize.h"
 #if defined(__AVX512F__)
 #include "rows.h"
+#include "subsets.h"
 #else
 #include "lookup_many.h"
 #endif
@@ -11,22 +12,39 @@
 namespace slimba {
 namespace {
 
-void fill(Kernels& k) {
-  constexpr int64_t kFew = 4, kPanelRows = 64;
-  constexpr QuantInput kNothing = {no_bytes, no_prepare};
+constexpr int64_t kFew = 4, kPanelRows = 64;
+constexpr QuantInput kNothing = {no_bytes, no_prepare};
+
+template <int kSixes>
+int64_t sign_scratch_bytes(int64_t cols) {
 #if defined(__AVX512F__)
-  static const QuantFormat sign = {{sign_prepared_bytes, sign_prepare}, kNothing, many_scratch_bytes, sign_few,
-                                   many_whole<SignPanel>, kFew, kPanelRows};
+  const int64_t rest = many_scratch_bytes(cols);
 #else
-  static const QuantFormat sign = {{lookup_bytes, lookup_prepare}, {lookup_bytes, lookup_prepare}, lookup_scratch_bytes,
-                                   lookup_few, lookup_many, kFew, kTaskRows};
+  const int64_t rest = unprepared_bytes(cols) + lookup_scratch_bytes(cols);
 #endif
+  const int64_t subsets = SubsetScratch<kSixes>::bytes(cols);
+  return rest > subsets ? rest : subsets;
+}
+
+template <int kSixes>
+QuantFormat signs() {
+#if defined(__AVX512F__)
+  return {{sign_prepared_bytes, sign_prepare}, kNothing, sign_scratch_bytes<kSixes>, sign_few,
+          subset_many<kSixes, many_whole<SignPanel>>, kFew, kSubsetRows};
+#else
+  return {{lookup_bytes, lookup_prepare}, kNothing, sign_scratch_bytes<kSixes>, lookup_some,
+          subset_many<kSixes, lookup_unprepared>, kLeastTokens - 1, kSubsetRows};
+#endif
+}
+
+void fill(Kernels& k) {
+  static const QuantFormat narrow = signs<0>(), wide = signs<kMostSixes>();
   static const QuantFormat int8 = {kNothing, kNothing, many_scratch_bytes, few_rows<Int8Rows>,
                                    many_whole<Int8Panel>, kFew, kPanelRows};
   static const QuantFormat int4 = {{int4_prepared_bytes, int4_prepare}, kNothing, many_scratch_bytes,
                                    int4_few, many_int4, kFew, kPanelRows};
   k.quantize = quantize;
-  k.quant[kSign] = &sign;
+  k.quant[kSign] = k.near_bytes < kWideCache ? &narrow : &wide;
   k.quant[kInt8] = &int8;
   k.quant[kInt4] = &int4;
 }

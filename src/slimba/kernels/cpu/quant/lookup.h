@@ -6,11 +6,12 @@
 #pragma once
 
 #include "rows.h"
+#include "transpose.h"
 
 namespace slimba {
 namespace {
 
-constexpr int64_t kLookupRows = 32;
+constexpr int64_t kLookupRows = kTurnedRows;
 constexpr int64_t kLookupOffset = 508;
 constexpr int64_t kWidenColumns = 256;  // whose sums of 32 h + l fit 16 bits without a sign
 
@@ -28,44 +29,6 @@ void lookup_prepare(const int8_t* x, int64_t cols, uint8_t* out) {
     sums = _mm256_add_epi16(sums, _mm256_set1_epi16(kLookupOffset));
     const vi parts = _mm256_packus_epi16(iand(sums, _mm256_set1_epi16(31)), _mm256_srli_epi16(sums, 5));
     istore(out + c * 8, _mm256_permute4x64_epi64(parts, 0xd8));
-  }
-}
-
-// Half a transposition of 16 x 16 bytes in both 128-bit lanes: two of them are a whole one.
-template <class Load>
-inline void transpose_half(const Load& load, uint8_t* out) {
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const vi r0 = load(i), r1 = load(i + 4), r2 = load(i + 8), r3 = load(i + 12);
-    const vi a = _mm256_unpacklo_epi8(r0, r2), b = _mm256_unpackhi_epi8(r0, r2);
-    const vi c = _mm256_unpacklo_epi8(r1, r3), d = _mm256_unpackhi_epi8(r1, r3);
-    istore(out + (4 * i) * 32, _mm256_unpacklo_epi8(a, c));
-    istore(out + (4 * i + 1) * 32, _mm256_unpackhi_epi8(a, c));
-    istore(out + (4 * i + 2) * 32, _mm256_unpacklo_epi8(b, d));
-    istore(out + (4 * i + 3) * 32, _mm256_unpackhi_epi8(b, d));
-  }
-}
-
-// Bytes from .. to of 32 rows (n of them real, the last one repeated) -> out[byte][row]; to - from is a multiple of 8.
-// Writes whole steps of 16 bytes.
-inline void transpose_bytes(const uint8_t* data, int64_t row_bytes, int64_t n, int64_t from, int64_t to, uint8_t* out) {
-  const uint8_t* rows[kLookupRows];
-  for (int64_t i = 0; i < kLookupRows; ++i) rows[i] = data + min64(i, n - 1) * row_bytes;
-  alignas(32) uint8_t half[16 * 32];
-  const auto again = [&](int i) { return iload(half + i * 32); };
-  for (int64_t c = from; c < to; c += 16, out += 16 * 32) {
-    if (c + 16 <= to) {
-      transpose_half([&](int i) {
-        const __m128i low = _mm_loadu_si128((const __m128i*)(rows[i] + c));
-        return _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_loadu_si128((const __m128i*)(rows[i + 16] + c)), 1);
-      }, half);
-    } else {
-      transpose_half([&](int i) {
-        const __m128i low = _mm_loadl_epi64((const __m128i*)(rows[i] + c));
-        return _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_loadl_epi64((const __m128i*)(rows[i + 16] + c)), 1);
-      }, half);
-    }
-    transpose_half(again, out);
   }
 }
 

@@ -1,10 +1,11 @@
-// Many tokens against signs with AVX2: the look-ups of lookup.h with nibbles that are spread to bytes once for all tokens.
+// Some tokens against signs with AVX2: the look-ups of lookup.h with nibbles that are spread to bytes once for all tokens.
 //
 // Two vectors of rows and two tokens make a tile: eight look-ups a step of four columns, each an instruction and an
 // addition of bytes. That is 32 products an instruction; multiplying bytes (panel.h) is 16.
 #pragma once
 
 #include "lookup.h"
+#include "subsets.h"
 
 namespace slimba {
 namespace {
@@ -12,7 +13,7 @@ namespace {
 constexpr int64_t kWideBytes = kWidenColumns / 8;  // of a row, between two widenings to 32 bits
 constexpr int kPairRows = 2 * kLookupRows;
 constexpr int64_t kTaskRows = 8 * kPairRows;  // rows and tokens whose sums stay in the second-level cache
-constexpr int64_t kTaskTokens = 128;
+constexpr int64_t kTaskTokens = 32;
 
 inline int64_t lookup_scratch_bytes(int64_t cols) {
   const int64_t many = kWideBytes * kLookupRows + 2 * kWideBytes * kTaskRows + kTaskTokens * kTaskRows * 4;
@@ -114,6 +115,18 @@ void lookup_many(const QuantArgs& a) {
   for (int64_t token = 0; token < a.tokens; token += kTaskTokens)
     for (int64_t row = a.row_begin; row < a.row_end; row += kTaskRows)
       lookup_block(a, row, min64(kTaskRows, a.row_end - row), token, min64(kTaskTokens, a.tokens - token));
+}
+
+void lookup_some(const QuantArgs& a) { return a.tokens <= 4 ? lookup_few(a) : lookup_many(a); }
+
+// The same where the tables are still to be made, of less than kLeastTokens tokens
+inline int64_t unprepared_bytes(int64_t cols) { return (kLeastTokens - 1) * lookup_bytes(cols); }
+void lookup_unprepared(const QuantArgs& a) {
+  QuantArgs ready = a;
+  for (int64_t t = 0; t < a.tokens; ++t)
+    lookup_prepare(a.x + t * a.x_stride, a.cols, a.scratch + t * lookup_bytes(a.cols));
+  ready.prepared = a.scratch, ready.scratch += unprepared_bytes(a.cols);
+  lookup_some(ready);
 }
 
 }  // namespace
