@@ -321,15 +321,14 @@ inline void subset_block(const SubsetScratch<kSixes>& s, Block& b) {
     Totals word;
     transpose_bytes(x, a.x_stride, b.tokens, w * 64, w * 64 + 64, s.columns);
     subset_tables<kSixes>(s.columns, s.tables, word);
+    bool fresh = w == 0;
     if (!run.takes(word)) {
       b.close(run);
       b.widen(s.sums, s.wide);
       run = Run();
-      run.takes(word);
-      add_word<kSixes>(s.words + w * kRowStride, b.n, s.tables, true, s.sums);
-    } else {
-      add_word<kSixes>(s.words + w * kRowStride, b.n, s.tables, w == 0, s.sums);
+      fresh = run.takes(word);
     }
+    add_word<kSixes>(s.words + w * kRowStride, b.n, s.tables, fresh, s.sums);
   }
   b.close(run);
   b.finish(s.sums, s.wide);

@@ -52,12 +52,13 @@ inline void transpose_bytes(const uint8_t* data, int64_t row_bytes, int64_t n, i
 // v[i][j] -> v[j][i]
 inline void transpose_floats(__m256 (&v)[8]) {
   __m256 a[8];
+  const auto low = [](__m256 p, __m256 q) { return _mm256_shuffle_ps(p, q, 0x44); };
+  const auto high = [](__m256 p, __m256 q) { return _mm256_shuffle_ps(p, q, 0xee); };
 #pragma GCC unroll 2
   for (int i = 0; i < 8; i += 4) {
-    const __m256d p = _mm256_castps_pd(_mm256_unpacklo_ps(v[i], v[i + 1])), q = _mm256_castps_pd(_mm256_unpackhi_ps(v[i], v[i + 1]));
-    const __m256d r = _mm256_castps_pd(_mm256_unpacklo_ps(v[i + 2], v[i + 3])), s = _mm256_castps_pd(_mm256_unpackhi_ps(v[i + 2], v[i + 3]));
-    a[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(p, r)), a[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(p, r));
-    a[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(q, s)), a[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(q, s));
+    const __m256 p = _mm256_unpacklo_ps(v[i], v[i + 1]), q = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    const __m256 r = _mm256_unpacklo_ps(v[i + 2], v[i + 3]), s = _mm256_unpackhi_ps(v[i + 2], v[i + 3]);
+    a[i] = low(p, r), a[i + 1] = high(p, r), a[i + 2] = low(q, s), a[i + 3] = high(q, s);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
