@@ -16,7 +16,7 @@ constexpr int64_t kFar = 32768, kNear = 4096;  // else: into the second-level ca
 // Of rows at p, what will be read later. In two steps, since few lines at a time can be on the way to the first-level cache.
 inline void fetch_later(const uint8_t* p, bool once) {
   if (once) return fetch_line(p + kAhead, true);
-  asm volatile("prefetcht1 %0" ::"m"(*(const char*)(p + kFar)));
+  fetch_second(p + kFar);
   fetch_line(p + kNear);
 }
 

@@ -115,8 +115,8 @@ inline void row_dots(const uint8_t* rows, int64_t row_bytes, const float* c, int
     dots<Piece, RB, 1>(rows + i * Piece::kBytes, row_bytes, at + i * kC, c_stride * 4, tokens, i == 0, sums);
 }
 
-// In decode a state comes from memory: what lies kFetch bytes on is fetched meanwhile.
-constexpr int64_t kFetch = 8192;
+// In decode a state comes from memory: what lies further on is fetched meanwhile, in two steps unless it is read `once`.
+constexpr int64_t kStateAhead = 8192, kStateFar = 16384, kStateNear = 4096;  // bytes
 
 struct Head {
   const Shared& shared;
@@ -182,7 +182,11 @@ struct Head {
     const int64_t pieces = a.d_state / Piece::kEntries, bytes = shared.row_bytes;
     const auto fetch = [&](int64_t row, int64_t count) {
       if (a.tokens > 4) return;  // the state comes from the cache
-      for (int64_t i = 0; i < count * bytes; i += 64) fetch_line(state(row) + kFetch + i, a.once);
+      const uint8_t* from = state(row);
+      for (int64_t i = 0; i < count * bytes; i += 64) {
+        if (a.once) fetch_line(from + kStateAhead + i, true);
+        else fetch_second(from + kStateFar + i), fetch_line(from + kStateNear + i);
+      }
     };
     int64_t r = 0;
     // Four rows where C is what is read most; floats from memory come faster two rows at a time
