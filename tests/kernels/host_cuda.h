@@ -223,6 +223,8 @@ DEV u16 float_to_bfloat(float f) {
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
   return u16((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
+DEV u32 two_bfloats(float lo, float hi) { return u32(float_to_bfloat(lo)) | u32(float_to_bfloat(hi)) << 16; }
+DEV float larger_magnitude(float a, float b) { return a != a || b != b ? a + b : std::fabs(a) > std::fabs(b) ? a : b; }
 DEV int dot4(u32 a, u32 b, int c) {
   for (int i = 0; i < 4; ++i) c += int(i8(a >> 8 * i)) * int(i8(b >> 8 * i));
   return c;
@@ -321,6 +323,10 @@ DEV void mma_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) 
 }
 DEV void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   host_mma16(d, a0, a1, a2, a3, b0, b1, [](u16 h) { return __uint_as_float(u32(h) << 16); });
+}
+DEV void mma_f16_8(float (&d)[4], u32 a0, u32 a1, u32 b, float c) {
+  for (float& v : d) v = c;
+  mma_f16(d, a0, a1, 0, 0, b, 0);
 }
 DEV void host_matrices(u32 (&r)[4], const u16* row, bool transposed) {
   if (std::uintptr_t(row) % 16) std::abort();

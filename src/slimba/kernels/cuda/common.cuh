@@ -43,6 +43,21 @@ DEV u16 float_to_bfloat(float f) {  // to the nearest, ties to even; NaN stays N
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
   return h;
 }
+DEV u32 two_bfloats(float lo, float hi) {
+  u32 two;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(hi), "f"(lo));
+  return two;
+}
+// What is larger in magnitude, with any sign; NaN if one is.
+DEV float larger_magnitude(float a, float b) {
+  float r;
+#if __CUDA_ARCH__ >= 860
+  asm("max.NaN.xorsign.abs.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+#else
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(fabsf(a)), "f"(fabsf(b)));
+#endif
+  return r;
+}
 DEV int dot4(u32 a, u32 b, int c) { return __dp4a((int)a, (int)b, c); }
 DEV int count_bits(u32 v) { return __popc(v); }
 DEV u32 byte_perm(u32 a, u32 b, u32 pick) { return __byte_perm(a, b, pick); }
@@ -77,6 +92,12 @@ DEV void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// d = c + a b: a [16, 8], b [8, 8] in float16
+DEV void mma_f16_8(float (&d)[4], u32 a0, u32 a1, u32 b, float c) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%7,%7};"
+               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+               : "r"(a0), "r"(a1), "r"(b), "f"(c));
 }
 // Four 8 x 8 matrices of 16-bit numbers from shared memory: lane 8 i + r names row r of matrix i. Lane l gets of each the
 // entries (l / 4, 2 (l % 4)) and the one after; transposed: (2 (l % 4), l / 4) and the one below.

@@ -34,11 +34,11 @@ MODULES = {  # apart, because a process needs few; cuda_bake.py adds the kernels
     "many": (*BASE, "rows.cuh", "step.cuh", "mid_norm.cu", "mid.cu", "still.cu", "ring.cuh", "few.cu", "batch.cu"),
     "broad": (
         *(*BASE, "rows.cuh", "step.cuh", "mid_norm.cu", "mid.cu", "still.cu", "batch.cu"),
-        *("warpgroup.cuh", "image.cuh", "broad.cu", "broad_norm.cu", "steps.cu", "flow.cu"),
+        *("warpgroup.cuh", "image.cuh", "broad.cu", "broad_norm.cu", "store.cuh", "steps.cu", "flow.cu"),
     ),
     "eight": (
         *(*BASE, "decode.cu", "rows.cuh", "step.cuh", "mid_norm.cu", "mid.cu", "batch.cu"),
-        *("image.cuh", "steps.cu", "eight.cuh"),
+        *("image.cuh", "store.cuh", "steps.cu", "eight.cuh"),
     ),
     "mixer": (*BASE, "step.cuh", "span.cuh", "warpgroup.cuh", "mixer.cu"),
     "sample": (*BASE, "decode.cu", "sample.cu"),

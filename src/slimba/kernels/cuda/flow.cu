@@ -95,7 +95,7 @@ DEV void flow(const Steps& all, FlowShared<N>& m) {
   const u32 top = kept_dots<N>(m.bc, before, j, dot);
   const float own_dot = of_token > j ? 0.0f : lane < STATE_HEADS ? dot[0] : dot[1];
   const float c_unit = put_slices<N>(m.slices, m.bc + N, warp_max_bits(top));
-  if (j == KEPT - 1) put_pairs<N>(m.b, (const u16*)kept.b + group * N, groups * N, m.bc, j);
+  if (j == KEPT - 1) put_pairs<TYPE, N>(m.b, (const u16*)kept.b + group * N, groups * N, m.bc, j);
 
 #pragma unroll 1
   for (int k = 0; k < QUADS; ++k) {

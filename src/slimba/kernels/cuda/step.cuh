@@ -90,7 +90,7 @@ DEV Int8Scale int8_scale(u32 top) {  // top: the bits of the largest magnitude o
   const float most = bits_to_float(top);
   if (top >= INF_BITS) return {bits_to_float(0x7fc00000u), 0.0f};
   if (most < 1e-30f) return {0.0f, 0.0f};
-  return {most / 127.0f, 127.0f / most};
+  return {most * (1.0f / 127.0f), 127.0f * fast_reciprocal(most)};
 }
 
 // What is kept of the tokens since the state was stored: u [KEPT][I], b [KEPT][G N] and L [KEPT][H] of one sequence.

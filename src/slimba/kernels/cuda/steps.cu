@@ -14,11 +14,6 @@ struct Steps {
   i64 places;  // of the channels, a struct Place each (eight.cuh), where image and image2 are operands; then squares [B][blocks][WARPS]
 };
 
-// The kept u of a block's channels, a row a token: float32, or bfloat16 with a piece of padding for load_transposed.
-template <int TYPE>
-struct KeptRows {
-  static constexpr int SIZE = TYPE == STATE_F32 ? 4 : 2, PIECES = THREADS * SIZE / 16, STRIDE = THREADS * SIZE + (TYPE == STATE_F32 ? 0 : 16);
-};
 template <int TYPE, int N>
 struct StepsShared {
   static constexpr bool EXACT = TYPE == STATE_F32;
@@ -147,57 +142,6 @@ DEV void store_exact(const StepsShared<STATE_F32, N>& m, u8* rows) {
     }
   }
 }
-// The same in fewer bits, on the tensor cores: KEPT tokens are the columns of the left operand, u in two bfloat16 numbers. The
-// right operand's columns are permuted so that a lane's sums are of the entries that it loads.
-template <int TYPE, int N, typename Open>
-DEV void store_state(const u8* u, const float (&since)[STATE_HEADS][KEPT], const float* decay, const float* b_pairs, Open open, u8* rows, float* scales) {
-  constexpr int SIZE = Stored<TYPE>::SIZE, E = Stored<TYPE>::E, Q = N * SIZE / 64;
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-  const u32* pairs = (const u32*)b_pairs + t * (N + 4);
-#pragma unroll 1
-  for (int tile = 0; tile < 2; ++tile) {
-    const int row = warp * 32 + tile * TILE + g;  // and 8 below
-    u32 high[4], low[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      u32 h[2], l[2];
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const int token = 2 * t + k + i / 2 * 8;
-        const float v = kept_u<TYPE>(u, token, row + i % 2 * 8) * since[row / 64][token];
-        h[k] = float_to_bfloat(v), l[k] = float_to_bfloat(v - bfloat_to_float((u16)h[k]));
-      }
-      high[i] = h[0] | h[1] << 16, low[i] = l[0] | l[1] << 16;
-    }
-    float v[2][Q][E];
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int q = 0; q < Q; ++q) stored_values<TYPE>(open(row + 8 * h, q), decay[row + 8 * h], v[h][q]);
-#pragma unroll
-    for (int q = 0; q < Q; ++q)
-#pragma unroll
-      for (int e = 0; e < E; e += 2) {  // eight columns: those of lane t are its entries e and e + 1
-        const u32* b = pairs + (q * 4 + g / 2) * E + e + g % 2;
-        const u32 b0 = b[0], b1 = b[4 * (N + 4)];
-        float sum[4] = {v[0][q][e], v[0][q][e + 1], v[1][q][e], v[1][q][e + 1]};
-        mma_bf16(sum, low[0], low[1], low[2], low[3], b0, b1);
-        mma_bf16(sum, high[0], high[1], high[2], high[3], b0, b1);
-        v[0][q][e] = sum[0], v[0][q][e + 1] = sum[1], v[1][q][e] = sum[2], v[1][q][e + 1] = sum[3];
-      }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      Int8Scale code = {0, 0};
-      if (TYPE == STATE_INT8) {
-        code = int8_scale(row_top(v[h]));
-        if (t == 0) scales[row + 8 * h] = code.step;
-      }
-#pragma unroll
-      for (int q = 0; q < Q; ++q) ((uint4*)(rows + (row + 8 * h) * N * SIZE))[q * 4 + t] = stored_bits<TYPE>(v[h][q], code.to_code);
-    }
-  }
-}
-
 // C as fixed point of three slices by all warps; `top`: the bits of its largest entry. Returns the unit.
 template <int N>
 DEV float put_slices(u32 (&to)[3][N / 4], const float* c, u32 top) {
@@ -216,17 +160,6 @@ DEV float put_slices(u32 (&to)[3][N / 4], const float* c, u32 top) {
   }
   return damaged ? bits_to_float(0x7fc00000u) : zero ? 0.0f : most * (1.0f / LIMIT);
 }
-// Pairs of kept rows of b for store_state; the j-th is `now`.
-template <int N>
-DEV void put_pairs(float* to, const u16* rows, int stride, const float* now, int j) {
-  for (int i = threadIdx.x; i < KEPT / 2 * N; i += THREADS) {
-    const int pair = i / N, at = i % N;
-    const u16* b0 = rows + 2 * pair * stride + at;
-    const u32 low = b0[0], high = 2 * pair + 1 == j ? float_to_bfloat(now[at]) : b0[stride];
-    ((u32*)to)[pair * (N + 4) + at] = low | high << 16;
-  }
-}
-
 // b_i . C of tokens warp and warp + 8, in every lane; the bits of the lane's largest |C|. before: the kept b of these tokens, bc: this
 // token's, the j-th, and C.
 template <int N>
@@ -363,7 +296,7 @@ DEV void steps(const Steps& all, StepsShared<TYPE, N>& m) {
     __syncthreads();
     store_exact<N>(m, rows);
   } else {
-    put_pairs<N>(m.b, (const u16*)kept.b + group * N, groups * N, m.bc, j);
+    put_pairs<TYPE, N>(m.b, (const u16*)kept.b + group * N, groups * N, m.bc, j);
     __syncthreads();
     auto stored = [&](int row, int q) { return ((const uint4*)(rows + row * N * SIZE))[q * 4 + lane % 4]; };
     store_state<TYPE, N>(m.u, m.since, m.sum, m.b, stored, rows, scales);
