@@ -247,7 +247,7 @@ PARTS: dict[str, Part] = {
     "batches-float32": Part(lambda gpu: batches(gpu, "float32"), "batch.cu"),
     "batches-int8": Part(lambda gpu: batches(gpu, "int8"), "batch.cu"),
     "broad-float32": Part(lambda gpu: broad_steps(gpu, "float32"), "broad.cu broad_norm.cu steps.cu"),
-    "broad-int8": Part(lambda gpu: broad_steps(gpu, "int8"), "steps.cu flow.cu"),
+    "broad-int8": Part(lambda gpu: broad_steps(gpu, "int8"), "steps.cu flow.cu store.cuh"),
     "eight": Part(steps_of_eight, "eight.cuh steps.cu image.cuh"),
     "draws": Part(draws, "sample.cu"),
 }
