@@ -1,4 +1,4 @@
-"""Products of two to eight vectors that lie as operands, run on this processor, against the NumPy formats: odd sizes,
+"""Products of two to tens of vectors that lie as operands, run on this processor, against the NumPy formats: odd sizes,
 poisoned outputs.
 
 Run: `pytest tests/kernels/test_cuda_eight.py`.
@@ -44,22 +44,24 @@ def eight_product(gpu: Any, matrix: Matrix, x: np.ndarray, **changes: Any) -> np
     shape = dataclasses.replace(shape, **changes)
     places = operand_places(m, shape, None).cpu().numpy()
     factors = places[:, 2:].copy().view(np.float32)
-    operands, second = np.zeros(EIGHT * m.cols, np.float16), np.zeros(EIGHT * max(m.plane_kpad, 8), np.float16)
+    count = shape.eights * shape.groups
+    operands = np.zeros((count, EIGHT * m.cols), np.float16)
+    second = np.zeros((count, EIGHT * max(m.plane_kpad, 8)), np.float16)
     for b, row in enumerate(x):
-        operands[places[:, 0] // 2 + 32 * b] = row * factors[:, 0]
+        operands[b // EIGHT, places[:, 0] // 2 + 32 * (b % EIGHT)] = row * factors[:, 0]
         chosen = places[:, 1] >= 0
-        second[places[chosen, 1] // 2 + 32 * b] = (row * factors[:, 1])[chosen]
+        second[b // EIGHT, places[chosen, 1] // 2 + 32 * (b % EIGHT)] = (row * factors[:, 1])[chosen]
     given = [torch.from_numpy(a).to(gpu.device) for a in (operands, second)]
     out = torch.full((len(x), m.rows), float("nan"), device=gpu.device)
     fields = fields_of(
         m.fields, [STORE, out.data_ptr(), m.rows, *[0] * 7], [0] * 5, len(x), *(t.data_ptr() for t in given),
-        float_bits(shape.unit), [0] * 11,
+        float_bits(shape.unit), [0] * 13,
     )  # fmt: skip
     baked = Baked()
     name = baked.of_many(shape.name, fields)
     gpu.launch(
         name,
-        (gpu.blocks,),
+        (gpu.blocks, shape.split),
         fields,
         shape.shared_bytes(0),
         threads=shape.threads,
@@ -77,5 +79,30 @@ def test_eight_product(name: str, warps: int, masked: bool) -> None:
     batch = 8 if warps == 8 else 5
     x = rng.standard_normal((batch, matrix.layout.cols)).astype(np.float16).astype(np.float32)
     got = eight_product(host_gpu(), matrix, x, warps=warps, masked=masked)
+    want = matrix.matmul(x)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-3 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "eights", "groups", "split", "warps"),
+    [
+        ("plane", 13, 2, 1, 1, 16),  # two eights at once, the second not full
+        ("plane", 30, 2, 2, 2, 8),  # groups of two eights, a block each
+        ("plane", 21, 1, 3, 1, 8),  # one group after another
+        ("codes", 37, 2, 3, 2, 8),  # and a block has one more than the other
+        ("few", 9, 1, 2, 2, 16),
+        ("long", 25, 2, 2, 1, 16),
+        ("long-plain", 16, 2, 1, 1, 16),
+    ],
+)
+@pytest.mark.parametrize("masked", [True, False])
+def test_more_vectors_than_eight(
+    name: str, batch: int, eights: int, groups: int, split: int, warps: int, masked: bool
+) -> None:
+    rng = np.random.default_rng(batch)
+    matrix = random_matrix(rng, LAYOUTS[name])
+    x = rng.standard_normal((batch, matrix.layout.cols)).astype(np.float16).astype(np.float32)
+    plan = {"eights": eights, "groups": groups, "split": split, "warps": warps, "masked": masked}
+    got = eight_product(host_gpu(), matrix, x, **plan)
     want = matrix.matmul(x)
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-3 * np.abs(want).max())

@@ -1,4 +1,4 @@
-"""Steps of two to eight sequences by three kernels a layer, run on this processor, against the NumPy model.
+"""Steps of two to tens of sequences by three kernels a layer, run on this processor, against the NumPy model.
 
 Run: `pytest tests/runtime/test_cuda_eight_step.py`.
 """
@@ -17,30 +17,35 @@ torch = pytest.importorskip("torch")
 
 
 @pytest.mark.parametrize(
-    ("state_dtype", "batch", "warps"),
+    ("state_dtype", "batch", "warps", "steps"),
     [
-        ("int8", 3, 8),
-        pytest.param("float32", 8, 16, marks=pytest.mark.slow),
-        pytest.param("bfloat16", 2, 8, marks=pytest.mark.slow),
+        ("int8", 3, 8, 6),
+        ("int8", 9, 8, 1),  # two eights at once
+        pytest.param("int8", 19, 8, 6, marks=pytest.mark.slow),  # twice, and flow.cu
+        pytest.param("bfloat16", 12, 8, 6, marks=pytest.mark.slow),
+        pytest.param("float32", 8, 16, 6, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 2, 8, 6, marks=pytest.mark.slow),
     ],
 )
-def test_steps_are_the_recurrence(state_dtype: str, batch: int, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_the_recurrence(
+    state_dtype: str, batch: int, warps: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each sequence elsewhere in its buffer, past the token that stores the state."""
     from slimba.runtime.backends.cuda import CudaEngine
 
     monkeypatch.setattr("slimba.runtime.backends.cuda_eight.EightStep.WARPS_IN", warps)
     spec = mamba2_spec(d_model=2048, headdim=64, d_inner=2048, d_state=128, n_groups=1, n_layer=2, norm_group_size=2048)
     checkpoint = random_model(spec, "dfssm")
-    ids = np.random.default_rng(6).integers(0, 67, (batch, 24)).astype(np.int32)
+    ids = np.random.default_rng(6).integers(0, 67, (batch, 20)).astype(np.int32)
     cuda = CudaEngine(checkpoint, gpu=host_gpu(40, bakes=True), state_dtype=state_dtype)
-    pool = cuda.new_state(batch)
-    for b in range(batch):
-        cuda.prefill(ids[b : b + 1, : 10 + b], pool.view([b]))
-    steps = [cuda.step(ids[range(batch), range(10 + t, 10 + t + batch)], pool).numpy().copy() for t in range(6)]
-    got = np.stack(steps, axis=1)
+    pool, length = cuda.new_state(batch), 10 + np.arange(batch) % 4
+    for n in sorted(set(length)):
+        (which,) = np.nonzero(length == n)
+        cuda.prefill(ids[which, :n], pool.view(which.tolist()))
+    got = np.stack([cuda.step(ids[range(batch), length + t], pool).numpy().copy() for t in range(steps)], axis=1)
     assert type(cuda.stepper(pool)).__name__ == "EightStep"
-    for b in range(batch):
-        want = NumpyModel(checkpoint).logits(ids[b, : 16 + b])[10 + b :]
+    for b, n in enumerate(length):
+        want = NumpyModel(checkpoint).logits(ids[b, : n + steps])[n:]
         most = np.abs(want).max()
         np.testing.assert_allclose(got[b], want, rtol=0, atol=(5e-3 if state_dtype == "float32" else 3e-2) * most)
 

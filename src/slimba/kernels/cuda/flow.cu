@@ -60,7 +60,7 @@ DEV void flow(const Steps& all, FlowShared<N>& m) {
       c.before[i] = i < taps - 1 ? load_fresh(ring + (time + 1 + i) % taps * channels + channel) : 0.0f;
     }
     c.scale = scales[channel];
-    c.weight = all.image ? ((const float*)all.weight)[channel] : 0.0f;
+    c.weight = all.image && !all.places ? ((const float*)all.weight)[channel] : 0.0f;
     c.a = ((const float*)p.a)[head], c.dt_bias = ((const float*)p.dt_bias)[head];
     c.d = ((const float*)p.d)[p.d_per_channel ? channel : head], c.last = j ? kept.l[(j - 1) * heads + head] : 0.0f;
     c.l_before = of_token < j ? kept.l[of_token * heads + (four0 + k) * STATE_HEADS + of_head] : 0.0f;
@@ -125,6 +125,7 @@ DEV void flow(const Steps& all, FlowShared<N>& m) {
       m.since[of_head][of_token] = by;
       put_pieces(m.piece[of_head], of_token, by * own_dot);
     }
+    const Place operand = all.places ? load_place(all.places, channel) : Place{0, -1, 0, 0};  // earlier it costs 1 % (docs/log.md)
     uint4 raw[2][2][Q];
     auto open = [&](int row, int q) { return *(const uint4*)(state + flow_at<N>(row, q * 4 + t)); };
 #pragma unroll
@@ -136,7 +137,11 @@ DEV void flow(const Steps& all, FlowShared<N>& m) {
     const float decay = expf(now) * own.scale;
     float y = fmaf(m.sum[threadIdx.x], decay * c_unit, own.d * x) + m.of_kept[threadIdx.x];
     if (p.gated) y *= silu(own.z);
-    if (all.image) {
+    if (all.places) {
+      put_of_sequence(all, operand, b, y);
+      const float squares = warp_sum(y * y);
+      if (lane == 0) ((float*)all.squares)[((b * (int)gridDim.x * QUADS) + four0 + k) * WARPS + warp] = squares;
+    } else if (all.image) {
       const float squares = warp_sum(y * y);
       if (lane == 0) m.part[warp] = squares;
       m.value[threadIdx.x] = y * own.weight * IMAGE_SCALE;
@@ -150,7 +155,7 @@ DEV void flow(const Steps& all, FlowShared<N>& m) {
       store_state<TYPE, N>(u, m.since, m.sum, m.b, open, states + (four0 + k) * (THREADS * N), scales + (four0 + k) * THREADS);
     }
     __syncthreads();
-    if (!all.image) continue;
+    if (!all.image || all.places) continue;
     put_image(all, m.value, four0 + k, b);
     if (threadIdx.x == 0) {
       float sum = 0;

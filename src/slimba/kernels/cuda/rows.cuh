@@ -53,6 +53,15 @@ struct SignTiles {
   float scale[TW][2], scale2[TW][2];
   bool there[TW], planes[TW];
 
+  DEV_MEMBER void refresh_bits() {  // for another product, or the operands made of them would be kept
+#pragma unroll
+    for (int i = 0; i < 2 * TW; ++i) {
+#pragma unroll
+      for (int x = 0; x < X; ++x) refresh(bits[i / 2][i % 2][x]);
+#pragma unroll
+      for (int x = 0; x < (PM >> i / 2 & 1 ? XP : 0); ++x) refresh(bits2[i / 2][i % 2][x]);
+    }
+  }
   DEV_MEMBER void load(const Matrix& m) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int plane_rows = (int)(m.plane_stop - m.plane_start);

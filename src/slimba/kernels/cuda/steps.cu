@@ -11,7 +11,8 @@ struct Steps {
   Recurrence r;
   i64 weight, image, image2, squares, padded;  // image 0: y goes to r.y instead; squares float32 [B][blocks]
   i64 plane_index, plane_kpad;                 // of out_proj: places in groups (plane_slots in cuda_weights.py)
-  i64 places;  // of the channels, a struct Place each (eight.cuh), where image and image2 are operands; then squares [B][blocks][WARPS]
+  i64 group, group2;  // bytes of eight sequences' operands
+  i64 places;  // of the channels, a struct Place each (eight.cuh), where image and image2 are operands; then squares [B][fours][WARPS]
 };
 
 template <int TYPE, int N>
@@ -102,6 +103,9 @@ DEV Taps older_taps(const Recurrence& p, const float* ring, int time, int channe
   return out;
 }
 
+DEV void put_of_sequence(const Steps& all, const Place& place, int b, float y) {
+  put_operand(all.image + b / 8 * all.group, all.image2 + b / 8 * all.group2, place, b % 8, y);
+}
 DEV u32 plane_places(const Steps& all) { return (u32)all.plane_kpad * THREADS / (u32)all.r.inner; }
 // The image's places of a block's 256 channels, from values in the order of channels.
 DEV void put_image(const Steps& all, const float* v, int four, int b) {
@@ -268,7 +272,7 @@ DEV void steps(const Steps& all, StepsShared<TYPE, N>& m) {
   }
   if (p.gated) y *= silu(z);
   if (all.places) {
-    put_operand(all.image, all.image2, operand, b, y);
+    put_of_sequence(all, operand, b, y);
     const float squares = warp_sum(y * y);
     if (lane == 0) ((float*)all.squares)[(b * (int)gridDim.x + blockIdx.x) * WARPS + warp] = squares;
   } else if (all.image) {

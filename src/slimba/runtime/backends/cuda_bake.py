@@ -33,6 +33,7 @@ HEAD = MATRIX + 24  # fields of struct Product, which struct Head in kernels/cud
 KEYS = HEAD + 13  # 0 where nothing is chosen
 RECURRENCE_POINTERS = {0, 1, 15, 16, 17, 18, 19, 20, 22, 24}
 RECURRENCE_VARYING = {2, 5}
+BATCH, FEW = 5, 8  # field of struct Recurrence; sequences
 
 # Kernels for many sequences: struct, bounds, arguments, fields that differ between launches. Fields of 2^32 and more
 # are pointers.
@@ -108,7 +109,8 @@ class Baked:
         struct, bounds, call, varying = MANY[kind]
         arguments = numbers.split("_") if numbers else []
         if kind in ("states", "steps"):
-            alone = kind == "steps" and fields[-1] != 0  # a block a multiprocessor, with a product's beside it
+            # A block a multiprocessor, with a product's beside it
+            alone = kind == "steps" and fields[-1] != 0 and fields[BATCH] <= FEW
             bounds += {"states": "3", "steps": "4"}[kind] if arguments[0] == "2" and not alone else "2"
             shape = arguments[1] if kind == "states" else ", ".join(arguments)
             call += f", *({kind.title()}Shared<{shape}>*)smem"
@@ -117,7 +119,8 @@ class Baked:
         else:
             call += ", smem"
         if kind in ("still", "few", "eight"):
-            bounds = f"{32 * int(arguments[kind == 'few'])}, 1"
+            resident = arguments.pop() if kind == "eight" else 1
+            bounds = f"{32 * int(arguments[kind == 'few'])}, {resident}"
         if kind == "broad":
             bounds = f"{128 * int(arguments[1]) * int(arguments[2])}, 1"
         template = f"<{', '.join(arguments)}>" if arguments else ""

@@ -96,7 +96,7 @@ class RecordedStep(Step):
                 arguments()
             else:
                 self._gpu.launch(*arguments, **settings)
-        self.after(choose)
+        self.after(choose, overlap=True)
 
 
 class BatchStep(RecordedStep):

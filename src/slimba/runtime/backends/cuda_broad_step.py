@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from slimba.models.spec import ModelSpec
 from slimba.runtime.backends.cuda_batch import RESIDUAL, STATE_HEADS, RecordedStep, Recorder, made, states_fit
 from slimba.runtime.backends.cuda_broad import Broad
 from slimba.runtime.backends.cuda_bulk import Bulk
@@ -75,17 +76,11 @@ class BroadStep(RecordedStep):
 
     def _recur_kernel(self, state_dtype: str) -> tuple[str, int, int]:
         """The recurrence's kernel, how many fours of heads a block of it takes, and its shared memory."""
-        spec, blocks = self._model.spec, self._gpu.blocks
-        n, units = spec.d_state, self.batch * spec.n_heads // STATE_HEADS
-        per_group = spec.n_heads // spec.n_groups // STATE_HEADS
-        if state_dtype == "int8" and spec.d_conv <= FLOW_TAPS:
-            for fours in self.FLOW:
-                if per_group % fours == 0 and units >= self.FLOW_FILLS * fours * blocks:
-                    return f"slimba_flow_{n}_{fours}", fours, flow_bytes(n)
+        name, fours, shared = recur_kernel(self._model.spec, self._gpu, self.batch, state_dtype, self.FLOW_FILLS)
         # Few blocks go to multiprocessors of their own where they ask for so much that no other fits
-        beside = -(-units // blocks)
+        beside = -(-self.batch * self._model.spec.n_heads // STATE_HEADS // self._gpu.blocks)
         room = (self._gpu.shared + 1024) // (beside + 1) // 128 * 128 if beside < 3 else 0
-        return f"slimba_steps_{STATE_CODES[state_dtype]}_{n}", 1, max(steps_bytes(n, state_dtype), room)
+        return name, fours, shared if "flow" in name else max(shared, room)
 
     def _layers(self, gpu: Recorder) -> None:
         """Everything before the choice of the next ids."""
@@ -106,7 +101,7 @@ class BroadStep(RecordedStep):
             weight = layer.gated_norm.data_ptr() if layer.gated_norm is not None else 0
             fields = fields_of(
                 self._recurrences[i].tolist(), weight, self._broad.images, squares[0], self._broad.padded,
-                plane_of(out), 0,
+                plane_of(out), [0] * 3,
             )  # fmt: skip
             grid = spec.n_heads // STATE_HEADS // self._recur_fours, self.batch
             gpu.launch(self._recur_name, grid, fields, self._recur_bytes, overlap=True)
@@ -129,6 +124,21 @@ class BroadStep(RecordedStep):
 def plane_of(m: DeviceMatrix) -> list[int]:
     """Pointer to the columns of the second plane's places, and how many places."""
     return [m.plane_columns_pointer, m.plane_kpad]
+
+
+def recur_kernel(spec: ModelSpec, gpu: Gpu, batch: int, state_dtype: str, fills: float) -> tuple[str, int, int]:
+    """The recurrence's kernel, how many fours of heads a block of it takes, and the shared memory that it needs; fills:
+    blocks of flow.cu a multiprocessor from which it is taken."""
+    n, units, per_group = (
+        spec.d_state,
+        batch * spec.n_heads // STATE_HEADS,
+        spec.n_heads // spec.n_groups // STATE_HEADS,
+    )
+    if state_dtype == "int8" and spec.d_conv <= FLOW_TAPS:
+        for fours in BroadStep.FLOW:
+            if per_group % fours == 0 and units >= fills * fours * gpu.blocks:
+                return f"slimba_flow_{n}_{fours}", fours, flow_bytes(n)
+    return f"slimba_steps_{STATE_CODES[state_dtype]}_{n}", 1, steps_bytes(n, state_dtype)
 
 
 def by_blocks(m: DeviceMatrix) -> bool:

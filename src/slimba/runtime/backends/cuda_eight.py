@@ -1,5 +1,5 @@
-"""One token for each of two to eight sequences, three kernels a layer: in_proj, the recurrence, out_proj, each of which
-leaves what the next multiplies as that wants to have it (kernels/cuda/eight.cuh, steps.cu).
+"""One token for each of two to tens of sequences, three kernels a layer: in_proj, the recurrence, out_proj; each leaves
+what the next multiplies as that wants to have it (kernels/cuda/eight.cuh, steps.cu, flow.cu).
 
     step = EightStep(model, gpu, batch=8, state_dtype="int8")     # where EightStep.fits(model, gpu, 8)
 
@@ -8,26 +8,27 @@ Ready to be recorded as a CUDA graph. Run the tests: `pytest tests/kernels/test_
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
 from slimba.runtime.backends.cuda_batch import RESIDUAL, STATE_HEADS, RecordedStep, Recorder, made, states_fit
-from slimba.runtime.backends.cuda_broad_step import steps_bytes
+from slimba.runtime.backends.cuda_broad import Broad
+from slimba.runtime.backends.cuda_broad_step import recur_kernel
 from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_lean import share_of
 from slimba.runtime.backends.cuda_mid import Mid
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights
-from slimba.runtime.backends.cuda_state import STATE_CODES
 from slimba.runtime.backends.cuda_step import ADD, IN_PROJ, STORE, norm_groups, recurrence
 from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of, float_bits, up_to
 
 __all__ = ["EIGHT", "EightShape", "EightStep", "operand_places", "shape_of"]
 
-EIGHT, TILE, ROOM = 8, 16, 20  # vectors, rows of a tile, EIGHT_ROOM of kernels/cuda/eight.cuh
+EIGHT, TILE, ROOM = 8, 16, 20  # vectors of a group, rows of a tile, EIGHT_ROOM of kernels/cuda/eight.cuh
 MASKED_SCALE = 2.0  # of operands that meet masked signs of bit 0: float16 ends at 2^15 times the RMS before
 IMAGE_SCALE = 0.0625  # of operands that meet 1 and -1
 MOST_SQUARES = 128 * 3  # of a vector: EIGHT_SQUARES of kernels/cuda/eight.cuh
@@ -38,7 +39,8 @@ MASKED_FROM = 2  # tiles, for which the sums of all columns are worth having
 @dataclass(frozen=True, slots=True)
 class EightShape:
     """Arguments of the template `eight`: warps, words of a lane, tiles and int8 rows of a block, words of the second
-    plane of a warp, which tiles may have the plane, whether signs are masked."""
+    plane of a warp, which tiles may have the plane, whether signs are masked; then those of a Plan, with `groups` of
+    vectors."""
 
     warps: int
     words: int
@@ -47,6 +49,10 @@ class EightShape:
     plane: int
     with_plane: int
     masked: bool
+    eights: int = 1
+    groups: int = 1
+    split: int = 1
+    resident: int = 1
 
     @property
     def threads(self) -> int:
@@ -55,13 +61,15 @@ class EightShape:
     @property
     def name(self) -> str:
         numbers = self.warps, self.words, self.tiles, self.rows, self.plane, self.with_plane, int(self.masked)
-        return "slimba_eight_" + "_".join(map(str, numbers))
+        return "slimba_eight_" + "_".join(map(str, [*numbers, self.eights, self.groups, self.split, self.resident]))
 
     def shared_bytes(self, squares: int) -> int:
         """EightShared, and so many sums of squares of each vector."""
         pieces = 4 * self.words + (max(1, self.plane // 4) * min(self.plane, 4))
-        own = max(512 * pieces, 4 * self.tiles * EIGHT * ROOM)
-        return self.warps * (own + 4 * EIGHT) + 16 * EIGHT + 4 * EIGHT * squares
+        vectors, ahead = EIGHT * self.eights, self.groups > self.split
+        operands, sums = 512 * pieces * self.eights, 4 * self.tiles * vectors * ROOM
+        own = operands + sums if ahead else max(operands, sums)
+        return self.warps * (own + 4 * vectors) + (8 + 8 * self.groups) * vectors + 4 * vectors * squares
 
     @property
     def unit(self) -> float:
@@ -70,7 +78,7 @@ class EightShape:
 
 
 def shape_of(m: DeviceMatrix, blocks: int, warps: int = 16) -> EightShape | None:
-    """The kernel for a matrix, or None where it takes none."""
+    """The kernel for a matrix and eight vectors, or None where it takes none; blocks: of the grid's first dimension."""
     formats = {s.format for s in m.layout.segments}
     words, odd = divmod(m.cols, 128 * warps)
     if m.turns or m.rank or odd or words not in (1, 2, 4) or not formats <= {"sign", "int8"}:
@@ -119,19 +127,48 @@ def scales(shape: EightShape, bit: np.ndarray) -> np.ndarray:
     return (MASKED_SCALE * 0.5**bit if shape.masked else np.full(len(bit), IMAGE_SCALE)).astype(np.float32)
 
 
+class Plan(NamedTuple):
+    """How a product of many vectors is divided: eights of them at once, blocks that share the groups of so many, of how
+    many multiprocessors a block has the tiles, and how many blocks should have registers on one."""
+
+    eights: int
+    split: int
+    tiles_of: int
+    resident: int
+
+
+class Plans(NamedTuple):
+    """Those of a layer's products, and the percentage of a multiprocessor's memory that blocks share."""
+
+    in_proj: Plan
+    out_proj: Plan
+    shared: int
+
+
 class EightStep(RecordedStep):
     WARPS_IN, WARPS_OUT = 8, 16  # of a block
-    SPREAD = 70  # percent of a multiprocessor's memory that blocks share: the fastest by docs/log.md
+    MOST = 32  # sequences
+    BROAD_HEAD_FROM = 24  # from which broad.cu takes an int4 head
+    FLOW_FILLS = 1.4  # of BroadStep, here
+    PLANS: ClassVar = {  # by eights of sequences: the fastest by docs/log.md
+        1: Plans(Plan(1, 1, 1, 1), Plan(1, 1, 1, 1), 70),
+        2: Plans(Plan(2, 1, 1, 2), Plan(2, 1, 1, 2), 50),
+        3: Plans(Plan(2, 1, 1, 1), Plan(2, 2, 2, 1), 85),
+        4: Plans(Plan(2, 1, 1, 1), Plan(2, 2, 2, 1), 85),
+    }
 
     def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str) -> None:
         super().__init__(model, gpu, batch)
         spec, zeros = model.spec, self._zeros
         recorder: Any = Recorder(gpu)
-        self._mid = Mid(recorder, batch, [model.head])
+        broad = batch >= self.BROAD_HEAD_FROM and gpu.warpgroups and Broad.fits(model.head)
+        last: Any = Recorder(gpu) if broad else recorder
         self._u = zeros(batch, spec.d_model)
         self._z, self._dt = zeros(batch, spec.d_inner), zeros(batch, spec.n_heads)
-        self._ins = [made_shape(layer.matrices["in_proj"], gpu, self.WARPS_IN) for layer in model.layers]
-        self._outs = [made_shape(layer.matrices["out_proj"], gpu, self.WARPS_OUT) for layer in model.layers]
+        self._groups = -(-batch // EIGHT)
+        self._spread = self.PLANS[self._groups].shared
+        shapes = [shapes_of(layer, gpu, batch) for layer in model.layers]
+        self._ins, self._outs = ([made_shape(pair[k]) for pair in shapes] for k in range(2))
         self._in_places = [
             operand_places(layer.matrices["in_proj"], shape, layer.norm)
             for layer, shape in zip(model.layers, self._ins, strict=True)
@@ -142,22 +179,29 @@ class EightStep(RecordedStep):
         ]
         # Of in_proj and out_proj: operands, those of each layer's second plane, whose gaps stay 0, and squares.
         # Ranges: in turn, a layer each
-        self._in = self._operands("in_proj", max(s.tiles for s in self._outs) * gpu.blocks)
+        self._in = self._operands(
+            "in_proj", max(s.tiles for s in self._outs) * gpu.blocks // self.PLANS[self._groups].out_proj.tiles_of
+        )
         self._out = self._operands("out_proj", spec.n_heads // STATE_HEADS * WARPS)
-        self._ranges = [zeros(EIGHT), zeros(EIGHT)]
+        self._ranges = [zeros(self._groups * EIGHT), zeros(self._groups * EIGHT)]
         self._recurrences = [
             recurrence(spec, layer, self._state(i), batch, state_dtype, self._dt, self._z, self._u)
             for i, layer in enumerate(model.layers)
         ]
-        self._recur_name = f"slimba_steps_{STATE_CODES[state_dtype]}_{spec.d_state}"
-        self._recur_bytes = steps_bytes(spec.d_state, state_dtype)
+        self._recur_name, self._recur_fours, self._recur_bytes = recur_kernel(
+            spec, gpu, batch, state_dtype, self.FLOW_FILLS
+        )
         self._layers(recorder)
+        self._head = (Broad if broad else Mid)(last, batch, [model.head])
+        self._last(self._head)
         self._launches = made(gpu, recorder.launches, "eight")
+        if broad:
+            self._launches += made(gpu, last.launches, "broad")
 
     @classmethod
     def fits(cls, model: CudaModel, gpu: Gpu, batch: int) -> bool:
         spec = model.spec
-        if not gpu.bakes or spec.architecture != "mamba2" or not states_fit(spec) or not 2 <= batch <= EIGHT:
+        if not gpu.bakes or spec.architecture != "mamba2" or not states_fit(spec) or not 2 <= batch <= cls.MOST:
             return False
         normed = spec.gated_norm and not spec.norm_before_gate and norm_groups(spec) == 1
         squares = spec.n_heads // STATE_HEADS * WARPS, -(-spec.d_model // TILE) + gpu.blocks
@@ -165,21 +209,22 @@ class EightStep(RecordedStep):
             normed
             and max(squares) <= MOST_SQUARES
             and Mid.fits(model.head)
-            and all(cls._takes(layer, gpu) for layer in model.layers)
+            and all(cls._takes(layer, gpu, batch) for layer in model.layers)
         )
 
     @classmethod
-    def _takes(cls, layer: LayerWeights, gpu: Gpu) -> bool:
+    def _takes(cls, layer: LayerWeights, gpu: Gpu, batch: int) -> bool:
         """Whether the kernels take a layer's matrices. Rows of out_proj in int8 would leave no operands."""
-        out = shape_of(layer.matrices["out_proj"], gpu.blocks, cls.WARPS_OUT)
-        return bool(shape_of(layer.matrices["in_proj"], gpu.blocks, cls.WARPS_IN) and out and not out.rows)
+        into, out = shapes_of(layer, gpu, batch)
+        return bool(into and out and not out.rows)
 
     def _operands(self, name: str, squares: int) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
         matrices = [layer.matrices[name] for layer in self._model.layers]
         half: dict[str, Any] = {"dtype": torch.float16}
+        vectors = self._groups * EIGHT
         return (
-            self._zeros(EIGHT * max(m.cols for m in matrices), **half),
-            [self._zeros(EIGHT * (m.plane_kpad or 8), **half) for m in matrices],
+            self._zeros(vectors * max(m.cols for m in matrices), **half),
+            [self._zeros(vectors * (m.plane_kpad or 8), **half) for m in matrices],
             self._zeros(self.batch, up_to(squares, 4)),
         )
 
@@ -193,34 +238,42 @@ class EightStep(RecordedStep):
         embed = fields_of(
             model.embedding.fields, self._state(0), self.batch, self.ids.data_ptr(), self._u.data_ptr(),
             self._in_places[0].data_ptr(), x.data_ptr(), x2[0].data_ptr(), squares.data_ptr(), squares.shape[1],
-            self._ranges[0].data_ptr(), eps,
+            self._ranges[0].data_ptr(), eps, group_bytes(model.layers[0].matrices["in_proj"]),
         )  # fmt: skip
         gpu.launch("slimba_eight_embed", (self.batch,), embed, 4 * WARPS)
         to_state = [IN_PROJ, self._dt.data_ptr(), spec.n_heads, 0, inner, self._z.data_ptr(), inner, inner, ring, ring]
         to_stream = [ADD, self._u.data_ptr(), spec.d_model, *[0] * 7]
         for i, layer in enumerate(model.layers):
+            out = layer.matrices["out_proj"]
             now, following = (self._ranges[(i + k) % 2].data_ptr() for k in range(2))
             source = [x.data_ptr(), x2[i].data_ptr(), float_bits(self._ins[i].unit)]
             norm = [squares.data_ptr(), squares.shape[1], eps, now, following]
-            self._product(gpu, layer.matrices["in_proj"], i, to_state, source, norm, [0] * 6)
+            self._product(gpu, layer.matrices["in_proj"], i, to_state, source, norm, [0] * 8)
             fields = fields_of(
                 self._recurrences[i].tolist(), 0, y.data_ptr(), y2[i].data_ptr(), y_squares.data_ptr(), 0, 0, 0,
-                self._out_places[i].data_ptr(),
+                group_bytes(out), self._out_places[i].data_ptr(),
             )  # fmt: skip
-            grid = spec.n_heads // STATE_HEADS, self.batch
-            gpu.launch(self._recur_name, grid, fields, self._recur_bytes, overlap=True, spread=self.SPREAD)
-            leaves = [0] * 6
+            grid = spec.n_heads // STATE_HEADS // self._recur_fours, self.batch
+            gpu.launch(self._recur_name, grid, fields, self._recur_bytes, overlap=True, spread=self._spread)
+            leaves = [0] * 8
             if i + 1 < len(model.layers):
                 leaves = [
                     self._in_places[i + 1].data_ptr(), x.data_ptr(), x2[i + 1].data_ptr(), following,
-                    squares.data_ptr(), squares.shape[1],
+                    squares.data_ptr(), squares.shape[1], *group_bytes(model.layers[i + 1].matrices["in_proj"]),
                 ]  # fmt: skip
             source = [y.data_ptr(), y2[i].data_ptr(), float_bits(self._outs[i].unit)]
             norm = [y_squares.data_ptr(), y_squares.shape[1], eps, 0, 0]
-            self._product(gpu, layer.matrices["out_proj"], i, to_stream, source, norm, leaves)
-        source = [self._u.data_ptr(), spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, eps]
-        self._mid.norm(model.head, source, 1, [RESIDUAL, self._u.data_ptr(), 0, 0])
-        self._mid.product(model.head, [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7], self._state(0))
+            self._product(gpu, out, i, to_stream, source, norm, leaves)
+
+    def _last(self, head: Broad | Mid) -> None:
+        """The norm after the layers and the head."""
+        model, spec = self._model, self._model.spec
+        source = [self._u.data_ptr(), spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, float_bits(spec.norm_eps)]
+        if isinstance(head, Broad):
+            head.norm(model.head, source, [0] * 4)
+        else:
+            head.norm(model.head, source, 1, [RESIDUAL, self._u.data_ptr(), 0, 0])
+        head.product(model.head, [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7], self._state(0))
 
     def _product(
         self,
@@ -233,16 +286,38 @@ class EightStep(RecordedStep):
         leaves: Sequence[int],
     ) -> None:
         """Launches a product of layer i: what it multiplies, how that was normed, and what it leaves for the next."""
-        out = output[0] == ADD
+        out, plans = output[0] == ADD, self.PLANS[self._groups]
         shape = (self._outs if out else self._ins)[i]
         fields = fields_of(m.fields, list(output), self._state(i), self.batch, list(source), list(norm), list(leaves))
+        grid = (self._gpu.blocks // (plans.out_proj if out else plans.in_proj).tiles_of, shape.split)
         gpu.launch(
-            shape.name, (self._gpu.blocks,), fields, shape.shared_bytes(norm[1]), threads=shape.threads, overlap=True,
-            spread=self.SPREAD,
+            shape.name, grid, fields, shape.shared_bytes(norm[1]), threads=shape.threads, overlap=True,
+            spread=self._spread,
         )  # fmt: skip
 
 
-def made_shape(m: DeviceMatrix, gpu: Gpu, warps: int) -> EightShape:
-    shape = shape_of(m, gpu.blocks, warps)
+def group_bytes(m: DeviceMatrix) -> list[int]:
+    """Of the operands of a group of vectors: all columns and those of the second plane."""
+    return [2 * EIGHT * m.cols, 2 * EIGHT * m.plane_kpad]
+
+
+def shapes_of(layer: LayerWeights, gpu: Gpu, batch: int) -> list[EightShape | None]:
+    """The kernels of a layer's in_proj and out_proj."""
+    eights, warps = -(-batch // EIGHT), {"in_proj": EightStep.WARPS_IN, "out_proj": EightStep.WARPS_OUT}
+    found = []
+    for name, plan in zip(warps, EightStep.PLANS[eights][:2], strict=True):
+        shape, groups = (
+            shape_of(layer.matrices[name], gpu.blocks // plan.tiles_of, warps[name]),
+            -(-eights // plan.eights),
+        )
+        if shape:
+            shape = dataclasses.replace(
+                shape, eights=plan.eights, groups=groups, split=plan.split, resident=plan.resident
+            )
+        found.append(shape)
+    return found
+
+
+def made_shape(shape: EightShape | None) -> EightShape:
     assert shape is not None  # EightStep.fits
     return shape
