@@ -170,12 +170,12 @@ def main() -> None:
         for b in (1, 8):
             todo.append((f"profile {b}x2048", "dfssm", "float32", lambda e, c, b=b: profile(e, b, 2048)))
     if "batches" in chosen:
-        for b in (8, 32, 128, 512):
+        for b in (8, 16, 32, 128, 512):
             run = lambda e, c, b=b: batched(e, c, "dfssm", "int8", b)  # noqa: E731
             todo.append((f"decode batch {b}", "dfssm", "int8", run))
     if "shape" in chosen:
         for state in ("float32", "int8"):
-            todo.append((f"reference at the shape, {state}", "dfssm", state, lambda e, c: gpu_check(e, c, [1, 8])))
+            todo.append((f"reference at the shape, {state}", "dfssm", state, lambda e, c: gpu_check(e, c, [1, 8, 32])))
     todo.sort(key=lambda t: (t[1], t[2]))
     engine, key, checkpoint = None, None, None
     for name, label, state, work in todo:

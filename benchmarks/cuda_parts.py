@@ -171,13 +171,13 @@ def broad_steps(gpu: Gpu, state_dtype: str) -> str:
 
 
 def steps_of_eight(gpu: Gpu) -> str:
-    """The three kernels a layer for up to eight sequences, two layers with other columns in the second plane, against
-    the kernels for tens."""
+    """The three kernels a layer for up to 32 sequences, two layers with other columns in the second plane, against the
+    kernels for tens."""
     if gpu.device.type == "cpu":  # whose few blocks would have too many tiles each
         gpu = Gpu(gpu.device, gpu.module, 40, gpu.shared, bakes=gpu.bakes)
     spec = mamba2_spec(d_model=2048, headdim=64, d_inner=2048, d_state=128, n_layer=2, norm_group_size=2048)
     checkpoint, worst = measure.random_model(spec, "dfssm"), 0.0
-    for state_dtype, batch in ("float32", 8), ("int8", 3):
+    for state_dtype, batch in ("float32", 8), ("int8", 3), ("int8", 11), ("int8", 19):
         want, _ = _steps_of_many(plain(gpu), checkpoint, state_dtype, 10, batch=batch)
         got, _ = _steps_of_many(gpu, checkpoint, state_dtype, 10, "EightStep", batch)
         most = float(np.abs(want).max())

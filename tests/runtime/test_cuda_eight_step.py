@@ -50,6 +50,23 @@ def test_steps_are_the_recurrence(
         np.testing.assert_allclose(got[b], want, rtol=0, atol=(5e-3 if state_dtype == "float32" else 3e-2) * most)
 
 
+@pytest.mark.parametrize("batch", [9, 17, 24, 25])
+def test_products_read_whole_groups_of_vectors(batch: int) -> None:
+    from slimba.runtime.backends.cuda import CudaEngine
+    from slimba.runtime.backends.cuda_eight import EIGHT, EightStep
+
+    spec = mamba2_spec(d_model=2048, headdim=64, d_inner=2048, d_state=128, n_layer=1, norm_group_size=2048)
+    gpu = host_gpu(40, bakes=True)
+    step = EightStep(CudaEngine(random_model(spec, "dfssm"), gpu=gpu).model, gpu, batch, "int8")
+    for matrix, shape, (operands, [second], _) in (
+        ("in_proj", step._ins[0], step._in),
+        ("out_proj", step._outs[0], step._out),
+    ):
+        m, vectors = step._model.layers[0].matrices[matrix], EIGHT * shape.eights * shape.groups
+        assert vectors >= batch and vectors % (EIGHT * shape.eights * shape.split) == 0
+        assert operands.numel() >= vectors * m.cols and second.numel() >= vectors * m.plane_kpad
+
+
 def test_rows_of_out_proj_in_int8_are_left_to_others() -> None:
     """They would not become operands of the next product."""
     from slimba.runtime.backends.cuda import CudaEngine

@@ -165,10 +165,12 @@ class EightStep(RecordedStep):
         last: Any = Recorder(gpu) if broad else recorder
         self._u = zeros(batch, spec.d_model)
         self._z, self._dt = zeros(batch, spec.d_inner), zeros(batch, spec.n_heads)
-        self._groups = -(-batch // EIGHT)
-        self._spread = self.PLANS[self._groups].shared
+        self._plans = self.PLANS[-(-batch // EIGHT)]
+        self._spread = self._plans.shared
         shapes = [shapes_of(layer, gpu, batch) for layer in model.layers]
         self._ins, self._outs = ([made_shape(pair[k]) for pair in shapes] for k in range(2))
+        # Products read whole groups, the last one too
+        self._vectors = EIGHT * max(s.eights * s.groups for s in (*self._ins, *self._outs))
         self._in_places = [
             operand_places(layer.matrices["in_proj"], shape, layer.norm)
             for layer, shape in zip(model.layers, self._ins, strict=True)
@@ -180,10 +182,10 @@ class EightStep(RecordedStep):
         # Of in_proj and out_proj: operands, those of each layer's second plane, whose gaps stay 0, and squares.
         # Ranges: in turn, a layer each
         self._in = self._operands(
-            "in_proj", max(s.tiles for s in self._outs) * gpu.blocks // self.PLANS[self._groups].out_proj.tiles_of
+            "in_proj", max(s.tiles for s in self._outs) * gpu.blocks // self._plans.out_proj.tiles_of
         )
         self._out = self._operands("out_proj", spec.n_heads // STATE_HEADS * WARPS)
-        self._ranges = [zeros(self._groups * EIGHT), zeros(self._groups * EIGHT)]
+        self._ranges = [zeros(self._vectors), zeros(self._vectors)]
         self._recurrences = [
             recurrence(spec, layer, self._state(i), batch, state_dtype, self._dt, self._z, self._u)
             for i, layer in enumerate(model.layers)
@@ -221,10 +223,9 @@ class EightStep(RecordedStep):
     def _operands(self, name: str, squares: int) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
         matrices = [layer.matrices[name] for layer in self._model.layers]
         half: dict[str, Any] = {"dtype": torch.float16}
-        vectors = self._groups * EIGHT
         return (
-            self._zeros(vectors * max(m.cols for m in matrices), **half),
-            [self._zeros(vectors * (m.plane_kpad or 8), **half) for m in matrices],
+            self._zeros(self._vectors * max(m.cols for m in matrices), **half),
+            [self._zeros(self._vectors * (m.plane_kpad or 8), **half) for m in matrices],
             self._zeros(self.batch, up_to(squares, 4)),
         )
 
@@ -286,7 +287,7 @@ class EightStep(RecordedStep):
         leaves: Sequence[int],
     ) -> None:
         """Launches a product of layer i: what it multiplies, how that was normed, and what it leaves for the next."""
-        out, plans = output[0] == ADD, self.PLANS[self._groups]
+        out, plans = output[0] == ADD, self._plans
         shape = (self._outs if out else self._ins)[i]
         fields = fields_of(m.fields, list(output), self._state(i), self.batch, list(source), list(norm), list(leaves))
         grid = (self._gpu.blocks // (plans.out_proj if out else plans.in_proj).tiles_of, shape.split)
