@@ -45,7 +45,7 @@ class Module:
             raise CudaUnavailable("no NVIDIA driver is installed (libcuda.so.1 is missing)") from None
         self._module = ctypes.c_void_p()
         self._check(self._cuda.cuModuleLoadData(ctypes.byref(self._module), cubin), "loading the kernels")
-        self._functions: dict[str, tuple[ctypes.c_void_p, int]] = {}
+        self._functions: dict[str, tuple[ctypes.c_void_p, int, int]] = {}  # with their memory and spread
 
     def launch(
         self,
@@ -74,18 +74,17 @@ class Module:
         self._check(code, f"launching {name} with {tuple(grid)} blocks and {shared} bytes of shared memory")
 
     def _function(self, name: str, shared: int, spread: int) -> ctypes.c_void_p:
-        found, allowed = self._functions.get(name, (None, SHARED_BY_DEFAULT))
+        found, allowed, before = self._functions.get(name, (None, SHARED_BY_DEFAULT, 0))
         if found is None:
             found = ctypes.c_void_p()
             self._check(self._cuda.cuModuleGetFunction(ctypes.byref(found), self._module, name.encode()), name)
-            if spread:  # kernels that share a multiprocessor must agree on how its memory is divided
-                part = ctypes.c_int(spread)
-                self._cuda.cuFuncSetAttribute(found, ctypes.c_int(SHARED_CARVEOUT), part)
+        if spread != before:  # kernels that share a multiprocessor must agree on how its memory is divided
+            self._cuda.cuFuncSetAttribute(found, ctypes.c_int(SHARED_CARVEOUT), ctypes.c_int(spread or -1))
         if shared > allowed:
             code = self._cuda.cuFuncSetAttribute(found, ctypes.c_int(MAX_DYNAMIC_SHARED), ctypes.c_int(shared))
             self._check(code, f"{shared} bytes of shared memory for {name}")
             allowed = shared
-        self._functions[name] = found, allowed
+        self._functions[name] = found, allowed, spread
         return found
 
     def _check(self, code: int, what: str) -> None:

@@ -33,7 +33,7 @@ HEAD = MATRIX + 24  # fields of struct Product, which struct Head in kernels/cud
 KEYS = HEAD + 13  # 0 where nothing is chosen
 RECURRENCE_POINTERS = {0, 1, 15, 16, 17, 18, 19, 20, 22, 24}
 RECURRENCE_VARYING = {2, 5}
-BATCH, FEW = 5, 8  # field of struct Recurrence; sequences
+BATCH, FEW = 5, 16  # field of struct Recurrence; sequences of which a block a multiprocessor is enough
 
 # Kernels for many sequences: struct, bounds, arguments, fields that differ between launches. Fields of 2^32 and more
 # are pointers.

@@ -149,7 +149,7 @@ class EightStep(RecordedStep):
     WARPS_IN, WARPS_OUT = 8, 16  # of a block
     MOST = 32  # sequences
     BROAD_HEAD_FROM = 24  # from which broad.cu takes an int4 head
-    FLOW_FILLS = 1.4  # of BroadStep, here
+    FLOW_FILLS = 1.0  # of BroadStep, here
     PLANS: ClassVar = {  # by eights of sequences: the fastest by docs/log.md
         1: Plans(Plan(1, 1, 1, 1), Plan(1, 1, 1, 1), 70),
         2: Plans(Plan(2, 1, 1, 2), Plan(2, 1, 1, 2), 50),
