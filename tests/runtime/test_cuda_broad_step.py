@@ -5,6 +5,8 @@ Run: `pytest tests/runtime/test_cuda_broad_step.py`.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -15,15 +17,27 @@ from slimba.runtime.measure import random_model
 torch = pytest.importorskip("torch")
 
 
+CASES = [  # d_state, groups, type of the states, fours of heads that a block of flow.cu takes, none: steps.cu
+    (64, 2, "float32", ()),
+    (64, 2, "int8", (2,)),
+    (128, 1, "bfloat16", ()),
+    (128, 1, "int8", (4,)),
+]
+OTHERS = [
+    case
+    for case in itertools.product((64, 128), (1, 2), ("float32", "bfloat16", "int8"), ((), (2,), (4,)))
+    if case not in CASES and case[:2] in ((64, 2), (128, 1)) and (case[2] == "int8" or not case[3])
+]
+
+
 @pytest.mark.parametrize(
-    ("state_dtype", "fours"), [("float32", ()), ("bfloat16", ()), ("int8", ()), ("int8", (4,)), ("int8", (2,))]
+    ("d_state", "groups", "state_dtype", "fours"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)],
 )
-@pytest.mark.parametrize(("d_state", "groups"), [(64, 2), (128, 1)])
 def test_steps_are_the_recurrence(
     d_state: int, groups: int, state_dtype: str, fours: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each sequence elsewhere in its buffer, past the token that stores the state; batch.cu's too. fours: of heads that
-    a block of flow.cu takes, none: steps.cu."""
+    """Each sequence elsewhere in its buffer, past the token that stores the state; batch.cu's too."""
     from slimba.runtime.backends.cuda import CudaEngine
 
     monkeypatch.setattr("slimba.runtime.backends.cuda_broad_step.BroadStep.FLOW", fours)

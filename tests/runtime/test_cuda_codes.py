@@ -36,7 +36,9 @@ def test_kernels_for_codes_are_those_for_any_matrix(format: str) -> None:
     assert difference < (0.05 if format.endswith("a8") else 1e-5)
 
 
-@pytest.mark.parametrize("format", ["dfssm", "int8", "float16", "bfloat16", "w4a16"])
+@pytest.mark.parametrize(
+    "format", ["dfssm", "float16", "w4a16", *(pytest.param(f, marks=pytest.mark.slow) for f in ("int8", "bfloat16"))]
+)
 def test_the_head_chooses_and_embeds_as_the_kernels_apart(format: str) -> None:
     """Eleven tokens, so that eight steps follow each other; ids from n_valid on are not chosen, and a NaN is seen."""
     from slimba.errors import UserError
