@@ -27,6 +27,7 @@ try:
     from slimba.runtime.backends.cuda_device import Gpu, open_gpu
     from slimba.runtime.backends.cuda_eight import EightStep
     from slimba.runtime.backends.cuda_model import CudaModel
+    from slimba.runtime.backends.cuda_one import OneStep
     from slimba.runtime.backends.cuda_state import STATE_CODES, CudaState, StatePointers
     from slimba.runtime.backends.cuda_step import BulkStep, FusedStep, Step
 except ModuleNotFoundError as e:
@@ -238,7 +239,9 @@ class CudaEngine:
         """The step for this batch size, pointed to `state`."""
         batch = state.batch
         if batch not in self._steps:
-            if EightStep.fits(self.model, self.gpu, batch) and not self._exact:
+            if OneStep.fits(self.model, self.gpu, batch) and not self._exact:
+                self._steps[batch] = OneStep(self.model, self.gpu, batch, self.state_dtype)
+            elif EightStep.fits(self.model, self.gpu, batch) and not self._exact:
                 self._steps[batch] = EightStep(self.model, self.gpu, batch, self.state_dtype)
             elif batch >= BroadStep.FEWEST and BroadStep.fits(self.model, self.gpu) and not self._exact:
                 self._steps[batch] = BroadStep(self.model, self.gpu, batch, self.state_dtype, self._bulk)

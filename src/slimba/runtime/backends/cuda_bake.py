@@ -47,6 +47,9 @@ MANY = {
     "broad_norm": ("BroadNorm", "THREADS", "s", {MATRIX + 9, MATRIX + 13, MATRIX + 26}),
     "eight": ("Eight", "", "s", {MATRIX + 12}),
     "eight_embed": ("EightEmbed", "THREADS", "s", set()),
+    "one": ("One", "", "s", {MATRIX + 12}),
+    "one_embed": ("OneEmbed", "THREADS", "s", set()),
+    "one_recur": ("OneRecurrence", f"{QUICK_THREADS}, 2", "s", RECURRENCE_VARYING),
     "steps": ("Steps", "THREADS, ", "s", RECURRENCE_VARYING),
     "flow": ("Steps", "THREADS, 2", "s", RECURRENCE_VARYING),
     "prepare": ("BatchRecurrence", "THREADS", "s", RECURRENCE_VARYING),
@@ -95,7 +98,7 @@ class Baked:
         """The kernel for a struct Recurrence; `instance` are the arguments of the template recur, or QUICK."""
         sets = constants(fields, RECURRENCE_POINTERS, RECURRENCE_VARYING)
         if instance == QUICK:
-            call = f"quick_recur(s, smem, {self.ORDER});"
+            call = f"quick_recur(s, smem, {self.ORDER}, LeaveFloats{{s}});"
             bounds = f"{QUICK_THREADS}, {self.QUICK_RESIDENT}"
             return self._add("slimba_quick", kernel("Recurrence", bounds, sets, self._first() + call))
         call = f"recur<{instance}>(s, smem, blockIdx.x, gridDim.x, InOrder());"
@@ -118,8 +121,8 @@ class Baked:
             call += f", *(FlowShared<{arguments[0]}>*)smem"
         else:
             call += ", smem"
-        if kind in ("still", "few", "eight"):
-            resident = arguments.pop() if kind == "eight" else 1
+        if kind in ("still", "few", "eight", "one"):
+            resident = arguments.pop() if kind in ("eight", "one") else 1
             bounds = f"{32 * int(arguments[kind == 'few'])}, {resident}"
         if kind == "broad":
             bounds = f"{128 * int(arguments[1]) * int(arguments[2])}, 1"

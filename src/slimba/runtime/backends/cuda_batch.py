@@ -42,6 +42,7 @@ ONLY_MADE = (
     "slimba_steps",
     "slimba_flow",
     "slimba_eight",
+    "slimba_one",
 )  # kernels that there are for one model's shape alone
 
 

@@ -333,8 +333,7 @@ class FusedStep(Step):
         late = bool(spec.gated_norm and spec.norm_before_gate)
 
         def streamed(m: DeviceMatrix, groups: int, gated: bool) -> Codes | Stream | None:
-            stream = stream_of(m, blocks, groups, gated) if self.STREAMS else None
-            return stream if m.has_float else codes_of(m, blocks, groups, gated) or stream
+            return streamed_of(m, blocks, groups, gated, self.STREAMS)
 
         head = streamed(self._model.head, 1, False)
         found: dict[int, Codes | Dot | Lean | Stream | None] = {len(self.products) - 1: head}
@@ -385,3 +384,9 @@ class FusedStep(Step):
         source = [self.u.data_ptr(), spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, float_bits(spec.norm_eps)]
         out = [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7]
         return fields_of(model.head.fields, source, out, self._state(0), self.batch, model.head.plane_inverse)
+
+
+def streamed_of(m: DeviceMatrix, blocks: int, groups: int, gated: bool, streams: bool = True) -> Codes | Stream | None:
+    """The kernel of codes.cuh or stream.cuh for a matrix and one vector."""
+    stream = stream_of(m, blocks, groups, gated) if streams else None
+    return stream if m.has_float else codes_of(m, blocks, groups, gated) or stream
