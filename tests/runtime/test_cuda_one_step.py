@@ -23,7 +23,7 @@ def test_steps_are_the_recurrence(state_dtype: str) -> None:
     spec = mamba2_spec(d_model=2048, headdim=64, d_inner=2048, d_state=128, n_groups=1, n_layer=2, norm_group_size=2048)
     checkpoint = random_model(spec, "dfssm")
     ids = np.random.default_rng(6).integers(0, 67, (1, 19)).astype(np.int32)
-    cuda = CudaEngine(checkpoint, gpu=host_gpu(40, bakes=True), state_dtype=state_dtype)
+    cuda = CudaEngine(checkpoint, gpu=host_gpu(60, bakes=True), state_dtype=state_dtype)
     state = cuda.new_state()
     cuda.prefill(ids[:, :13], state)
     got = np.concatenate([cuda.step(ids[:, t], state).numpy().copy() for t in range(13, 19)])

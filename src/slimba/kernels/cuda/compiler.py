@@ -40,7 +40,7 @@ MODULES = {  # apart, because a process needs few; cuda_bake.py adds the kernels
         *(*BASE, "decode.cu", "rows.cuh", "step.cuh", "mid_norm.cu", "mid.cu", "batch.cu"),
         *("image.cuh", "store.cuh", "steps.cu", "flow.cu", "eight.cuh"),
     ),
-    "one": (*BASE, "decode.cu", "rows.cuh", "step.cuh", "quick.cuh", "image.cuh", "eight.cuh", "one.cuh"),
+    "one": (*BASE, "tiles.cuh", "decode.cu", "step.cuh", "quick.cuh", "rows.cuh", "dot.cuh", "one.cuh"),
     "mixer": (*BASE, "step.cuh", "span.cuh", "warpgroup.cuh", "mixer.cu"),
     "sample": (*BASE, "decode.cu", "sample.cu"),
 }

@@ -64,8 +64,16 @@ DEV float dot_sums(const float (&v)[N]) {
 
 // CW warps, X words of 32 columns a lane, TW tiles and RW int8 rows a block, P words of a second plane a warp (those of its columns
 // that the plane has, filled up), PM: which of the tiles may have the plane, B: blocks, LR: 16 ranks of a correction, or 0.
-template <int CW, int X, int TW, int RW, int P, int PM, int B, int LR, typename Ready>
-DEV void dot(const Product& p, u8* smem, Ready ready) {
+// Leave: what else becomes of a row's result, `y` being what is stored, and of the inverse RMS. expect comes before `ready`, with -1 in
+// the threads that finish nothing, begin after it.
+struct LeaveNothing {
+  static constexpr bool LEAVES = false;
+  DEV_MEMBER void expect(int) {}
+  DEV_MEMBER void begin() {}
+  DEV_MEMBER void operator()(bool, float, float) const {}
+};
+template <int CW, int X, int TW, int RW, int P, int PM, int B, int LR, typename Ready, typename Leave>
+DEV void dot(const Product& p, u8* smem, Ready ready, Leave leave) {
   constexpr u32 ONES = 0x01010101u;
   constexpr int COLUMNS = 128 * X, K = 4 * (TW * TILE + RW) <= CW * WARP ? 4 : 2;  // K threads finish a row
   constexpr int XP = P > 4 ? P / 4 : 1, SPAN = P > 4 ? 4 : P ? P : 1, BITS = 2 * SPAN;  // a lane's words of the plane, bits of one
@@ -158,7 +166,9 @@ DEV void dot(const Product& p, u8* smem, Ready ready) {
   for (int i = 0; i < 4 / K; ++i) left[i] = low_rank ? ((const u32*)((const u8*)m.lr_a + (i64)lr_row * 16))[4 / K * k + i] : 0;
   const float rank_scale = LR ? half_bits_to_float(((const u16*)m.lr_b_scale)[lane / 2]) : 0.0f;
   const i64 ring = p.out.mode == IN_PROJ ? (i64)next_ring_row(p.state, 0) : 0;
+  leave.expect(r.there && k == 0 ? row : -1);
   ready();
+  leave.begin();
 
   // All blocks want all of the input at once: few wide requests for it take a third of the time of many narrow ones.
   float4 in[X];
@@ -316,9 +326,16 @@ DEV void dot(const Product& p, u8* smem, Ready ready) {
   }
 #pragma unroll
   for (int by2 = 1; by2 < K; by2 *= 2) y += shuffle_xor(y, by2), squares += shuffle_xor(squares, by2);
-  if (!r.there || k) return;
+  const bool finishes = r.there && k == 0;
+  if (!Leave::LEAVES && !finishes) return;
   const float norm = p.in.groups ? fast_rsqrt(squares / (float)m.cols + param_float(p.in.eps)) : 1.0f;
   y = fmaf(y, norm, bias);
-  if (p.out.mode == ADD) ((float*)p.out.y)[row] = residual + y;
-  else put_output(p.out, ring, row, 0, y);
+  if (p.out.mode == ADD) y += residual;
+  if (finishes && p.out.mode == ADD) ((float*)p.out.y)[row] = y;
+  else if (finishes) put_output(p.out, ring, row, 0, y);
+  leave(finishes, y, norm);
+}
+template <int CW, int X, int TW, int RW, int P, int PM, int B, int LR, typename Ready>
+DEV void dot(const Product& p, u8* smem, Ready ready) {
+  dot<CW, X, TW, RW, P, PM, B, LR>(p, smem, ready, LeaveNothing());
 }

@@ -57,8 +57,6 @@ struct EightShared : EightParts<CW, TW, V * EIGHT, AHEAD> {
   }
 };
 
-DEV float power_of_two(float v) { return bits_to_float(float_to_bits(v) & 0x7f800000u); }
-
 // Asks for a warp's piece of operands. By way of shared memory, because the assembler moves loads into registers between the products.
 DEV void ask_piece(uint4 (&to)[WARP], i64 from, int piece) {
   const int lane = threadIdx.x % WARP;

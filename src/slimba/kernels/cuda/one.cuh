@@ -1,70 +1,114 @@
-// Products of signs and int8 rows with one vector that the kernel before leaves as the tensor core's right operand, for the
-// shapes that models have; and the recurrence of quick.cuh leaving one.
+// in_proj of one sequence, times a vector that out_proj of the layer before leaves in fixed point, as the tensor core's right operand;
+// otherwise as dot.cuh, which is what leaves it.
 //
-// An entry is two halves, the nearest float16 and what that leaves out, in two columns of the operand; the six others repeat them. Rows,
-// columns and the second plane are divided as in eight.cuh, whose signs these are. Piece q of word x of the warps' lanes are 128
-// bytes side by side: 16 for lanes t = 0 to 3 of the first halves and 16 for those of the second. Entries come without the norm's
-// division, which the sums are multiplied by, and times a power of two near the inverse RMS that the residual stream
-// had a layer before, or as they are (out_proj).
+// A column is X = x w S 2^(7 - j), |X| < 2^30, in four signed bytes ("slices"); j: the bit of its sign in a byte of the word. S is a
+// constant of the layer times a power of two near the inverse RMS that the residual stream had a layer before; the
+// norm's division is what the sums are multiplied by. A column beyond 2^30 makes the squares NaN, and so all results.
+//
+// Word x of the warps' lanes t, 32 columns each, are 512 bytes: 16 for j = 0 to 3 of lanes 0 to 3 of the first slice, then of the other
+// slices, then the same for j = 4 to 7. The plane's words lie alike, SPAN lanes side by side. `digit_places` in cuda_one.py says so.
 //
 // Naive twin: `Matrix.matmul` of formats/matrix.py. Tests: tests/kernels/test_cuda_one.py, tests/runtime/test_cuda_one_step.py.
-#define ONE_LANES 8  // with operands of their own
-#define ONE_REST 64  // bytes from an entry's first half to its second
+#define SLICES 4
+#define MOST_FIXED 1073741824.0f  // 2^30
 
 struct One {
   Matrix m;
   Output out;
   StateRef state;
-  i64 x, x2, unit;           // operands; what a sum of masked signs, or of signs, is multiplied by
+  i64 x, x2, valid, unit;       // operands; u32 of each word of the plane, its bits that are columns; 1 / (128 S) but for the power of two
   i64 squares, n_squares, eps;  // float32, whose sum is that of the vector's squares before the norm's weights
-  i64 scale, next_scale;     // float32: what the vector was multiplied by, or 0; where the next such number goes, or 0
-  i64 places, next, next2, next_range, next_squares;  // of ADD: as in struct Eight; 2 TW squares a block
+  i64 scale, next_scale;        // float32: the power of two of this vector; where the next vector's goes
 };
-struct OneRecurrence {
-  Recurrence r;
-  i64 places, next, next2, squares;  // of the channels; squares: one of each warp of each block
+struct Leaving {
+  Product p;
+  i64 places, next, next2, slice2;  // 0, or struct Place of each row as the next vector's column; bytes from a slice to the next in next2
+  i64 scale, squares, next_scale;   // the next vector's power of two; where its squares go, one of each warp; or 0, and where a power of two goes
 };
 
-DEV void put_halves(i64 at, float v) {
-  const u16 half = float_to_half_bits(v);
-  *(u16*)at = half;
-  *(u16*)(at + ONE_REST) = float_to_half_bits(v - half_bits_to_float(half));
+// Where a column goes as an operand, in bytes from those of the first slice, and what multiplies it there; in the second plane, or -1.
+struct DigitPlace {
+  i32 at, at2;
+  float by, by2;
+};
+DEV void put_digits(i64 at, i64 apart, float v) {
+  const u32 z = ((u32)__float2int_rn(v) + 0x00808080u) ^ 0x00808080u;
+#pragma unroll
+  for (int s = 0; s < SLICES; ++s) ((u8*)at)[s * apart] = (u8)(z >> 8 * s);
 }
-DEV void put_entry(i64 x, i64 x2, const Place& place, float v) {
-  put_halves(x + place.at, v * place.by);
-  if (place.at2 >= 0) put_halves(x2 + place.at2, v * place.by2);
+// W: warps that finish rows.
+template <int W>
+struct LeaveDigits {
+  static constexpr bool LEAVES = true;
+  const Leaving& p;
+  DigitPlace place;
+  float scale;
+  DEV_MEMBER void expect(int row) {
+    const uint4 v = p.places && row >= 0 ? *(const uint4*)(p.places + 16 * (i64)row) : uint4{0, 0, 0, 0};
+    place = {(i32)v.x, (i32)v.y, bits_to_float(v.z), bits_to_float(v.w)};
+  }
+  DEV_MEMBER void begin() { scale = p.places ? load_fresh((const float*)p.scale) : 0.0f; }
+  DEV_MEMBER void operator()(bool finishes, float u, float inverse) const {
+    if (p.next_scale && blockIdx.x == 0 && threadIdx.x == 0) *(float*)p.next_scale = power_of_two(inverse);
+    if (!p.places) return;
+    const float v = u * scale * place.by, v2 = u * scale * place.by2;
+    if (finishes) {
+      put_digits(p.next + place.at, 16 * SLICES, v);
+      if (place.at2 >= 0) put_digits(p.next2 + place.at2, p.slice2, v2);
+    }
+    const bool fits = fabsf(v) < MOST_FIXED && (place.at2 < 0 || fabsf(v2) < MOST_FIXED);
+    const float squares = warp_sum(!finishes ? 0.0f : fits ? u * u : bits_to_float(0x7fc00000u));
+    if (threadIdx.x % WARP == 0) ((float*)p.squares)[blockIdx.x * W + threadIdx.x / WARP] = squares;
+  }
+};
+// A product of dot.cuh that leaves digits, or the power of two alone.
+template <int CW, int X, int TW, int RW, int P, int PM, int B>
+DEV void leaving(const Leaving& p, u8* smem) {
+  constexpr int N = TW * TILE + RW, K = 4 * N <= CW * WARP ? 4 : 2, W = (N * K + WARP - 1) / WARP;
+  release_next();
+  dot<CW, X, TW, RW, P, PM, B, 0>(p.p, smem, AtOnce(), LeaveDigits<W>{p, {}, 0});
+}
+DEV void one_recur(const Recurrence& p, u8* smem) {
+  release_next();
+  quick_recur(p, smem, AtOnce());
 }
 
-// N rows a block, each finished by K threads: floats from one warp's sums to the next, so that a warp reads from different banks.
-template <int CW, int N, int PIECES>
+// N rows a block, each finished by K threads: halves of a warp's sums, so far from the next warp's that a warp reads from
+// different banks.
+template <int CW, int N, int UNITS, bool PLANE>
 struct OneShared {
-  static constexpr int K = 4 * N <= CW * WARP ? 4 : 2, STRIDE = (N + WARP - 1) / WARP * WARP + WARP / K;
-  uint4 x[CW][PIECES][ONE_LANES];
-  float part[CW][STRIDE], squares[CW];
+  static constexpr int K = 4 * (N + 1) <= CW * WARP ? 4 : 2, STRIDE = N + 16 / K;  // N: tiles' rows
+  uint4 x[CW][UNITS];
+  float2 part[CW][STRIDE], part2[PLANE ? CW : 1][PLANE ? STRIDE : 1];
+  float2 total[CW], total2[CW];
+  float squares[CW], code[CW];
 };
 
 // CW warps, X words of 32 columns a lane, TW tiles and RW int8 rows (at most 1) a block, P words of a second plane a warp, PM: which
-// of the tiles may have the plane.
-template <int CW, int X, int TW, int RW, int P, int PM, bool MASKED>
+// of the tiles may have it.
+template <int CW, int X, int TW, int RW, int P, int PM>
 DEV void one(const One& p, u8* smem) {
-  typedef SignTiles<X, TW, P, PM> Tiles;
-  constexpr int XP = Tiles::XP, PAIRS = Tiles::PAIRS, COLUMNS = 128 * X;
-  constexpr int PIECES = 4 * X, PIECES2 = P ? XP * PAIRS / 4 : 0, ROWS = TW * TILE, N = ROWS + RW;
-  constexpr u32 ONES = 0x00010001u;
-  typedef OneShared<CW, N, PIECES + PIECES2> Shared;
+  typedef SignTiles<X, TW, P, PM, 2> Tiles;
+  constexpr int XP = Tiles::XP, SPAN = Tiles::SPAN, BITS = 2 * SPAN, COLUMNS = 128 * X;
+  constexpr int UNITS = 2 * SLICES * 4 * X, UNITS2 = P ? 2 * SLICES * P : 0, ROWS = TW * TILE, N = ROWS + RW;  // of 16 bytes
+  constexpr u32 ONES = 0x01010101u;
+  typedef OneShared<CW, ROWS, UNITS + UNITS2, (P > 0)> Shared;
   constexpr int K = Shared::K;
+  release_next();
   Shared& v = *(Shared*)smem;
   const Matrix& m = p.m;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, block = blockIdx.x, blocks = gridDim.x;
-  const bool adds = p.out.mode == ADD;
   Tiles tiles;
   tiles.load(m);
+  u32 valid[XP];
+  load_words<XP>(P > 0, (const u32*)p.valid + warp * P + t % SPAN * XP, valid);
+  if (P && SPAN < 4) valid[0] >>= t / SPAN * BITS;
   const LeanRows codes_row = lean_rows<INT8>(m, RW ? block : -1);
-  uint4 codes[X][2];  // in lanes g = 0
+  u32 codes[X];  // of columns 8 b + lane % 8 of word lane / 8 + 4 x
 #pragma unroll
-  for (int k = 0; k < (RW ? 2 * X : 0); ++k) {
-    const u8* from = codes_row.data + (i64)codes_row.local * codes_row.stride + warp * COLUMNS + (t * X + k / 2) * 32 + k % 2 * 16;
-    codes[k / 2][k % 2] = codes_row.there && g == 0 ? load_weights(from) : uint4{0, 0, 0, 0};
+  for (int x = 0; x < X; ++x) {
+    const u8* from = codes_row.data + (i64)codes_row.local * codes_row.stride + warp * COLUMNS;
+    codes[x] = RW && codes_row.there ? ((const u32*)from)[lane + 32 * x] : 0;
   }
   // The row that a thread helps to finish, from each K-th warp's sum
   const int of = threadIdx.x / K, part = threadIdx.x % K;
@@ -73,148 +117,123 @@ DEV void one(const One& p, u8* smem) {
   const int local = r.local + of % TILE;
   const int row = is_code ? (codes_row.there ? codes_row.first + codes_row.local : -1) : r.there && local < r.rows ? r.first + local : -1;
   const bool finishes = row >= 0 && part == 0;
-  const float code_scale = is_code && finishes ? half_bits_to_float(codes_row.scale[codes_row.local]) * (MASKED ? 1.0f / (1 << 24) : 1.0f) : 1.0f;
+  const int plane_row = row - (int)m.plane_start, plane_rows = (int)(m.plane_stop - m.plane_start);
+  const bool second = P && row >= 0 && !is_code && plane_row >= 0 && plane_row < plane_rows;
+  const float row_scale = row < 0 ? 0.0f : half_bits_to_float(is_code ? codes_row.scale[codes_row.local] : r.scale[local]);
+  const float row_scale2 = second ? half_bits_to_float(((const u16*)m.plane_scale)[plane_row]) : 0.0f;
   const float bias = m.bias && finishes ? ((const float*)m.bias)[row] : 0.0f;
   const i64 ring = p.out.mode == IN_PROJ ? (i64)next_ring_row(p.state, 0) : 0;
-  Place place = {0, -1, 0, 0};
-  if (adds && p.places && finishes) place = load_place(p.places, row);
-  release_next();
   await_previous();
 
 #pragma unroll
-  for (int i = lane; i < PIECES * ONE_LANES; i += WARP)
-    copy_async(&v.x[warp][0][0] + i, (const uint4*)p.x + warp * PIECES * ONE_LANES + i);
+  for (int i = lane; i < UNITS; i += WARP) copy_async(&v.x[warp][i], (const uint4*)p.x + warp * UNITS + i);
   commit_copies();
 #pragma unroll
-  for (int i = lane; i < PIECES2 * ONE_LANES; i += WARP)
-    copy_async(&v.x[warp][PIECES][0] + i, (const uint4*)p.x2 + warp * PIECES2 * ONE_LANES + i);
+  for (int i = lane; i < UNITS2; i += WARP) copy_async(&v.x[warp][UNITS + i], (const uint4*)p.x2 + warp * UNITS2 + i);
   commit_copies();
   const int at = 4 * (int)threadIdx.x;
   const float4 four = p.squares && at < (int)p.n_squares ? load_fresh_quad((const float*)p.squares + at) : float4{0, 0, 0, 0};
-  const float scaled = p.scale ? load_fresh((const float*)p.scale) : 1.0f, range = p.next_range ? load_fresh((const float*)p.next_range) : 1.0f;
-  const float residual = adds && finishes ? load_fresh((const float*)p.out.y + row) : 0.0f;
+  const float range = p.scale ? load_fresh((const float*)p.scale) : 1.0f;
   wait_copies<1>();
   sync_warp();
 
-  float acc[TW][4] = {}, more[TW][4] = {}, both[4] = {}, total2[4] = {};  // both: of the int8 row and of ones, for sums of all columns
+  u32 xs[X][8], xs2[XP][BITS];
 #pragma unroll
-  for (int k = 3; k >= 0; --k) {  // of a word of codes column j counts 2^j if MASKED
+  for (int x = 0; x < X; ++x)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 q = v.x[warp][((2 * x + half) * SLICES + g % SLICES) * 4 + t];
+      xs[x][4 * half] = q.x, xs[x][4 * half + 1] = q.y, xs[x][4 * half + 2] = q.z, xs[x][4 * half + 3] = q.w;
+    }
+  // Columns 2 t and 2 t + 1 of a product are two slices' sums, lanes t and t + 2 have the same. Sums of signs are below 2^30 (dot.cuh)
+  const float unit = t & 1 ? 65536.0f : 1.0f;
+  auto put = [&](const int (&sums)[4], int h, float2* to) {
+    if (t < 2) ((float*)to)[t] = unit * (float)(sums[2 * h] + sums[2 * h + 1] * 256);
+  };
+#pragma unroll
+  for (int i = 0; i < TW; ++i) {
+    int acc[4] = {};
 #pragma unroll
     for (int x = 0; x < X; ++x)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int step = 4 * half + k;
-        const uint2 two = *((const uint2*)&v.x[warp][4 * x + step / 2][lane % ONE_LANES] + k % 2);
-        if (MASKED || RW) {
-          u32 first = 0, second = 0;
-          if (RW) code_operand(codes[x], step, first, second);
-          if (RW && MASKED) second = add_halves(second, second);
-          mma_f16(both, first, MASKED ? ONES << 2 * k : 0, second, MASKED ? ONES << (2 * k + 1) : 0, two.x, two.y);
-        }
-#pragma unroll
-        for (int i = 0; i < TW; ++i) {
-          u32 a[4];
-          eight_signs<MASKED>(tiles.bits[i][0][x], tiles.bits[i][1][x], step, a);
-          mma_f16(acc[i], a[0], a[1], a[2], a[3], two.x, two.y);
-        }
+      for (int j = 0; j < 8; j += 2) {
+        const u32 a = tiles.bits[i][0][x], b = tiles.bits[i][1][x];
+        mma_u8s8(acc, a & ONES << j, b & ONES << j, a & ONES << (j + 1), b & ONES << (j + 1), xs[x][j], xs[x][j + 1]);
       }
-    if (RW && MASKED && k) both[0] *= 4, both[1] *= 4;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) put(acc, h, v.part[warp] + i * TILE + 8 * h + g);
   }
-  if (P) wait_copies<0>(), sync_warp();
+  int total[4] = {};
 #pragma unroll
-  for (int x = 0; x < (P ? XP : 0); ++x)
+  for (int x = 0; x < X; ++x)
 #pragma unroll
-    for (int step = 0; step < PAIRS / 2; ++step) {
-      const uint2 two = *((const uint2*)&v.x[warp][PIECES + x * (PAIRS / 4) + step / 2][lane % ONE_LANES] + step % 2);
-      if (MASKED) mma_f16(total2, 0, ONES << 2 * (step % 4), 0, ONES << (2 * (step % 4) + 1), two.x, two.y);
+    for (int j = 0; j < 8; j += 2) mma_u8s8(total, ONES << j, 0, ONES << (j + 1), 0, xs[x][j], xs[x][j + 1]);
+  if (g == 0) put(total, 0, &v.total[warp]);
+  if (RW) {
+    float sum = 0;
 #pragma unroll
-      for (int i = 0; i < TW; ++i) {
-        if (!(PM >> i & 1) || !tiles.planes[i]) continue;
-        u32 a[4];
-        eight_signs<MASKED>(tiles.bits2[i][0][x], tiles.bits2[i][1][x], step, a);
-        mma_f16(more[i], a[0], a[1], a[2], a[3], two.x, two.y);
-      }
+    for (int x = 0; x < X; ++x) {
+      const int at_word = lane / 8 + 4 * x, j = lane % 8;
+      const u32* digits = (const u32*)&v.x[warp][(2 * (at_word % X) + j / 4) * SLICES * 4 + at_word / X] + j % 4;
+      float of_column = 0;
+#pragma unroll
+      for (int s = SLICES - 1; s >= 0; --s) of_column = fmaf(of_column, 256.0f, (float)dot4(codes[x], digits[s * 16], 0));
+      sum = fmaf(of_column, (float)(1 << j), sum);
     }
-  // Columns 2 t and 2 t + 1 of a product are the two halves' sums, the same for every t
-  const float all = both[2] + both[3], all2 = total2[2] + total2[3];
-#pragma unroll
-  for (int i = 0; i < 2 * TW; ++i) {
-    const float (&a)[4] = acc[i / 2], (&b)[4] = more[i / 2];
-    const float signs = a[i % 2 * 2] + a[i % 2 * 2 + 1], others = b[i % 2 * 2] + b[i % 2 * 2 + 1];
-    float y = tiles.scale[i / 2][i % 2] * (MASKED ? fmaf(2.0f, signs, -all) : signs);
-    if (PM >> i / 2 & 1) y = fmaf(tiles.scale2[i / 2][i % 2], MASKED ? fmaf(2.0f, others, -all2) : others, y);
-    if (t == i % 4) v.part[warp][i / 2 * TILE + i % 2 * 8 + g] = y;
+    sum = warp_sum(sum);
+    if (lane == 0) v.code[warp] = sum;
   }
-  if (RW && lane == 0) v.part[warp][ROWS] = both[0] + both[1];
+  if (P) {
+    wait_copies<0>();
+    sync_warp();
+    int total2[4] = {};
+#pragma unroll
+    for (int x = 0; x < XP; ++x)
+#pragma unroll
+      for (int i = 0; i < BITS; i += 2) {
+        const int j = t / SPAN * BITS + i;
+        const uint4& four_words = v.x[warp][UNITS + ((2 * x + j / 4) * SLICES + g % SLICES) * SPAN + t % SPAN];
+        const uint2 two = ((const uint2*)&four_words)[j % 4 / 2];
+        xs2[x][i] = two.x, xs2[x][i + 1] = two.y;
+        mma_u8s8(total2, valid[x] & ONES << i, 0, valid[x] & ONES << (i + 1), 0, two.x, two.y);
+      }
+    if (g == 0) put(total2, 0, &v.total2[warp]);
+#pragma unroll
+    for (int k = 0; k < TW; ++k) {
+      if (!(PM >> k & 1) || !tiles.planes[k]) continue;
+      int acc[4] = {};
+#pragma unroll
+      for (int x = 0; x < XP; ++x)
+#pragma unroll
+        for (int i = 0; i < BITS; i += 2) {
+          const u32 a = tiles.bits2[k][0][x] & valid[x], b = tiles.bits2[k][1][x] & valid[x];
+          mma_u8s8(acc, a & ONES << i, b & ONES << i, a & ONES << (i + 1), b & ONES << (i + 1), xs2[x][i], xs2[x][i + 1]);
+        }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) put(acc, h, v.part2[P ? warp : 0] + (P ? k * TILE + 8 * h + g : 0));
+    }
+  }
   const float squares = warp_sum((four.x + four.y) + (four.z + four.w));
   if (lane == 0) v.squares[warp] = squares;
   __syncthreads();
-  if (of >= (N + WARP / K - 1) / (WARP / K) * (WARP / K)) return;  // warps with nothing to finish
-  float y = 0, sum = 0;
+  if (warp * (WARP / K) >= N) return;
+  float result = 0, result2 = 0, all = 0, all2 = 0, sum = 0;
+  const auto add = [](const float2& two) { return two.x + two.y; };
 #pragma unroll
-  for (int w = 0; w < CW / K; ++w) {
-    if (of < N) y += v.part[w * K + part][of];
-    sum += v.squares[w * K + part];
+  for (int w = part; w < CW; w += K) {
+    sum += v.squares[w];
+    if (is_code) {
+      result += v.code[w];
+    } else if (of < ROWS) {
+      result += add(v.part[w][of]), all += add(v.total[w]);
+      if (second) result2 += add(v.part2[P ? w : 0][P ? of : 0]), all2 += add(v.total2[w]);
+    }
   }
+  float y = row_scale * (is_code ? result : fmaf(2.0f, result, -all));
+  if (P) y = fmaf(row_scale2, fmaf(2.0f, result2, -all2), y);
 #pragma unroll
   for (int by = 1; by < K; by *= 2) y += shuffle_xor(y, by), sum += shuffle_xor(sum, by);
   const float inverse = p.squares ? fast_rsqrt(sum / (float)m.cols + param_float(p.eps)) : 1.0f;
   if (p.next_scale && block == 0 && threadIdx.x == 0) *(float*)p.next_scale = power_of_two(inverse);
-  y = fmaf(y, inverse * param_float(p.unit) * fast_reciprocal(scaled) * code_scale, bias);
-  if (!adds) {
-    if (finishes) put_output(p.out, ring, row, 0, y);
-    return;
-  }
-  const float u = residual + y;
-  if (finishes) ((float*)p.out.y)[row] = u;
-  if (!p.places) return;
-  if (finishes) put_entry(p.next, p.next2, place, u * range);
-  const float own = warp_sum(finishes ? u * u : 0.0f);
-  if (lane == 0) ((float*)p.next_squares)[block * (ROWS * K / WARP) + warp] = own;
-}
-
-// The embedding of the sequence's id as the residual stream and as the first product's operands; one block.
-struct OneEmbed {
-  Embed e;
-  i64 places, x, x2, squares, n_squares, scale, eps;
-};
-DEV void one_embed(const OneEmbed& p, u8* smem) {
-  const int cols = (int)p.e.m.cols, warp = threadIdx.x / WARP;
-  float *u = (float*)p.e.u, *part = (float*)smem;
-  await_previous();
-  release_next();
-  const i64 id = ((const i32*)p.e.ids)[0];
-  float squares = 0;
-  for (int c = threadIdx.x; c < cols; c += THREADS) {
-    const float value = embedding_entry(p.e.m, id, c);
-    u[c] = value;
-    squares += value * value;
-  }
-  squares = warp_sum(squares);
-  if (threadIdx.x % WARP == 0) part[warp] = squares;
-  __syncthreads();
-  squares = 0;
-  for (int w = 0; w < WARPS; ++w) squares += part[w];
-  const float range = power_of_two(fast_rsqrt(squares / (float)cols + param_float(p.eps)));
-  for (int i = threadIdx.x; i < (int)p.n_squares; i += THREADS) ((float*)p.squares)[i] = i ? 0.0f : squares;
-  if (threadIdx.x == 0) *(float*)p.scale = range;
-  for (int c = threadIdx.x; c < cols; c += THREADS) put_entry(p.x, p.x2, load_place(p.places, c), u[c] * range);
-}
-
-// What the recurrence leaves for out_proj: an entry of a finishing lane's channel, and the squares of a warp's rows.
-struct LeaveEntries {
-  const OneRecurrence& p;
-  Place place;
-  DEV_MEMBER void expect(int channel) { place = load_place(p.places, channel); }
-  DEV_MEMBER void operator()(int, int, bool finishes, float y) const {
-    if (finishes) put_entry(p.next, p.next2, place, y);
-    float squares = finishes ? y * y : 0.0f;
-#pragma unroll
-    for (int by = 8; by < WARP; by *= 2) squares += shuffle_xor(squares, by);
-    if (threadIdx.x % WARP == 0) ((float*)p.squares)[blockIdx.x * WARPS + threadIdx.x / WARP] = squares;
-  }
-};
-DEV void one_recur(const OneRecurrence& p, u8* smem) {
-  release_next();
-  quick_recur(p.r, smem, AtOnce(), LeaveEntries{p, {}});
+  if (finishes) put_output(p.out, ring, row, 0, fmaf(y, inverse * param_float(p.unit) * fast_reciprocal(range), bias));
 }

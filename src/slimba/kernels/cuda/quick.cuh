@@ -50,17 +50,8 @@ DEV void quick_store(const Recurrence& p, const Kept& kept, const QuickShared& v
   }
 }
 
-// What becomes of a channel's result: `expect` comes before `ready`, in the lanes of the rows.
-struct LeaveFloats {
-  const Recurrence& p;
-  DEV_MEMBER void expect(int) {}
-  DEV_MEMBER void operator()(int b, int channel, bool finishes, float y) const {
-    if (finishes) ((float*)p.y)[b * (int)p.y_stride + channel] = y;
-  }
-};
-
-template <typename Ready, typename Leave>
-DEV void quick_recur(const Recurrence& p, u8* smem, Ready ready, Leave leave) {
+template <typename Ready>
+DEV void quick_recur(const Recurrence& p, u8* smem, Ready ready) {
   QuickShared& v = *(QuickShared*)smem;
   const int thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP, n = QUICK_STATE;
   const int inner = (int)p.inner, heads = (int)p.heads, groups = (int)p.groups, taps = (int)p.state.taps;
@@ -103,7 +94,6 @@ DEV void quick_recur(const Recurrence& p, u8* smem, Ready ready, Leave leave) {
   const float a = ((const float*)p.a)[head], dt_bias = ((const float*)p.dt_bias)[head];
   const float before = j ? kept.l[(j - 1) * heads + head] : 0.0f, l_lane = lane < j && lane < KEPT ? kept.l[lane * heads + head] : 0.0f;
   const bool finishes = rows && q == 0;
-  if (rows) leave.expect(first + mine);
   const float d = finishes ? ((const float*)p.d)[p.d_per_channel ? first + mine : head] : 0.0f;
   const float *dt_at = (const float*)p.dt + b * (int)p.dt_stride + head, *z_at = (const float*)p.z + b * (int)p.z_stride + first + mine;
   ready();
@@ -149,9 +139,9 @@ DEV void quick_recur(const Recurrence& p, u8* smem, Ready ready, Leave leave) {
     if (finishes) {
       y = fmaf(d, v.x[mine], y);
       if (p.gated) y *= silu(z);
+      ((float*)p.y)[b * (int)p.y_stride + first + mine] = y;
+      keep_value(kept, kept.u, (i64)j * inner + first + mine, fresh);
     }
-    leave(b, first + mine, finishes, y);
-    if (finishes) keep_value(kept, kept.u, (i64)j * inner + first + mine, fresh);
     if (of_group && thread < n) keep_value(kept, kept.b, ((i64)j * groups + group) * n + thread, v.b[thread]);
     if (of_head && thread == 0) kept.l[j * heads + head] = now;
     if (j == KEPT - 1) quick_store(p, kept, v, ssm, scales, row0, first, group, now, l_lane, decay, dt, s);

@@ -48,8 +48,8 @@ MANY = {
     "eight": ("Eight", "", "s", {MATRIX + 12}),
     "eight_embed": ("EightEmbed", "THREADS", "s", set()),
     "one": ("One", "", "s", {MATRIX + 12}),
-    "one_embed": ("OneEmbed", "THREADS", "s", set()),
-    "one_recur": ("OneRecurrence", f"{QUICK_THREADS}, 2", "s", RECURRENCE_VARYING),
+    "leaving": ("Leaving", "", "s", {MATRIX + 19, MATRIX + 22}),
+    "one_recur": ("Recurrence", f"{QUICK_THREADS}, 2", "s", RECURRENCE_VARYING),
     "steps": ("Steps", "THREADS, ", "s", RECURRENCE_VARYING),
     "flow": ("Steps", "THREADS, 2", "s", RECURRENCE_VARYING),
     "prepare": ("BatchRecurrence", "THREADS", "s", RECURRENCE_VARYING),
@@ -98,7 +98,7 @@ class Baked:
         """The kernel for a struct Recurrence; `instance` are the arguments of the template recur, or QUICK."""
         sets = constants(fields, RECURRENCE_POINTERS, RECURRENCE_VARYING)
         if instance == QUICK:
-            call = f"quick_recur(s, smem, {self.ORDER}, LeaveFloats{{s}});"
+            call = f"quick_recur(s, smem, {self.ORDER});"
             bounds = f"{QUICK_THREADS}, {self.QUICK_RESIDENT}"
             return self._add("slimba_quick", kernel("Recurrence", bounds, sets, self._first() + call))
         call = f"recur<{instance}>(s, smem, blockIdx.x, gridDim.x, InOrder());"
@@ -121,8 +121,8 @@ class Baked:
             call += f", *(FlowShared<{arguments[0]}>*)smem"
         else:
             call += ", smem"
-        if kind in ("still", "few", "eight", "one"):
-            resident = arguments.pop() if kind in ("eight", "one") else 1
+        if kind in ("still", "few", "eight", "one", "leaving"):
+            resident = 1 if kind in ("still", "few") else arguments.pop()
             bounds = f"{32 * int(arguments[kind == 'few'])}, {resident}"
         if kind == "broad":
             bounds = f"{128 * int(arguments[1]) * int(arguments[2])}, 1"

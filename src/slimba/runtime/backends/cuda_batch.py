@@ -43,6 +43,7 @@ ONLY_MADE = (
     "slimba_flow",
     "slimba_eight",
     "slimba_one",
+    "slimba_leaving",
 )  # kernels that there are for one model's shape alone
 
 

@@ -29,6 +29,7 @@ from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of,
 __all__ = ["EIGHT", "EightShape", "EightStep", "operand_places", "shape_of"]
 
 EIGHT, TILE, ROOM = 8, 16, 20  # vectors of a group, rows of a tile, EIGHT_ROOM of kernels/cuda/eight.cuh
+MASKED_SCALE = 2.0  # of operands that meet masked signs of bit 0: float16 ends at 2^15 times the RMS before
 IMAGE_SCALE = 0.0625  # of operands that meet 1 and -1
 MOST_SQUARES = 128 * 3  # of a vector: EIGHT_SQUARES of kernels/cuda/eight.cuh
 MOST_TILES = 8  # of a block
@@ -40,9 +41,6 @@ class EightShape:
     """Arguments of the template `eight`: warps, words of a lane, tiles and int8 rows of a block, words of the second
     plane of a warp, which tiles may have the plane, whether signs are masked; then those of a Plan, with `groups` of
     vectors."""
-
-    LANES: ClassVar = 32  # that a piece of operands is for
-    MASKED: ClassVar = 2.0  # of operands that meet masked signs of bit 0: float16 ends at 2^15 times the RMS before
 
     warps: int
     words: int
@@ -76,7 +74,7 @@ class EightShape:
     @property
     def unit(self) -> float:
         """What a sum is multiplied by."""
-        return 2.0**24 / self.MASKED if self.masked else 1 / IMAGE_SCALE
+        return 2.0**24 / MASKED_SCALE if self.masked else 1 / IMAGE_SCALE
 
 
 def shape_of(m: DeviceMatrix, blocks: int, warps: int = 16) -> EightShape | None:
@@ -103,7 +101,7 @@ def operand_places(m: DeviceMatrix, shape: EightShape, weight: torch.Tensor | No
     word, i = np.divmod(column, 32)
     warp, of_warp = np.divmod(word, 4 * shape.words)
     lane, x = np.divmod(of_warp, shape.words)
-    at, bit = place_of((warp * shape.words + x) * 4 + i % 16 // 4, lane, i, shape.LANES)
+    at, bit = place_of((warp * shape.words + x) * 4 + i % 16 // 4, lane, i)
     out = np.zeros((m.cols, 4), np.int32)
     out[:, 0], out[:, 2] = at, (by * scales(shape, bit)).view(np.int32)
     out[:, 1] = -1
@@ -114,21 +112,19 @@ def operand_places(m: DeviceMatrix, shape: EightShape, weight: torch.Tensor | No
         span, each = min(shape.plane, 4), max(1, shape.plane // 4)
         pairs = 4 * span
         lane, x = of_warp // each + span * (i % 16 // pairs), of_warp % each
-        at, bit = place_of((warp * each + x) * (pairs // 4) + i % 16 % pairs // 4, lane, i, shape.LANES, pairs)
+        at, bit = place_of((warp * each + x) * (pairs // 4) + i % 16 % pairs // 4, lane, i, pairs)
         chosen = m.slots[there]
         out[chosen, 1], out[chosen, 3] = at, (by[chosen] * scales(shape, bit)).astype(np.float32).view(np.int32)
     return torch.from_numpy(out).to(m.device)
 
 
-def place_of(
-    piece: np.ndarray, lane: np.ndarray, i: np.ndarray, lanes: int, pairs: int = 16
-) -> tuple[np.ndarray, np.ndarray]:
-    """Where column i of a word goes, in bytes; and the bit that a masked sign of it is. lanes: of a piece."""
-    return (piece * lanes + lane) * 16 + i % 4 * 4 + i // 16 * 2, i % 16 % pairs % 8
+def place_of(piece: np.ndarray, lane: np.ndarray, i: np.ndarray, pairs: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """Where column i of a word goes, in bytes; and the bit that a masked sign of it is."""
+    return (piece * 32 + lane) * 16 + i % 4 * 4 + i // 16 * 2, i % 16 % pairs % 8
 
 
 def scales(shape: EightShape, bit: np.ndarray) -> np.ndarray:
-    return (shape.MASKED * 0.5**bit if shape.masked else np.full(len(bit), IMAGE_SCALE)).astype(np.float32)
+    return (MASKED_SCALE * 0.5**bit if shape.masked else np.full(len(bit), IMAGE_SCALE)).astype(np.float32)
 
 
 class Plan(NamedTuple):

@@ -1,7 +1,7 @@
-"""One token for one sequence, three kernels a layer that leave what the next multiplies as that wants to have it
-(kernels/cuda/one.cuh, quick.cuh).
+"""One token for one sequence where out_proj leaves its results as the next in_proj wants to have them
+(kernels/cuda/one.cuh): FusedStep, but for in_proj from the second layer on and for what out_proj leaves.
 
-    step = OneStep(model, gpu, state_dtype="int8")     # where OneStep.fits(model, gpu)
+    step = OneStep(model, gpu, batch=1, state_dtype="int8")     # where OneStep.fits(model, gpu, 1)
 
 Ready to be recorded as a CUDA graph. Run the tests: `pytest tests/kernels/test_cuda_one.py
 tests/runtime/test_cuda_one_step.py`.
@@ -9,18 +9,20 @@ tests/runtime/test_cuda_one_step.py`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
+import numpy as np
 import torch
 
 from slimba.runtime.backends.cuda_bake import QUICK_THREADS, Baked
 from slimba.runtime.backends.cuda_batch import Recorder, made
 from slimba.runtime.backends.cuda_device import Gpu
-from slimba.runtime.backends.cuda_eight import EightShape, operand_places, shape_of
+from slimba.runtime.backends.cuda_eight import shape_of
+from slimba.runtime.backends.cuda_lean import Dot, dot_of
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, span_of
 from slimba.runtime.backends.cuda_step import (
-    ADD,
     IN_PROJ,
     QUICK_BYTES,
     QUICK_SPAN,
@@ -29,87 +31,132 @@ from slimba.runtime.backends.cuda_step import (
     norm_groups,
     streamed_of,
 )
-from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of, float_bits, up_to
+from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits, up_to
 
-__all__ = ["OneShape", "OneStep", "one_shape_of"]
+__all__ = ["OneShape", "OneStep", "Places", "digit_places", "one_shape_of"]
 
-WARP, TILE, LANES = 32, 16, 8  # ONE_LANES of kernels/cuda/one.cuh
-HALVES = 2  # of an entry
+WARP, TILE, SLICES = 32, 16, 4  # the last of kernels/cuda/one.cuh
+HEADROOM = 1024.0  # times the RMS of a layer before that a column may have
+
+
+def threads_of_row(tiles: int, rows: int, threads: int) -> int:
+    """That finish a row of a block, in one.cuh and dot.cuh."""
+    return 4 if 4 * (tiles * TILE + rows) <= threads else 2
 
 
 @dataclass(frozen=True, slots=True)
-class OneShape(EightShape):
-    """Arguments of the template `one`: those of EightShape up to `masked`, and for how many blocks a multiprocessor
-    should have registers."""
+class OneShape:
+    """Arguments of the template `one`: warps, words of a lane, tiles and int8 rows of a block, words of the second
+    plane of a warp, which tiles may have the plane; and for how many blocks a multiprocessor should have registers."""
 
-    LANES: ClassVar = LANES
-    MASKED: ClassVar = 16.0  # float16 ends at 2^12 times the RMS before, and second halves are small
+    warps: int
+    words: int
+    tiles: int
+    rows: int
+    plane: int
+    with_plane: int
+    resident: int = 2
+
+    @property
+    def threads(self) -> int:
+        return WARP * self.warps
 
     @property
     def name(self) -> str:
-        numbers = self.warps, self.words, self.tiles, self.rows, self.plane, self.with_plane, int(self.masked)
-        return "slimba_one_" + "_".join(map(str, [*numbers, self.resident]))
+        numbers = self.warps, self.words, self.tiles, self.rows, self.plane, self.with_plane, self.resident
+        return "slimba_one_" + "_".join(map(str, numbers))
 
     @property
-    def by(self) -> int:
-        """Threads that finish a row."""
-        return 4 if 4 * (self.tiles * TILE + self.rows) <= self.threads else 2
+    def span(self) -> int:
+        """Lanes that share the plane's words of a warp."""
+        return min(self.plane, 4)
 
     @property
-    def squares(self) -> int:
-        """Sums of squares that a block leaves."""
-        return self.tiles * TILE * self.by // WARP
-
-    def shared_bytes(self, squares: int = 0) -> int:
+    def shared_bytes(self) -> int:
         """OneShared."""
-        pieces = 4 * self.words + (max(1, self.plane // 4) * min(self.plane, 4))
-        stride = up_to(self.tiles * TILE + self.rows, WARP) + WARP // self.by
-        return self.warps * (16 * LANES * pieces + 4 * stride + 4)
+        units = 2 * SLICES * (4 * self.words + self.plane)
+        rows = self.tiles * TILE
+        part = 8 * (rows + 16 // threads_of_row(self.tiles, 1, self.threads))
+        second = self.warps * part if self.plane else 8
+        return up_to(self.warps * (16 * units + part + 16 + 8) + second, 16)
 
 
-def one_shape_of(m: DeviceMatrix, blocks: int, warps: int, resident: int = 1) -> OneShape | None:
+def one_shape_of(m: DeviceMatrix, blocks: int, warps: int, resident: int = 2) -> OneShape | None:
     """The kernel for a matrix and one vector, or None where it takes none."""
     shape = shape_of(m, blocks, warps)
     if shape is None or 2 * (shape.tiles * TILE + shape.rows) > shape.threads:
         return None
     return OneShape(
-        shape.warps, shape.words, shape.tiles, shape.rows, shape.plane, shape.with_plane, shape.masked,
-        resident=resident,
+        shape.warps, shape.words, shape.tiles, shape.rows, shape.plane, shape.with_plane, resident
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where columns go as digits: struct DigitPlace of each, int32 [cols, 4]; bytes from a slice to the next in the
+    second plane; of its words the bits that are columns, int32; and what a sum of digits is multiplied by."""
+
+    places: torch.Tensor
+    slice2: int
+    valid: torch.Tensor
+    unit: float
+
+
+def digit_places(m: DeviceMatrix, shape: OneShape, weight: torch.Tensor | None) -> Places:
+    """Of a matrix whose input is normed with `weight`."""
+    by = np.ones(m.cols, np.float32) if weight is None else weight.cpu().numpy().astype(np.float32)
+    if m.column_factors is not None:
+        by = by * m.column_factors
+    most = float(np.abs(by).max())
+    exponent = 23 - math.ceil(math.log2(HEADROOM * most)) if 0 < most < math.inf else 0
+    column = np.arange(m.cols)
+    word, bit = np.divmod(column, 32)
+    warp, of_warp = np.divmod(word, 4 * shape.words)
+    lane, x = np.divmod(of_warp, shape.words)
+    out = np.zeros((m.cols, 4), np.int32)
+    out[:, 0] = 512 * shape.words * warp + place_of(x, lane, bit, 4)
+    out[:, 2] = (by * 2.0 ** (exponent + 7 - bit % 8)).astype(np.float32).view(np.int32)
+    out[:, 1] = -1
+    there = np.flatnonzero(m.slots >= 0)
+    valid = np.zeros(max(1, shape.warps * shape.plane), np.uint32)
+    if len(there):
+        word, bit = np.divmod(there, 32)
+        np.bitwise_or.at(valid, word, np.uint32(1) << bit.astype(np.uint32))
+        warp, of_warp = np.divmod(word, shape.plane)
+        lane, x = np.divmod(of_warp, max(1, shape.plane // 4))
+        chosen = m.slots[there]
+        out[chosen, 1] = 128 * shape.plane * warp + place_of(x, lane, bit, shape.span)
+        out[chosen, 3] = (by[chosen] * 2.0 ** (exponent + 7 - bit % (2 * shape.span))).astype(np.float32).view(np.int32)
+    given = (torch.from_numpy(a).to(m.device) for a in (out, valid.view(np.int32)))
+    places, words = given
+    return Places(places, 16 * max(1, shape.span), words, 2.0 ** -(exponent + 7))
+
+
+def place_of(x: np.ndarray, lane: np.ndarray, bit: np.ndarray, lanes: int) -> np.ndarray:
+    """Where the first slice of bit `bit` of word x of a lane lies among those of its warp, in bytes."""
+    j = bit % 8
+    out: np.ndarray = ((2 * x + j // 4) * SLICES * lanes + lane) * 16 + j % 4 * 4 + bit // 8
+    return out
 
 
 class OneStep(FusedStep):
     """One token of one sequence: the head, the choice and what surrounds them are FusedStep's."""
 
-    arithmetic = "pairs of float16"
-    WARPS_IN, WARPS_OUT = 8, 16  # of a block
-    RESIDENT: ClassVar = {"in_proj": 1, "out_proj": 1}
+    WARPS_IN, RESIDENT = 8, 2  # of a block of in_proj
 
     def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str) -> None:
         super().__init__(model, gpu, batch, state_dtype)
-        spec, zeros = model.spec, self._zeros
-        ins, outs = zip(*(self._shapes(layer, gpu) for layer in model.layers), strict=True)
-        self._ins: tuple[Any, ...] = ins
-        self._outs: tuple[Any, ...] = outs
-        half: dict[str, Any] = {"dtype": torch.float16}
-
-        def operands(name: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
-            """Entries of in_proj or out_proj, and those of each layer's second plane, whose gaps stay 0."""
-            matrices = [layer.matrices[name] for layer in model.layers]
-            whole = zeros(HALVES * max(m.cols for m in matrices), **half)
-            return whole, [zeros(HALVES * (m.plane_kpad or 8), **half) for m in matrices]
-
-        self._in, self._out = operands("in_proj"), operands("out_proj")
-        self._in_squares = zeros(up_to(max(s.squares for s in outs) * gpu.blocks, 4))
-        self._out_squares = zeros(spec.d_inner // QUICK_SPAN * WARPS)
+        zeros, layers = self._zeros, model.layers[1:]
+        digits: dict[str, Any] = {"dtype": torch.uint8}
+        self._x = zeros(SLICES * model.spec.d_model, **digits)
+        self._x2 = zeros(max(SLICES * layer.matrices["in_proj"].plane_kpad for layer in layers) or 16, **digits)
+        outs = [dot_of(layer.matrices["out_proj"], gpu.blocks, 1, False) for layer in model.layers]
+        self._squares = zeros(up_to(max(squares_of(dot) for dot in outs if dot) * gpu.blocks, 4))
         self._ranges = [zeros(1), zeros(1)]  # in turn, a layer each
-        self._in_places = [
-            operand_places(layer.matrices["in_proj"], shape, layer.norm)
-            for layer, shape in zip(model.layers, ins, strict=True)
-        ]
-        self._out_places = [
-            operand_places(layer.matrices["out_proj"], shape, layer.gated_norm)
-            for layer, shape in zip(model.layers, outs, strict=True)
+        self._ins = [self._in_shape(layer, gpu) for layer in model.layers]
+        self._places = [
+            digit_places(layer.matrices["in_proj"], shape, layer.norm) if shape else None
+            for layer, shape in zip(model.layers, self._ins, strict=True)
         ]
         recorder: Any = Recorder(gpu)
         self._record(recorder)
@@ -118,7 +165,7 @@ class OneStep(FusedStep):
     @classmethod
     def fits(cls, model: CudaModel, gpu: Gpu, batch: int) -> bool:
         spec = model.spec
-        if not gpu.bakes or batch != 1 or not FusedStep.fits(model, gpu, batch):
+        if not gpu.bakes or batch != 1 or len(model.layers) < 2 or not FusedStep.fits(model, gpu, batch):
             return False
         quick = spec.d_state == QUICK_STATE and span_of(spec.headdim) == QUICK_SPAN
         normed = spec.gated_norm and not spec.norm_before_gate and norm_groups(spec) == 1
@@ -128,25 +175,21 @@ class OneStep(FusedStep):
             and normed
             and head is not None
             and head.shared_bytes <= gpu.shared
-            and all(cls._takes(spec.d_inner, layer, gpu) for layer in model.layers)
+            and all(cls._takes(layer, gpu) for layer in model.layers)
         )
 
     @classmethod
-    def _shapes(cls, layer: LayerWeights, gpu: Gpu) -> tuple[OneShape | None, OneShape | None]:
-        into, out = (
-            one_shape_of(layer.matrices[name], gpu.blocks, warps, cls.RESIDENT[name])
-            for name, warps in (("in_proj", cls.WARPS_IN), ("out_proj", cls.WARPS_OUT))
-        )
-        return into, out
+    def _in_shape(cls, layer: LayerWeights, gpu: Gpu) -> OneShape | None:
+        return one_shape_of(layer.matrices["in_proj"], gpu.blocks, cls.WARPS_IN, cls.RESIDENT)
 
     @classmethod
-    def _takes(cls, d_inner: int, layer: LayerWeights, gpu: Gpu) -> bool:
-        """Whether the kernels take a layer's matrices. Rows of out_proj in int8 would leave no operands, and a thread
-        adds up to four squares."""
-        into, out = cls._shapes(layer, gpu)
-        if not into or not out or out.rows:
+    def _takes(cls, layer: LayerWeights, gpu: Gpu) -> bool:
+        """Whether the kernels take a layer's matrices; a thread adds up to four squares."""
+        shape = cls._in_shape(layer, gpu)
+        dots = [dot_of(layer.matrices[name], gpu.blocks, 1, False) for name in ("in_proj", "out_proj")]
+        if shape is None or not all(dot and not dot.rank and dot.shared_bytes <= gpu.shared for dot in dots):
             return False
-        return out.squares * gpu.blocks <= 4 * into.threads and d_inner // QUICK_SPAN * WARPS <= 4 * out.threads
+        return squares_of(dots[1]) * gpu.blocks <= 4 * shape.threads  # type: ignore[arg-type]
 
     def _bake(self) -> tuple[list[str], Any]:
         """The head's kernel alone; those of the layers are made by `_record`."""
@@ -160,52 +203,59 @@ class OneStep(FusedStep):
 
     def layers(self, overlap: bool, embedded: bool = False) -> None:
         """Launches everything before the head."""
+        if not embedded:
+            self._embed(overlap)
         for arguments, settings in self._launches:
             self._gpu.launch(*arguments, **(settings | {"overlap": overlap}))  # type: ignore[misc]
 
     def _record(self, gpu: Recorder) -> None:
-        """Everything before the head."""
-        model, spec = self._model, self._model.spec
-        eps = float_bits(spec.norm_eps)
-        inner, ring = spec.d_inner, spec.d_inner + spec.d_conv_channels
-        (x, x2), (y, y2) = self._in, self._out
-        squares, y_squares = self._in_squares, self._out_squares
-        spread = self._spread[0]
-        gpu.launch(
-            "slimba_one_embed", (1,),
-            fields_of(
-                self.embed.tolist(), self._in_places[0].data_ptr(), x.data_ptr(), x2[0].data_ptr(),
-                squares.data_ptr(), squares.shape[0], self._ranges[0].data_ptr(), eps,
-            ),
-            4 * WARPS, spread=spread,
-        )  # fmt: skip
-        to_state = [IN_PROJ, self._dt.data_ptr(), spec.n_heads, 0, inner, self._z.data_ptr(), inner, inner, ring, ring]
-        to_stream = [ADD, self.u.data_ptr(), spec.d_model, *[0] * 7]
+        """The layers."""
+        model, spread = self._model, self._spread[0]
+        units = max(model.spec.d_inner // QUICK_SPAN, gpu.blocks)
         for i, layer in enumerate(model.layers):
-            into, out = self._ins[i], self._outs[i]
-            now, following = (self._ranges[(i + k) % 2].data_ptr() for k in range(2))
-            fields = fields_of(
-                layer.matrices["in_proj"].fields, to_state, self._state(i), x.data_ptr(), x2[i].data_ptr(),
-                float_bits(into.unit), squares.data_ptr(), squares.shape[0], eps, now, following, [0] * 5,
-            )  # fmt: skip
-            room = max(into.shared_bytes(), self._room("in_proj"))
-            gpu.launch(into.name, (gpu.blocks,), fields, room, threads=into.threads, spread=spread)
-            fields = fields_of(
-                self.recurrences[i].tolist(), self._out_places[i].data_ptr(), y.data_ptr(), y2[i].data_ptr(),
-                y_squares.data_ptr(),
-            )  # fmt: skip
+            now, before = (self._ranges[(i - k) % 2].data_ptr() for k in range(2))
+            if i == 0:
+                self._leaving(gpu, layer.matrices["in_proj"], 0, "in_proj", [0] * 6 + [now])
+            else:
+                self._in_proj_of(gpu, layer.matrices["in_proj"], i, before, now)
             room = max(QUICK_BYTES, self._room("recur"))
-            grid = (max(inner // QUICK_SPAN, gpu.blocks),)
-            gpu.launch("slimba_one_recur", grid, fields, room, threads=QUICK_THREADS, spread=spread)
-            leaves = [0] * 5
-            if i + 1 < len(model.layers):
+            gpu.launch("slimba_one_recur", (units,), self.recurrences[i], room, threads=QUICK_THREADS, spread=spread)
+            leaves, following = [0] * 7, self._places[i + 1] if i + 1 < len(model.layers) else None
+            if following:
                 leaves = [
-                    self._in_places[i + 1].data_ptr(), x.data_ptr(), x2[i + 1].data_ptr(), following,
-                    squares.data_ptr(),
+                    following.places.data_ptr(), self._x.data_ptr(), self._x2.data_ptr(), following.slice2, now,
+                    self._squares.data_ptr(), 0,
                 ]  # fmt: skip
-            fields = fields_of(
-                layer.matrices["out_proj"].fields, to_stream, self._state(i), y.data_ptr(), y2[i].data_ptr(),
-                float_bits(out.unit), y_squares.data_ptr(), y_squares.shape[0], eps, 0, 0, leaves,
-            )  # fmt: skip
-            room = max(out.shared_bytes(), self._room("out_proj"))
-            gpu.launch(out.name, (gpu.blocks,), fields, room, threads=out.threads, spread=spread)
+            self._leaving(gpu, layer.matrices["out_proj"], 2 * i + 1, "out_proj", leaves)
+
+    def _in_proj_of(self, gpu: Recorder, m: DeviceMatrix, i: int, before: int, now: int) -> None:
+        """Launches in_proj of layer i on what out_proj of the layer before has left."""
+        shape, places, spec = self._ins[i], self._places[i], self._model.spec
+        assert shape and places  # OneStep.fits
+        inner, ring = spec.d_inner, spec.d_inner + spec.d_conv_channels
+        to_state = [IN_PROJ, self._dt.data_ptr(), spec.n_heads, 0, inner, self._z.data_ptr(), inner, inner, ring, ring]
+        fields = fields_of(
+            m.fields, to_state, self._state(i), self._x.data_ptr(), self._x2.data_ptr(), places.valid.data_ptr(),
+            float_bits(places.unit), self._squares.data_ptr(), self._squares.shape[0], float_bits(spec.norm_eps),
+            before, now,
+        )  # fmt: skip
+        room = max(shape.shared_bytes, self._room("in_proj"))
+        gpu.launch(shape.name, (gpu.blocks,), fields, room, threads=shape.threads, spread=self._spread[0])
+
+    def _leaving(self, gpu: Recorder, m: DeviceMatrix, number: int, name: str, leaves: list[int]) -> None:
+        """Launches a product of dot.cuh that leaves digits or the power of two."""
+        dot = dot_of(m, gpu.blocks, 1, False)
+        assert dot is not None  # OneStep.fits
+        fields = fields_of(self.products[number].tolist(), leaves)
+        room = max(dot.shared_bytes, self._room(name))
+        numbers = *dot.numbers, gpu.blocks, dot.resident
+        gpu.launch(
+            "slimba_leaving_" + "_".join(map(str, numbers)), (gpu.blocks,), fields, room, threads=dot.threads,
+            spread=self._spread[0],
+        )  # fmt: skip
+
+
+def squares_of(dot: Dot) -> int:
+    """Sums of squares that a block leaves: one of each warp that finishes rows."""
+    rows = dot.tiles * TILE + dot.rows
+    return -(-rows * threads_of_row(dot.tiles, dot.rows, dot.threads) // WARP)

@@ -251,15 +251,17 @@ class FusedStep(Step):
 
     def layers(self, overlap: bool, embedded: bool = False) -> None:
         """Launches everything before the head. embedded: the inputs are there already."""
-        gpu, spec = self._gpu, self._model.spec
+        spec = self._model.spec
         if not embedded:
-            gpu.launch(
-                "slimba_embed", (gpu.blocks,), self.embed, overlap=overlap, spread=self._spread[0] * (self.batch == 1)
-            )
+            self._embed(overlap)
         for i, layer in enumerate(self._model.layers):
             self.product(layer.matrices["in_proj"], 2 * i, 1, overlap)
             self.recur(i, overlap)
             self.product(layer.matrices["out_proj"], 2 * i + 1, norm_groups(spec), overlap)
+
+    def _embed(self, overlap: bool) -> None:
+        spread = self._spread[0] * (self.batch == 1)
+        self._gpu.launch("slimba_embed", (self._gpu.blocks,), self.embed, overlap=overlap, spread=spread)
 
     def product(self, m: DeviceMatrix, i: int, groups: int, overlap: bool) -> None:
         """Launches the i-th product; `groups` of its input's norm."""
