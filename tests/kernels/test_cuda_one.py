@@ -49,10 +49,10 @@ def one_product(gpu: Any, matrix: Matrix, x: np.ndarray, warps: int, rng: np.ran
         assert not rest.any()
     given = [torch.from_numpy(a).to(gpu.device) for a in digits]
     out = torch.full((m.rows,), float("nan"), device=gpu.device)
-    scale = torch.full((1,), RANGE, device=gpu.device)
+    left = torch.tensor([RANGE, 0, 0, 0, m.cols, 0, 0, 0], dtype=torch.float32, device=gpu.device)  # an RMS of 1
     fields = fields_of(
         m.fields, [STORE, out.data_ptr(), m.rows, *[0] * 7], [0] * 5, *(t.data_ptr() for t in given),
-        p.valid.data_ptr(), float_bits(p.unit), [0] * 3, scale.data_ptr(), 0,
+        p.valid.data_ptr(), float_bits(p.unit), left.data_ptr(), len(left), 0, 0,
     )  # fmt: skip
     baked = Baked()
     name = baked.of_many(shape.name, fields)

@@ -64,8 +64,8 @@ DEV float dot_sums(const float (&v)[N]) {
 
 // CW warps, X words of 32 columns a lane, TW tiles and RW int8 rows a block, P words of a second plane a warp (those of its columns
 // that the plane has, filled up), PM: which of the tiles may have the plane, B: blocks, LR: 16 ranks of a correction, or 0.
-// Leave: what else becomes of a row's result, `y` being what is stored, and of the inverse RMS. expect comes before `ready`, with -1 in
-// the threads that finish nothing, begin after it.
+// Leave: what else becomes of a row's result, `y` being what is stored, and of the inverse RMS. All threads of a row come there: expect
+// before `ready`, with -1 where there is no row, begin after it.
 struct LeaveNothing {
   static constexpr bool LEAVES = false;
   DEV_MEMBER void expect(int) {}
@@ -166,7 +166,7 @@ DEV void dot(const Product& p, u8* smem, Ready ready, Leave leave) {
   for (int i = 0; i < 4 / K; ++i) left[i] = low_rank ? ((const u32*)((const u8*)m.lr_a + (i64)lr_row * 16))[4 / K * k + i] : 0;
   const float rank_scale = LR ? half_bits_to_float(((const u16*)m.lr_b_scale)[lane / 2]) : 0.0f;
   const i64 ring = p.out.mode == IN_PROJ ? (i64)next_ring_row(p.state, 0) : 0;
-  leave.expect(r.there && k == 0 ? row : -1);
+  leave.expect(r.there ? row : -1);
   ready();
   leave.begin();
 
@@ -174,7 +174,7 @@ DEV void dot(const Product& p, u8* smem, Ready ready, Leave leave) {
   float4 in[X];
 #pragma unroll
   for (int x = 0; x < X; ++x) in[x] = load_fresh_quad((const float*)p.in.x + own + 128 * x);
-  const float residual = r.there && k == 0 && p.out.mode == ADD ? load_fresh((const float*)p.out.y + row) : 0.0f;
+  const float residual = r.there && (k == 0 || Leave::LEAVES) && p.out.mode == ADD ? load_fresh((const float*)p.out.y + row) : 0.0f;
   float squares = 0, total = 0, total2 = 0;
   u32 top = 0;
 #pragma unroll
@@ -333,7 +333,7 @@ DEV void dot(const Product& p, u8* smem, Ready ready, Leave leave) {
   if (p.out.mode == ADD) y += residual;
   if (finishes && p.out.mode == ADD) ((float*)p.out.y)[row] = y;
   else if (finishes) put_output(p.out, ring, row, 0, y);
-  leave(finishes, y, norm);
+  leave(r.there, y, norm);
 }
 template <int CW, int X, int TW, int RW, int P, int PM, int B, int LR, typename Ready>
 DEV void dot(const Product& p, u8* smem, Ready ready) {

@@ -17,8 +17,8 @@ struct One {
   Output out;
   StateRef state;
   i64 x, x2, valid, unit;       // operands; u32 of each word of the plane, its bits that are columns; 1 / (128 S) but for the power of two
-  i64 squares, n_squares, eps;  // float32, whose sum is that of the vector's squares before the norm's weights
-  i64 scale, next_scale;        // float32: the power of two of this vector; where the next vector's goes
+  i64 left, n_left, eps;        // float32: the vector's power of two, three not used, and numbers whose sum is that of the vector's squares
+  i64 next_scale;               // where the next vector's power of two goes
 };
 struct Leaving {
   Product p;
@@ -31,13 +31,9 @@ struct DigitPlace {
   i32 at, at2;
   float by, by2;
 };
-DEV void put_digits(i64 at, i64 apart, float v) {
-  const u32 z = ((u32)__float2int_rn(v) + 0x00808080u) ^ 0x00808080u;
-#pragma unroll
-  for (int s = 0; s < SLICES; ++s) ((u8*)at)[s * apart] = (u8)(z >> 8 * s);
-}
-// W: warps that finish rows.
-template <int W>
+DEV u8 digit_of(float v, int slice) { return (u8)((((u32)__float2int_rn(v) + 0x00808080u) ^ 0x00808080u) >> 8 * slice); }
+// K threads, which all come here, finish a row, W warps all of them; each leaves each K-th digit.
+template <int K, int W>
 struct LeaveDigits {
   static constexpr bool LEAVES = true;
   const Leaving& p;
@@ -48,16 +44,17 @@ struct LeaveDigits {
     place = {(i32)v.x, (i32)v.y, bits_to_float(v.z), bits_to_float(v.w)};
   }
   DEV_MEMBER void begin() { scale = p.places ? load_fresh((const float*)p.scale) : 0.0f; }
-  DEV_MEMBER void operator()(bool finishes, float u, float inverse) const {
+  DEV_MEMBER void operator()(bool there, float u, float inverse) const {
     if (p.next_scale && blockIdx.x == 0 && threadIdx.x == 0) *(float*)p.next_scale = power_of_two(inverse);
     if (!p.places) return;
     const float v = u * scale * place.by, v2 = u * scale * place.by2;
-    if (finishes) {
-      put_digits(p.next + place.at, 16 * SLICES, v);
-      if (place.at2 >= 0) put_digits(p.next2 + place.at2, p.slice2, v2);
+#pragma unroll
+    for (int s = threadIdx.x % K; s < (there ? SLICES : 0); s += K) {
+      ((u8*)p.next)[place.at + s * 16 * SLICES] = digit_of(v, s);
+      if (place.at2 >= 0) ((u8*)p.next2)[place.at2 + s * p.slice2] = digit_of(v2, s);
     }
     const bool fits = fabsf(v) < MOST_FIXED && (place.at2 < 0 || fabsf(v2) < MOST_FIXED);
-    const float squares = warp_sum(!finishes ? 0.0f : fits ? u * u : bits_to_float(0x7fc00000u));
+    const float squares = warp_sum(!there || threadIdx.x % K ? 0.0f : fits ? u * u : bits_to_float(0x7fc00000u));
     if (threadIdx.x % WARP == 0) ((float*)p.squares)[blockIdx.x * W + threadIdx.x / WARP] = squares;
   }
 };
@@ -66,23 +63,23 @@ template <int CW, int X, int TW, int RW, int P, int PM, int B>
 DEV void leaving(const Leaving& p, u8* smem) {
   constexpr int N = TW * TILE + RW, K = 4 * N <= CW * WARP ? 4 : 2, W = (N * K + WARP - 1) / WARP;
   release_next();
-  dot<CW, X, TW, RW, P, PM, B, 0>(p.p, smem, AtOnce(), LeaveDigits<W>{p, {}, 0});
+  dot<CW, X, TW, RW, P, PM, B, 0>(p.p, smem, AtOnce(), LeaveDigits<K, W>{p, {}, 0});
 }
 DEV void one_recur(const Recurrence& p, u8* smem) {
   release_next();
   quick_recur(p, smem, AtOnce());
 }
 
-// N rows a block, each finished by K threads: halves of a warp's sums, so far from the next warp's that a warp reads from
-// different banks.
-template <int CW, int N, int UNITS, bool PLANE>
+// N rows of tiles a block, each finished by K threads: halves of a warp's sums, so far from the next warp's that a warp reads from
+// different banks. sums: of all columns, of the plane's, of squares, of the int8 row.
+template <int CW, int N, bool PLANE>
 struct OneShared {
-  static constexpr int K = 4 * (N + 1) <= CW * WARP ? 4 : 2, STRIDE = N + 16 / K;  // N: tiles' rows
-  uint4 x[CW][UNITS];
+  static constexpr int K = 4 * (N + 1) <= CW * WARP ? 4 : 2, STRIDE = N + 16 / K;
+  float4 sums[CW];
+  float range;
   float2 part[CW][STRIDE], part2[PLANE ? CW : 1][PLANE ? STRIDE : 1];
-  float2 total[CW], total2[CW];
-  float squares[CW], code[CW];
 };
+DEV void to_words(const uint4& from, u32* to) { to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w; }
 
 // CW warps, X words of 32 columns a lane, TW tiles and RW int8 rows (at most 1) a block, P words of a second plane a warp, PM: which
 // of the tiles may have it.
@@ -90,9 +87,9 @@ template <int CW, int X, int TW, int RW, int P, int PM>
 DEV void one(const One& p, u8* smem) {
   typedef SignTiles<X, TW, P, PM, 2> Tiles;
   constexpr int XP = Tiles::XP, SPAN = Tiles::SPAN, BITS = 2 * SPAN, COLUMNS = 128 * X;
-  constexpr int UNITS = 2 * SLICES * 4 * X, UNITS2 = P ? 2 * SLICES * P : 0, ROWS = TW * TILE, N = ROWS + RW;  // of 16 bytes
+  constexpr int UNITS = 2 * SLICES * 4 * X, UNITS2 = 2 * SLICES * P, ROWS = TW * TILE, N = ROWS + RW;  // of 16 bytes of a warp
   constexpr u32 ONES = 0x01010101u;
-  typedef OneShared<CW, ROWS, UNITS + UNITS2, (P > 0)> Shared;
+  typedef OneShared<CW, ROWS, (P > 0)> Shared;
   constexpr int K = Shared::K;
   release_next();
   Shared& v = *(Shared*)smem;
@@ -104,11 +101,11 @@ DEV void one(const One& p, u8* smem) {
   load_words<XP>(P > 0, (const u32*)p.valid + warp * P + t % SPAN * XP, valid);
   if (P && SPAN < 4) valid[0] >>= t / SPAN * BITS;
   const LeanRows codes_row = lean_rows<INT8>(m, RW ? block : -1);
-  u32 codes[X];  // of columns 8 b + lane % 8 of word lane / 8 + 4 x
+  uint4 codes[X][2];  // in lanes g = 0
 #pragma unroll
-  for (int x = 0; x < X; ++x) {
-    const u8* from = codes_row.data + (i64)codes_row.local * codes_row.stride + warp * COLUMNS;
-    codes[x] = RW && codes_row.there ? ((const u32*)from)[lane + 32 * x] : 0;
+  for (int k = 0; k < (RW ? 2 * X : 0); ++k) {
+    const u8* from = codes_row.data + (i64)codes_row.local * codes_row.stride + warp * COLUMNS + (t * X + k / 2) * 32 + k % 2 * 16;
+    codes[k / 2][k % 2] = codes_row.there && g == 0 ? load_weights(from) : uint4{0, 0, 0, 0};
   }
   // The row that a thread helps to finish, from each K-th warp's sum
   const int of = threadIdx.x / K, part = threadIdx.x % K;
@@ -125,26 +122,16 @@ DEV void one(const One& p, u8* smem) {
   const i64 ring = p.out.mode == IN_PROJ ? (i64)next_ring_row(p.state, 0) : 0;
   await_previous();
 
+  u32 xs[X][8], xs2[XP][8];
 #pragma unroll
-  for (int i = lane; i < UNITS; i += WARP) copy_async(&v.x[warp][i], (const uint4*)p.x + warp * UNITS + i);
-  commit_copies();
+  for (int i = 0; i < 2 * X; ++i)
+    to_words(load_fresh_four((const uint4*)p.x + warp * UNITS + (i * SLICES + g % SLICES) * 4 + t), &xs[i / 2][i % 2 * 4]);
 #pragma unroll
-  for (int i = lane; i < UNITS2; i += WARP) copy_async(&v.x[warp][UNITS + i], (const uint4*)p.x2 + warp * UNITS2 + i);
-  commit_copies();
+  for (int i = 0; i < (P ? 2 * XP : 0); ++i)  // of a lane's BITS columns the others are not used
+    to_words(load_fresh_four((const uint4*)p.x2 + warp * UNITS2 + (i * SLICES + g % SLICES) * SPAN + t % SPAN), &xs2[i / 2][i % 2 * 4]);
   const int at = 4 * (int)threadIdx.x;
-  const float4 four = p.squares && at < (int)p.n_squares ? load_fresh_quad((const float*)p.squares + at) : float4{0, 0, 0, 0};
-  const float range = p.scale ? load_fresh((const float*)p.scale) : 1.0f;
-  wait_copies<1>();
-  sync_warp();
+  float4 four = p.left && at < (int)p.n_left ? load_fresh_quad((const float*)p.left + at) : float4{threadIdx.x ? 0.0f : 1.0f, 0, 0, 0};
 
-  u32 xs[X][8], xs2[XP][BITS];
-#pragma unroll
-  for (int x = 0; x < X; ++x)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint4 q = v.x[warp][((2 * x + half) * SLICES + g % SLICES) * 4 + t];
-      xs[x][4 * half] = q.x, xs[x][4 * half + 1] = q.y, xs[x][4 * half + 2] = q.z, xs[x][4 * half + 3] = q.w;
-    }
   // Columns 2 t and 2 t + 1 of a product are two slices' sums, lanes t and t + 2 have the same. Sums of signs are below 2^30 (dot.cuh)
   const float unit = t & 1 ? 65536.0f : 1.0f;
   auto put = [&](const int (&sums)[4], int h, float2* to) {
@@ -163,77 +150,72 @@ DEV void one(const One& p, u8* smem) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) put(acc, h, v.part[warp] + i * TILE + 8 * h + g);
   }
-  int total[4] = {};
+  auto whole = [&](const int (&sums)[4]) {
+    const float half = unit * fmaf((float)sums[1], 256.0f, (float)sums[0]);
+    return half + shuffle_xor(half, 1);
+  };
+  int total[4] = {}, total2[4] = {}, code[4] = {};
 #pragma unroll
   for (int x = 0; x < X; ++x)
 #pragma unroll
     for (int j = 0; j < 8; j += 2) mma_u8s8(total, ONES << j, 0, ONES << (j + 1), 0, xs[x][j], xs[x][j + 1]);
-  if (g == 0) put(total, 0, &v.total[warp]);
-  if (RW) {
-    float sum = 0;
 #pragma unroll
-    for (int x = 0; x < X; ++x) {
-      const int at_word = lane / 8 + 4 * x, j = lane % 8;
-      const u32* digits = (const u32*)&v.x[warp][(2 * (at_word % X) + j / 4) * SLICES * 4 + at_word / X] + j % 4;
-      float of_column = 0;
+  for (int j = 7; j >= (RW ? 0 : 8); --j) {  // the columns of a j have the unit of 2^j
 #pragma unroll
-      for (int s = SLICES - 1; s >= 0; --s) of_column = fmaf(of_column, 256.0f, (float)dot4(codes[x], digits[s * 16], 0));
-      sum = fmaf(of_column, (float)(1 << j), sum);
+    for (int i = 0; i < 2; ++i) code[i] *= 2;
+#pragma unroll
+    for (int x = 0; x < X; x += 2) {
+      const int other = x + 1 < X ? x + 1 : x;  // X = 1: half of the product is empty
+      mma_s8s8(code, word(codes[x][j / 4], j % 4), 0, X > 1 ? word(codes[other][j / 4], j % 4) : 0, 0, xs[x][j], X > 1 ? xs[other][j] : 0);
     }
-    sum = warp_sum(sum);
-    if (lane == 0) v.code[warp] = sum;
   }
-  if (P) {
-    wait_copies<0>();
-    sync_warp();
-    int total2[4] = {};
+#pragma unroll
+  for (int x = 0; x < (P ? XP : 0); ++x) {
+    u32 own[BITS];
+#pragma unroll
+    for (int i = 0; i < BITS; ++i) own[i] = SPAN == 4 ? xs2[x][i] : SPAN == 2 ? xs2[x][t / 2 * 4 + i] : xs2[x][t * 2 + i];
+#pragma unroll
+    for (int i = 0; i < BITS; ++i) xs2[x][i] = own[i];
+#pragma unroll
+    for (int i = 0; i < BITS; i += 2) mma_u8s8(total2, valid[x] & ONES << i, 0, valid[x] & ONES << (i + 1), 0, own[i], own[i + 1]);
+  }
+#pragma unroll
+  for (int k = 0; k < (P ? TW : 0); ++k) {
+    if (!(PM >> k & 1) || !tiles.planes[k]) continue;
+    int acc[4] = {};
 #pragma unroll
     for (int x = 0; x < XP; ++x)
 #pragma unroll
       for (int i = 0; i < BITS; i += 2) {
-        const int j = t / SPAN * BITS + i;
-        const uint4& four_words = v.x[warp][UNITS + ((2 * x + j / 4) * SLICES + g % SLICES) * SPAN + t % SPAN];
-        const uint2 two = ((const uint2*)&four_words)[j % 4 / 2];
-        xs2[x][i] = two.x, xs2[x][i + 1] = two.y;
-        mma_u8s8(total2, valid[x] & ONES << i, 0, valid[x] & ONES << (i + 1), 0, two.x, two.y);
+        const u32 a = tiles.bits2[k][0][x] & valid[x], b = tiles.bits2[k][1][x] & valid[x];
+        mma_u8s8(acc, a & ONES << i, b & ONES << i, a & ONES << (i + 1), b & ONES << (i + 1), xs2[x][i], xs2[x][i + 1]);
       }
-    if (g == 0) put(total2, 0, &v.total2[warp]);
 #pragma unroll
-    for (int k = 0; k < TW; ++k) {
-      if (!(PM >> k & 1) || !tiles.planes[k]) continue;
-      int acc[4] = {};
-#pragma unroll
-      for (int x = 0; x < XP; ++x)
-#pragma unroll
-        for (int i = 0; i < BITS; i += 2) {
-          const u32 a = tiles.bits2[k][0][x] & valid[x], b = tiles.bits2[k][1][x] & valid[x];
-          mma_u8s8(acc, a & ONES << i, b & ONES << i, a & ONES << (i + 1), b & ONES << (i + 1), xs2[x][i], xs2[x][i + 1]);
-        }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) put(acc, h, v.part2[P ? warp : 0] + (P ? k * TILE + 8 * h + g : 0));
-    }
+    for (int h = 0; h < 2; ++h) put(acc, h, v.part2[P ? warp : 0] + (P ? k * TILE + 8 * h + g : 0));
   }
-  const float squares = warp_sum((four.x + four.y) + (four.z + four.w));
-  if (lane == 0) v.squares[warp] = squares;
+  if (threadIdx.x == 0) v.range = four.x, four.x = 0;
+  const float4 sums = {whole(total), P ? whole(total2) : 0.0f, warp_sum((four.x + four.y) + (four.z + four.w)), RW ? whole(code) : 0.0f};
+  if (lane == 0) v.sums[warp] = sums;
   __syncthreads();
   if (warp * (WARP / K) >= N) return;
   float result = 0, result2 = 0, all = 0, all2 = 0, sum = 0;
-  const auto add = [](const float2& two) { return two.x + two.y; };
 #pragma unroll
   for (int w = part; w < CW; w += K) {
-    sum += v.squares[w];
-    if (is_code) {
-      result += v.code[w];
-    } else if (of < ROWS) {
-      result += add(v.part[w][of]), all += add(v.total[w]);
-      if (second) result2 += add(v.part2[P ? w : 0][P ? of : 0]), all2 += add(v.total2[w]);
-    }
+    const float4 of_warp = v.sums[w];
+    all += of_warp.x, all2 += of_warp.y, sum += of_warp.z;
+    if (is_code) result += of_warp.w;
+    if (of >= ROWS) continue;
+    const float2 two = v.part[w][of];
+    result += two.x + two.y;
+    if (!second) continue;
+    const float2 other = v.part2[P ? w : 0][P ? of : 0];
+    result2 += other.x + other.y;
   }
   float y = row_scale * (is_code ? result : fmaf(2.0f, result, -all));
   if (P) y = fmaf(row_scale2, fmaf(2.0f, result2, -all2), y);
 #pragma unroll
   for (int by = 1; by < K; by *= 2) y += shuffle_xor(y, by), sum += shuffle_xor(sum, by);
-  const float inverse = p.squares ? fast_rsqrt(sum / (float)m.cols + param_float(p.eps)) : 1.0f;
+  const float inverse = p.left ? fast_rsqrt(sum / (float)m.cols + param_float(p.eps)) : 1.0f;
   if (p.next_scale && block == 0 && threadIdx.x == 0) *(float*)p.next_scale = power_of_two(inverse);
-  if (finishes) put_output(p.out, ring, row, 0, fmaf(y, inverse * param_float(p.unit) * fast_reciprocal(range), bias));
+  if (finishes) put_output(p.out, ring, row, 0, fmaf(y, inverse * param_float(p.unit) * fast_reciprocal(v.range), bias));
 }

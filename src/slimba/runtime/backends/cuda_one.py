@@ -74,11 +74,9 @@ class OneShape:
     @property
     def shared_bytes(self) -> int:
         """OneShared."""
-        units = 2 * SLICES * (4 * self.words + self.plane)
         rows = self.tiles * TILE
         part = 8 * (rows + 16 // threads_of_row(self.tiles, 1, self.threads))
-        second = self.warps * part if self.plane else 8
-        return up_to(self.warps * (16 * units + part + 16 + 8) + second, 16)
+        return up_to(self.warps * (16 + part) + 8 + (self.warps * part if self.plane else 8), 16)
 
 
 def one_shape_of(m: DeviceMatrix, blocks: int, warps: int, resident: int = 2) -> OneShape | None:
@@ -151,8 +149,9 @@ class OneStep(FusedStep):
         self._x = zeros(SLICES * model.spec.d_model, **digits)
         self._x2 = zeros(max(SLICES * layer.matrices["in_proj"].plane_kpad for layer in layers) or 16, **digits)
         outs = [dot_of(layer.matrices["out_proj"], gpu.blocks, 1, False) for layer in model.layers]
-        self._squares = zeros(up_to(max(squares_of(dot) for dot in outs if dot) * gpu.blocks, 4))
-        self._ranges = [zeros(1), zeros(1)]  # in turn, a layer each
+        # A vector's power of two, three not used, and its squares; in turn, a layer each
+        squares = up_to(max(squares_of(dot) for dot in outs if dot) * gpu.blocks, 4)
+        self._left = [zeros(4 + squares), zeros(4 + squares)]
         self._ins = [self._in_shape(layer, gpu) for layer in model.layers]
         self._places = [
             digit_places(layer.matrices["in_proj"], shape, layer.norm) if shape else None
@@ -189,7 +188,7 @@ class OneStep(FusedStep):
         dots = [dot_of(layer.matrices[name], gpu.blocks, 1, False) for name in ("in_proj", "out_proj")]
         if shape is None or not all(dot and not dot.rank and dot.shared_bytes <= gpu.shared for dot in dots):
             return False
-        return squares_of(dots[1]) * gpu.blocks <= 4 * shape.threads  # type: ignore[arg-type]
+        return 4 + squares_of(dots[1]) * gpu.blocks <= 4 * shape.threads  # type: ignore[arg-type]
 
     def _bake(self) -> tuple[list[str], Any]:
         """The head's kernel alone; those of the layers are made by `_record`."""
@@ -213,9 +212,9 @@ class OneStep(FusedStep):
         model, spread = self._model, self._spread[0]
         units = max(model.spec.d_inner // QUICK_SPAN, gpu.blocks)
         for i, layer in enumerate(model.layers):
-            now, before = (self._ranges[(i - k) % 2].data_ptr() for k in range(2))
+            now, before = (self._left[(i - k) % 2] for k in range(2))
             if i == 0:
-                self._leaving(gpu, layer.matrices["in_proj"], 0, "in_proj", [0] * 6 + [now])
+                self._leaving(gpu, layer.matrices["in_proj"], 0, "in_proj", [0] * 6 + [now.data_ptr()])
             else:
                 self._in_proj_of(gpu, layer.matrices["in_proj"], i, before, now)
             room = max(QUICK_BYTES, self._room("recur"))
@@ -223,12 +222,12 @@ class OneStep(FusedStep):
             leaves, following = [0] * 7, self._places[i + 1] if i + 1 < len(model.layers) else None
             if following:
                 leaves = [
-                    following.places.data_ptr(), self._x.data_ptr(), self._x2.data_ptr(), following.slice2, now,
-                    self._squares.data_ptr(), 0,
+                    following.places.data_ptr(), self._x.data_ptr(), self._x2.data_ptr(), following.slice2,
+                    now.data_ptr(), now[4:].data_ptr(), 0,
                 ]  # fmt: skip
             self._leaving(gpu, layer.matrices["out_proj"], 2 * i + 1, "out_proj", leaves)
 
-    def _in_proj_of(self, gpu: Recorder, m: DeviceMatrix, i: int, before: int, now: int) -> None:
+    def _in_proj_of(self, gpu: Recorder, m: DeviceMatrix, i: int, before: torch.Tensor, now: torch.Tensor) -> None:
         """Launches in_proj of layer i on what out_proj of the layer before has left."""
         shape, places, spec = self._ins[i], self._places[i], self._model.spec
         assert shape and places  # OneStep.fits
@@ -236,8 +235,7 @@ class OneStep(FusedStep):
         to_state = [IN_PROJ, self._dt.data_ptr(), spec.n_heads, 0, inner, self._z.data_ptr(), inner, inner, ring, ring]
         fields = fields_of(
             m.fields, to_state, self._state(i), self._x.data_ptr(), self._x2.data_ptr(), places.valid.data_ptr(),
-            float_bits(places.unit), self._squares.data_ptr(), self._squares.shape[0], float_bits(spec.norm_eps),
-            before, now,
+            float_bits(places.unit), before.data_ptr(), before.shape[0], float_bits(spec.norm_eps), now.data_ptr(),
         )  # fmt: skip
         room = max(shape.shared_bytes, self._room("in_proj"))
         gpu.launch(shape.name, (gpu.blocks,), fields, room, threads=shape.threads, spread=self._spread[0])
