@@ -64,6 +64,51 @@ DEV float dot_sums(const float (&v)[N]) {
 
 // CW warps, X words of 32 columns a lane, TW tiles and RW int8 rows a block, P words of a second plane a warp (those of its columns
 // that the plane has, filled up), PM: which of the tiles may have the plane, B: blocks, LR: 16 ranks of a correction, or 0.
+// A block's tiles of signs, number block + i B of the matrix; `planes`: which of them have the second plane.
+template <int X, int TW, int P, int PM, int B>
+struct DotTiles {
+  static constexpr int XP = P > 4 ? P / 4 : 1, SPAN = P > 4 ? 4 : P ? P : 1, BITS = 2 * SPAN;  // a lane's words of the plane, bits of one
+  u32 bits[TW][2][X], bits2[TW][2][XP];  // rows g and g + 8
+  bool planes[TW], last_there = true;
+
+  DEV_MEMBER void load(const Matrix& m) {
+    constexpr int COLUMNS = 128 * X;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+    const int block = blockIdx.x, plane_rows = (int)(m.plane_stop - m.plane_start);
+    ASSUME(block < B);
+    // With one segment of signs, in whole tiles, what a lane reads of them lies at constant distances.
+    int signs = 0, only = 0;
+#pragma unroll
+    for (int k = 0; k < MAX_SEGMENTS; ++k)
+      if (k < (int)m.segments && m.segment[k].format == SIGN) ++signs, only = k;
+    const Segment& s = m.segment[only];
+    const bool plain = signs == 1 && s.rows % TILE == 0 && m.plane_start % TILE == 0 && plane_rows % TILE == 0 && s.first % TILE == 0;
+    const i64 first_row = (i64)block * TILE + g;
+    const u8* lane_bits = (const u8*)s.data + first_row * s.stride + warp * (COLUMNS / 8) + 4 * t * X;
+    const u8* lane_plane = (const u8*)m.plane_data + (first_row + s.first - m.plane_start) * m.plane_stride + 4 * (warp * P + t % SPAN * XP);
+#pragma unroll
+    for (int i = 0; i < TW; ++i) {
+      const LeanRows r = lean_rows<SIGN>(m, block + i * B);
+      last_there = r.there;
+      const int in_plane = r.first + r.local - (int)m.plane_start;
+      planes[i] = (PM >> i & 1) && r.there && in_plane + TILE > 0 && in_plane < plane_rows;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = r.local + g + 8 * h, at = in_plane + g + 8 * h;
+        const i64 further = i * B * TILE + 8 * h;
+        const bool there = r.there && (plain || row < r.rows);
+        const u8* from = plain ? lane_bits + further * s.stride : r.data + (i64)row * r.stride + warp * (COLUMNS / 8) + 4 * t * X;
+        load_words<X>(there, (const u32*)from, bits[i][h]);
+        if (!(PM >> i & 1)) continue;
+        const u8* plane = plain ? lane_plane + further * m.plane_stride
+                                : (const u8*)m.plane_data + (i64)at * m.plane_stride + 4 * (warp * P + t % SPAN * XP);
+        load_words<XP>(planes[i] && there && (plain || (at >= 0 && at < plane_rows)), (const u32*)plane, bits2[i][h]);
+        if (SPAN < 4) bits2[i][h][0] >>= t / SPAN * BITS;
+      }
+    }
+  }
+};
+
 // Leave: what else becomes of a row's result, `y` being what is stored, and of the inverse RMS. All threads of a row come there: expect
 // before `ready`, with -1 where there is no row, begin after it.
 struct LeaveNothing {
@@ -82,40 +127,13 @@ DEV void dot(const Product& p, u8* smem, Ready ready, Leave leave) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
   const int block = blockIdx.x, plane_rows = (int)(m.plane_stop - m.plane_start);
   ASSUME(block < B);
-  // With one segment of signs, in whole tiles, what a lane reads of them lies at constant distances.
-  int signs = 0, only = 0;
-#pragma unroll
-  for (int k = 0; k < MAX_SEGMENTS; ++k)
-    if (k < (int)m.segments && m.segment[k].format == SIGN) ++signs, only = k;
-  const Segment& s = m.segment[only];
-  const bool plain = signs == 1 && s.rows % TILE == 0 && m.plane_start % TILE == 0 && plane_rows % TILE == 0 && s.first % TILE == 0;
-  const i64 first_row = (i64)block * TILE + g;
-  const u8* lane_bits = (const u8*)s.data + first_row * s.stride + warp * (COLUMNS / 8) + 4 * t * X;
-  const u8* lane_plane = (const u8*)m.plane_data + (first_row + s.first - m.plane_start) * m.plane_stride + 4 * (warp * P + t % SPAN * XP);
   const float *weight = (const float*)p.in.weight, *col_scale = (const float*)m.col_scale;
 
-  u32 bits[TW][2][X], bits2[TW][2][XP];
-  bool planes[TW], last_there = true;
-#pragma unroll
-  for (int i = 0; i < TW; ++i) {
-    const LeanRows r = lean_rows<SIGN>(m, block + i * B);
-    last_there = r.there;
-    const int in_plane = r.first + r.local - (int)m.plane_start;
-    planes[i] = (PM >> i & 1) && r.there && in_plane + TILE > 0 && in_plane < plane_rows;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = r.local + g + 8 * h, at = in_plane + g + 8 * h;
-      const i64 further = i * B * TILE + 8 * h;
-      const bool there = r.there && (plain || row < r.rows);
-      const u8* from = plain ? lane_bits + further * s.stride : r.data + (i64)row * r.stride + warp * (COLUMNS / 8) + 4 * t * X;
-      load_words<X>(there, (const u32*)from, bits[i][h]);
-      if (!(PM >> i & 1)) continue;
-      const u8* plane = plain ? lane_plane + further * m.plane_stride
-                              : (const u8*)m.plane_data + (i64)at * m.plane_stride + 4 * (warp * P + t % SPAN * XP);
-      load_words<XP>(planes[i] && there && (plain || (at >= 0 && at < plane_rows)), (const u32*)plane, bits2[i][h]);
-      if (SPAN < 4) bits2[i][h][0] >>= t / SPAN * BITS;
-    }
-  }
+  DotTiles<X, TW, P, PM, B> tiles;
+  tiles.load(m);
+  auto& bits = tiles.bits;
+  auto& bits2 = tiles.bits2;
+  const auto& planes = tiles.planes;
   u32 codes[RW ? RW : 1][X];
 #pragma unroll
   for (int i = 0; i < RW; ++i) {
@@ -244,7 +262,7 @@ DEV void dot(const Product& p, u8* smem, Ready ready, Leave leave) {
   const float by_slice = t & 1 ? one * 65536.0f : one;
 #pragma unroll
   for (int i = 0; i < TW; ++i) {
-    if (i == TW - 1 && !last_there) break;
+    if (i == TW - 1 && !tiles.last_there) break;
     int acc[4] = {};
 #pragma unroll
     for (int x = 0; x < X; ++x)

@@ -82,11 +82,11 @@ struct OneShared {
 DEV void to_words(const uint4& from, u32* to) { to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w; }
 
 // CW warps, X words of 32 columns a lane, TW tiles and RW int8 rows (at most 1) a block, P words of a second plane a warp, PM: which
-// of the tiles may have it.
-template <int CW, int X, int TW, int RW, int P, int PM>
+// of the tiles may have it, B: blocks.
+template <int CW, int X, int TW, int RW, int P, int PM, int B>
 DEV void one(const One& p, u8* smem) {
-  typedef SignTiles<X, TW, P, PM, 2> Tiles;
-  constexpr int XP = Tiles::XP, SPAN = Tiles::SPAN, BITS = 2 * SPAN, COLUMNS = 128 * X;
+  typedef DotTiles<X, TW, P, PM, B> Tiles;
+  constexpr int XP = Tiles::XP, SPAN = Tiles::SPAN, BITS = Tiles::BITS, COLUMNS = 128 * X;
   constexpr int UNITS = 2 * SLICES * 4 * X, UNITS2 = 2 * SLICES * P, ROWS = TW * TILE, N = ROWS + RW;  // of 16 bytes of a warp
   constexpr u32 ONES = 0x01010101u;
   typedef OneShared<CW, ROWS, (P > 0)> Shared;
@@ -94,7 +94,7 @@ DEV void one(const One& p, u8* smem) {
   release_next();
   Shared& v = *(Shared*)smem;
   const Matrix& m = p.m;
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, block = blockIdx.x, blocks = gridDim.x;
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, block = blockIdx.x;
   Tiles tiles;
   tiles.load(m);
   u32 valid[XP];
@@ -110,7 +110,7 @@ DEV void one(const One& p, u8* smem) {
   // The row that a thread helps to finish, from each K-th warp's sum
   const int of = threadIdx.x / K, part = threadIdx.x % K;
   const bool is_code = RW && of == ROWS;
-  const LeanRows r = lean_rows<SIGN>(m, of < ROWS ? block + of / TILE * blocks : -1);
+  const LeanRows r = lean_rows<SIGN>(m, of < ROWS ? block + of / TILE * B : -1);
   const int local = r.local + of % TILE;
   const int row = is_code ? (codes_row.there ? codes_row.first + codes_row.local : -1) : r.there && local < r.rows ? r.first + local : -1;
   const bool finishes = row >= 0 && part == 0;

@@ -47,8 +47,8 @@ DEV void code_operand(const uint4 (&q)[2], int jj, u32& first, u32& second) {
 
 // What still.cu and eight.cuh have of a block's tiles of signs before there is anything to multiply: tile i is number blockIdx.x +
 // i gridDim.x of the matrix; a warp's 128 X columns, lane t of four X words of them; P words of a second plane a warp, PM: which of the
-// tiles may have it. EACH: bits that a product takes of a word of a quarter of the plane.
-template <int X, int TW, int P, int PM, int EACH = 4>
+// tiles may have it.
+template <int X, int TW, int P, int PM>
 struct SignTiles {
   static constexpr int XP = P > 4 ? P / 4 : 1, SPAN = P > 4 ? 4 : P ? P : 1, PAIRS = 4 * SPAN;  // of a lane's word of the plane
   u32 bits[TW][2][X], bits2[TW][2][XP];  // rows g and g + 8
@@ -82,7 +82,7 @@ struct SignTiles {
         if (!(PM >> i & 1)) continue;
         const u32* plane = (const u32*)((const u8*)m.plane_data + (i64)at * m.plane_stride) + warp * P + t % SPAN * XP;
         load_words<XP>(in, plane, bits2[i][h]);
-        if (SPAN < 4) bits2[i][h][0] >>= t / SPAN * (EACH * SPAN);
+        if (SPAN < 4) bits2[i][h][0] >>= t / SPAN * PAIRS;
         scale2[i][h] = in ? half_bits_to_float(((const u16*)m.plane_scale)[at]) : 0.0f;
       }
     }

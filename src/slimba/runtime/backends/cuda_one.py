@@ -47,7 +47,8 @@ def threads_of_row(tiles: int, rows: int, threads: int) -> int:
 @dataclass(frozen=True, slots=True)
 class OneShape:
     """Arguments of the template `one`: warps, words of a lane, tiles and int8 rows of a block, words of the second
-    plane of a warp, which tiles may have the plane; and for how many blocks a multiprocessor should have registers."""
+    plane of a warp, which tiles may have the plane, blocks; and for how many of them a multiprocessor should have
+    registers."""
 
     warps: int
     words: int
@@ -55,6 +56,7 @@ class OneShape:
     rows: int
     plane: int
     with_plane: int
+    blocks: int
     resident: int = 2
 
     @property
@@ -63,8 +65,8 @@ class OneShape:
 
     @property
     def name(self) -> str:
-        numbers = self.warps, self.words, self.tiles, self.rows, self.plane, self.with_plane, self.resident
-        return "slimba_one_" + "_".join(map(str, numbers))
+        numbers = self.warps, self.words, self.tiles, self.rows, self.plane, self.with_plane, self.blocks
+        return "slimba_one_" + "_".join(map(str, [*numbers, self.resident]))
 
     @property
     def span(self) -> int:
@@ -85,7 +87,7 @@ def one_shape_of(m: DeviceMatrix, blocks: int, warps: int, resident: int = 2) ->
     if shape is None or 2 * (shape.tiles * TILE + shape.rows) > shape.threads:
         return None
     return OneShape(
-        shape.warps, shape.words, shape.tiles, shape.rows, shape.plane, shape.with_plane, resident
+        shape.warps, shape.words, shape.tiles, shape.rows, shape.plane, shape.with_plane, blocks, resident
     )  # fmt: skip
 
 
