@@ -38,23 +38,27 @@ struct LeaveDigits {
   static constexpr bool LEAVES = true;
   const Leaving& p;
   DigitPlace place;
-  float scale;
   DEV_MEMBER void expect(int row) {
     const uint4 v = p.places && row >= 0 ? *(const uint4*)(p.places + 16 * (i64)row) : uint4{0, 0, 0, 0};
     place = {(i32)v.x, (i32)v.y, bits_to_float(v.z), bits_to_float(v.w)};
   }
-  DEV_MEMBER void begin() { scale = p.places ? load_fresh((const float*)p.scale) : 0.0f; }
+  DEV_MEMBER void begin() {
+    const float scale = p.places ? load_fresh((const float*)p.scale) : 0.0f;
+    place.by *= scale, place.by2 *= scale;
+  }
   DEV_MEMBER void operator()(bool there, float u, float inverse) const {
     if (p.next_scale && blockIdx.x == 0 && threadIdx.x == 0) *(float*)p.next_scale = power_of_two(inverse);
     if (!p.places) return;
-    const float v = u * scale * place.by, v2 = u * scale * place.by2;
+    const float v = u * place.by, v2 = u * place.by2;
 #pragma unroll
     for (int s = threadIdx.x % K; s < (there ? SLICES : 0); s += K) {
       ((u8*)p.next)[place.at + s * 16 * SLICES] = digit_of(v, s);
       if (place.at2 >= 0) ((u8*)p.next2)[place.at2 + s * p.slice2] = digit_of(v2, s);
     }
     const bool fits = fabsf(v) < MOST_FIXED && (place.at2 < 0 || fabsf(v2) < MOST_FIXED);
-    const float squares = warp_sum(!there || threadIdx.x % K ? 0.0f : fits ? u * u : bits_to_float(0x7fc00000u));
+    float squares = !there ? 0.0f : fits ? u * u : bits_to_float(0x7fc00000u);  // the same in K threads
+#pragma unroll
+    for (int by = K; by < WARP; by *= 2) squares += shuffle_xor(squares, by);
     if (threadIdx.x % WARP == 0) ((float*)p.squares)[blockIdx.x * W + threadIdx.x / WARP] = squares;
   }
 };
@@ -63,7 +67,7 @@ template <int CW, int X, int TW, int RW, int P, int PM, int B>
 DEV void leaving(const Leaving& p, u8* smem) {
   constexpr int N = TW * TILE + RW, K = 4 * N <= CW * WARP ? 4 : 2, W = (N * K + WARP - 1) / WARP;
   release_next();
-  dot<CW, X, TW, RW, P, PM, B, 0>(p.p, smem, AtOnce(), LeaveDigits<K, W>{p, {}, 0});
+  dot<CW, X, TW, RW, P, PM, B, 0>(p.p, smem, AtOnce(), LeaveDigits<K, W>{p, {}});
 }
 DEV void one_recur(const Recurrence& p, u8* smem) {
   release_next();
@@ -76,7 +80,7 @@ template <int CW, int N, bool PLANE>
 struct OneShared {
   static constexpr int K = 4 * (N + 1) <= CW * WARP ? 4 : 2, STRIDE = N + 16 / K;
   float4 sums[CW];
-  float range;
+  float by;  // what sums are multiplied by but for the norm
   float2 part[CW][STRIDE], part2[PLANE ? CW : 1][PLANE ? STRIDE : 1];
 };
 DEV void to_words(const uint4& from, u32* to) { to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w; }
@@ -119,18 +123,20 @@ DEV void one(const One& p, u8* smem) {
   const float row_scale = row < 0 ? 0.0f : half_bits_to_float(is_code ? codes_row.scale[codes_row.local] : r.scale[local]);
   const float row_scale2 = second ? half_bits_to_float(((const u16*)m.plane_scale)[plane_row]) : 0.0f;
   const float bias = m.bias && finishes ? ((const float*)m.bias)[row] : 0.0f;
-  const i64 ring = p.out.mode == IN_PROJ ? (i64)next_ring_row(p.state, 0) : 0;
+  float* to = finishes ? output_at(p.out, p.out.mode == IN_PROJ ? (i64)next_ring_row(p.state, 0) : 0, row, 0) : nullptr;
+  const uint4* from = (const uint4*)p.x + (warp * UNITS + g % SLICES * 4 + t);
+  const uint4* from2 = (const uint4*)p.x2 + (warp * UNITS2 + g % SLICES * SPAN + t % SPAN);
+  const float* left = (const float*)p.left + 4 * threadIdx.x;
   await_previous();
 
   u32 xs[X][8], xs2[XP][8];
 #pragma unroll
   for (int i = 0; i < 2 * X; ++i)
-    to_words(load_fresh_four((const uint4*)p.x + warp * UNITS + (i * SLICES + g % SLICES) * 4 + t), &xs[i / 2][i % 2 * 4]);
+    to_words(load_fresh_four(from + i * SLICES * 4), &xs[i / 2][i % 2 * 4]);
 #pragma unroll
   for (int i = 0; i < (P ? 2 * XP : 0); ++i)  // of a lane's BITS columns the others are not used
-    to_words(load_fresh_four((const uint4*)p.x2 + warp * UNITS2 + (i * SLICES + g % SLICES) * SPAN + t % SPAN), &xs2[i / 2][i % 2 * 4]);
-  const int at = 4 * (int)threadIdx.x;
-  float4 four = p.left && at < (int)p.n_left ? load_fresh_quad((const float*)p.left + at) : float4{threadIdx.x ? 0.0f : 1.0f, 0, 0, 0};
+    to_words(load_fresh_four(from2 + i * SLICES * SPAN), &xs2[i / 2][i % 2 * 4]);
+  float4 four = p.left && 4 * (int)threadIdx.x < (int)p.n_left ? load_fresh_quad(left) : float4{threadIdx.x ? 0.0f : 1.0f, 0, 0, 0};
 
   // Columns 2 t and 2 t + 1 of a product are two slices' sums, lanes t and t + 2 have the same. Sums of signs are below 2^30 (dot.cuh)
   const float unit = t & 1 ? 65536.0f : 1.0f;
@@ -150,23 +156,22 @@ DEV void one(const One& p, u8* smem) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) put(acc, h, v.part[warp] + i * TILE + 8 * h + g);
   }
-  auto whole = [&](const int (&sums)[4]) {
-    const float half = unit * fmaf((float)sums[1], 256.0f, (float)sums[0]);
+  auto whole = [&](int low, int high) {
+    const float half = unit * fmaf((float)high, 256.0f, (float)low);
     return half + shuffle_xor(half, 1);
   };
-  int total[4] = {}, total2[4] = {}, code[4] = {};
+  // Of the int8 row in rows g = 0 and of all columns in the others; the columns of a j have the unit of 2^j
+  int both[4] = {}, total2[4] = {};
 #pragma unroll
-  for (int x = 0; x < X; ++x)
+  for (int j = 7; j >= 0; --j) {
+    const u32 one = 0x01010101u;
 #pragma unroll
-    for (int j = 0; j < 8; j += 2) mma_u8s8(total, ONES << j, 0, ONES << (j + 1), 0, xs[x][j], xs[x][j + 1]);
-#pragma unroll
-  for (int j = 7; j >= (RW ? 0 : 8); --j) {  // the columns of a j have the unit of 2^j
-#pragma unroll
-    for (int i = 0; i < 2; ++i) code[i] *= 2;
+    for (int i = 0; i < 4; ++i) both[i] *= 2;
 #pragma unroll
     for (int x = 0; x < X; x += 2) {
-      const int other = x + 1 < X ? x + 1 : x;  // X = 1: half of the product is empty
-      mma_s8s8(code, word(codes[x][j / 4], j % 4), 0, X > 1 ? word(codes[other][j / 4], j % 4) : 0, 0, xs[x][j], X > 1 ? xs[other][j] : 0);
+      const int y = x + 1 < X ? x + 1 : x;  // X = 1: half of the product is empty
+      const u32 first = RW ? word(codes[x][j / 4], j % 4) : 0, second = RW && X > 1 ? word(codes[y][j / 4], j % 4) : 0;
+      mma_s8s8(both, first, one, second, X > 1 ? one : 0, xs[x][j], X > 1 ? xs[y][j] : 0);
     }
   }
 #pragma unroll
@@ -193,8 +198,9 @@ DEV void one(const One& p, u8* smem) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) put(acc, h, v.part2[P ? warp : 0] + (P ? k * TILE + 8 * h + g : 0));
   }
-  if (threadIdx.x == 0) v.range = four.x, four.x = 0;
-  const float4 sums = {whole(total), P ? whole(total2) : 0.0f, warp_sum((four.x + four.y) + (four.z + four.w)), RW ? whole(code) : 0.0f};
+  if (threadIdx.x == 0) v.by = param_float(p.unit) * fast_reciprocal(four.x), four.x = 0;
+  const float4 sums = {whole(both[2], both[3]), P ? whole(total2[0], total2[1]) : 0.0f,
+                       warp_sum((four.x + four.y) + (four.z + four.w)), RW ? whole(both[0], both[1]) : 0.0f};
   if (lane == 0) v.sums[warp] = sums;
   __syncthreads();
   if (warp * (WARP / K) >= N) return;
@@ -217,5 +223,5 @@ DEV void one(const One& p, u8* smem) {
   for (int by = 1; by < K; by *= 2) y += shuffle_xor(y, by), sum += shuffle_xor(sum, by);
   const float inverse = p.left ? fast_rsqrt(sum / (float)m.cols + param_float(p.eps)) : 1.0f;
   if (p.next_scale && block == 0 && threadIdx.x == 0) *(float*)p.next_scale = power_of_two(inverse);
-  if (finishes) put_output(p.out, ring, row, 0, fmaf(y, inverse * param_float(p.unit) * fast_reciprocal(v.range), bias));
+  if (finishes) *to = fmaf(y, inverse * v.by, bias);
 }

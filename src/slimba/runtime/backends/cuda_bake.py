@@ -21,6 +21,9 @@ from slimba.runtime.backends.cuda_stream import Stream
 __all__ = ["KEYS", "QUICK", "QUICK_THREADS", "Baked"]
 
 QUICK, QUICK_THREADS = "quick", 288  # the kernel of kernels/cuda/quick.cuh, threads of its block
+# Bounds of the recurrence beside one.cuh: with 80 registers a thread, three of its nine warps and four of out_proj's
+# sixteen fit the 16,384 of a quarter of a multiprocessor (docs/log.md)
+BESIDE_THREADS = 384
 
 MATRIX = 82  # fields of struct Matrix in kernels/cuda/matrix.cuh, whose pointers follow the numbers
 SEGMENT0, SEGMENT, SEGMENTS = 18, 9, 6
@@ -49,7 +52,7 @@ MANY = {
     "eight_embed": ("EightEmbed", "THREADS", "s", set()),
     "one": ("One", "", "s", {MATRIX + 12}),
     "leaving": ("Leaving", "", "s", {MATRIX + 19, MATRIX + 22}),
-    "one_recur": ("Recurrence", f"{QUICK_THREADS}, 2", "s", RECURRENCE_VARYING),
+    "one_recur": ("Recurrence", f"{BESIDE_THREADS}, 2", "s", RECURRENCE_VARYING),
     "steps": ("Steps", "THREADS, ", "s", RECURRENCE_VARYING),
     "flow": ("Steps", "THREADS, 2", "s", RECURRENCE_VARYING),
     "prepare": ("BatchRecurrence", "THREADS", "s", RECURRENCE_VARYING),
