@@ -380,13 +380,17 @@ DEV void stage(const Matrix& m, const Input& in, int batch, const Weights<NB>& n
 DEV float combine(float d0, float d1, float d2) { return fmaf(d0, 65536.0f, fmaf(d1, 256.0f, d2)); }
 DEV u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
-DEV float* output_at(const Output& o, i64 ring, int row, int b) {
-  if (o.mode != IN_PROJ) return (float*)o.y + b * o.stride + row;
-  if (row >= (int)o.z0 && row < (int)o.z1) return (float*)o.z + b * o.z_stride + row - (int)o.z0;
-  if (row >= (int)o.ring0 && row < (int)o.ring1) return (float*)ring + row - (int)o.ring0;
-  return (float*)o.y + b * o.stride + row - (int)o.rest0;
-}
 DEV void put_output(const Output& o, i64 ring, int row, int b, float y) {
-  float* to = output_at(o, ring, row, b);
-  *to = o.mode == ADD ? load_fresh(to) + y : y;
+  if (o.mode == STORE) {
+    ((float*)o.y)[b * o.stride + row] = y;
+  } else if (o.mode == ADD) {
+    float* u = (float*)o.y + b * o.stride + row;
+    *u = load_fresh(u) + y;
+  } else if (row >= (int)o.z0 && row < (int)o.z1) {
+    ((float*)o.z)[b * o.z_stride + row - (int)o.z0] = y;
+  } else if (row >= (int)o.ring0 && row < (int)o.ring1) {
+    ((float*)ring)[row - (int)o.ring0] = y;
+  } else {
+    ((float*)o.y)[b * o.stride + row - (int)o.rest0] = y;
+  }
 }

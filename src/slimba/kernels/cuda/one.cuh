@@ -123,7 +123,7 @@ DEV void one(const One& p, u8* smem) {
   const float row_scale = row < 0 ? 0.0f : half_bits_to_float(is_code ? codes_row.scale[codes_row.local] : r.scale[local]);
   const float row_scale2 = second ? half_bits_to_float(((const u16*)m.plane_scale)[plane_row]) : 0.0f;
   const float bias = m.bias && finishes ? ((const float*)m.bias)[row] : 0.0f;
-  float* to = finishes ? output_at(p.out, p.out.mode == IN_PROJ ? (i64)next_ring_row(p.state, 0) : 0, row, 0) : nullptr;
+  const i64 ring = p.out.mode == IN_PROJ ? (i64)next_ring_row(p.state, 0) : 0;  // not put into the address of a result yet: the wait would wait for it
   const uint4* from = (const uint4*)p.x + (warp * UNITS + g % SLICES * 4 + t);
   const uint4* from2 = (const uint4*)p.x2 + (warp * UNITS2 + g % SLICES * SPAN + t % SPAN);
   const float* left = (const float*)p.left + 4 * threadIdx.x;
@@ -223,5 +223,5 @@ DEV void one(const One& p, u8* smem) {
   for (int by = 1; by < K; by *= 2) y += shuffle_xor(y, by), sum += shuffle_xor(sum, by);
   const float inverse = p.left ? fast_rsqrt(sum / (float)m.cols + param_float(p.eps)) : 1.0f;
   if (p.next_scale && block == 0 && threadIdx.x == 0) *(float*)p.next_scale = power_of_two(inverse);
-  if (finishes) *to = fmaf(y, inverse * v.by, bias);
+  if (finishes) put_output(p.out, ring, row, 0, fmaf(y, inverse * v.by, bias));
 }
