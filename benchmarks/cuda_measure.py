@@ -16,7 +16,7 @@ import torch
 
 from slimba.checkpoints.checkpoint import Checkpoint
 from slimba.runtime import measure
-from slimba.runtime.backends.cuda import CudaEngine
+from slimba.runtime.backends.cuda import AHEAD, CudaEngine, steps_of
 from slimba.runtime.backends.cuda_step import FusedStep, Step
 
 results: dict[str, Any] = {"checks": {}, "figures": {}}
@@ -78,13 +78,14 @@ def graph_of(engine: CudaEngine, work: Callable[[], None]) -> Callable[[], None]
 
 
 def decode_variants(engine: CudaEngine, checkpoint: Checkpoint, label: str, state_dtype: str) -> str:
-    """Batch 1: dependent and ordinary launches; their logits must agree."""
+    """Batch 1: dependent and ordinary launches, whose logits must agree, and eight steps in one graph, as `generate`
+    has them."""
     state = engine.new_state()
     moved = measure.traffic(checkpoint, state_dtype).step(1)
     floor = moved / results["figures"].get("copy_bandwidth", 4.0e12)
     times, logits, texts = {}, {}, {}
     variants: dict[str, tuple[Step, bool]] = {}
-    step = FusedStep(engine.model, engine.gpu, 1, state_dtype)
+    step = engine.stepper(state)
     variants["ordinary"] = step, False
     variants["overlapped"] = step, True
     for name, (s, overlap) in variants.items():
@@ -110,6 +111,14 @@ def decode_variants(engine: CudaEngine, checkpoint: Checkpoint, label: str, stat
             f"decode 1 {label} {state_dtype} {name}",
             f"{1 / value:.0f} tok/s, {value * 1e6:.1f} us, share of the limit {floor / value:.2f}",
         )
+    step.count.zero_()
+    eight = engine.gpu.record(lambda: steps_of(step))
+    value = seconds(eight, 6, 7) / AHEAD
+    step.count.zero_()
+    figure(
+        f"decode 1 {label} {state_dtype}, {AHEAD} steps a graph",
+        f"{1 / value:.0f} tok/s, {value * 1e6:.1f} us, share of the limit {floor / value:.2f}, {type(step).__name__}",
+    )
     base = logits["ordinary"]
     assert all(t == texts["ordinary"] for t in texts.values()), f"24 tokens differ: {texts}"
     return ", ".join(f"{k} differs {np.abs(v - base).max():.2g}" for k, v in logits.items()) + (

@@ -71,7 +71,7 @@ DEV void leaving(const Leaving& p, u8* smem) {
 }
 DEV void one_recur(const Recurrence& p, u8* smem) {
   release_next();
-  quick_recur(p, smem, AtOnce());
+  quick_recur<true>(p, smem, AtOnce());
 }
 
 // N rows of tiles a block, each finished by K threads: halves of a warp's sums, so far from the next warp's that a warp reads from

@@ -50,9 +50,11 @@ DEV void quick_store(const Recurrence& p, const Kept& kept, const QuickShared& v
   }
 }
 
-template <typename Ready>
+// FAST: exponentials of decays within 1e-6 of themselves, where products have less digits than that.
+template <bool FAST, typename Ready>
 DEV void quick_recur(const Recurrence& p, u8* smem, Ready ready) {
   QuickShared& v = *(QuickShared*)smem;
+  auto exponential = [](float x) { return FAST ? fast_exp(x) : expf(x); };
   const int thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP, n = QUICK_STATE;
   const int inner = (int)p.inner, heads = (int)p.heads, groups = (int)p.groups, taps = (int)p.state.taps;
   const int per_sequence = inner / QUICK_SPAN, unit = blockIdx.x, b = unit / per_sequence;
@@ -102,7 +104,7 @@ DEV void quick_recur(const Recurrence& p, u8* smem, Ready ready) {
   const float channel_value = silu(fmaf(tap, in, sum));
   (rows ? v.b : v.x)[rows ? thread : lane] = channel_value;  // c lies behind b
   const float dt = softplus(raw + dt_bias, param_float(p.dt_low), param_float(p.dt_high));
-  const float now = before + dt * a, decay = expf(now);
+  const float now = before + dt * a, decay = exponential(now);
   __syncthreads();
   float y = 0;
   if (rows) {
@@ -127,7 +129,7 @@ DEV void quick_recur(const Recurrence& p, u8* smem, Ready ready) {
     for (int by = 8; by; by /= 2) one += shuffle_xor(one, by);
     const int token = warp + (upper ? 8 : 0);
     const float since = token < j ? now - (upper ? l_token[1] : l_token[0]) : 0.0f;
-    if (lane % 16 == 0) v.weight[token] = token <= j ? one * expf(since) : 0.0f;
+    if (lane % 16 == 0) v.weight[token] = token <= j ? one * exponential(since) : 0.0f;
   }
   __syncthreads();
   if (rows) {

@@ -101,7 +101,7 @@ class Baked:
         """The kernel for a struct Recurrence; `instance` are the arguments of the template recur, or QUICK."""
         sets = constants(fields, RECURRENCE_POINTERS, RECURRENCE_VARYING)
         if instance == QUICK:
-            call = f"quick_recur(s, smem, {self.ORDER});"
+            call = f"quick_recur<false>(s, smem, {self.ORDER});"
             bounds = f"{QUICK_THREADS}, {self.QUICK_RESIDENT}"
             return self._add("slimba_quick", kernel("Recurrence", bounds, sets, self._first() + call))
         call = f"recur<{instance}>(s, smem, blockIdx.x, gridDim.x, InOrder());"

@@ -142,6 +142,7 @@ def place_of(x: np.ndarray, lane: np.ndarray, bit: np.ndarray, lanes: int) -> np
 class OneStep(FusedStep):
     """One token of one sequence: the head, the choice and what surrounds them are FusedStep's."""
 
+    arithmetic = "23-bit fixed point of 1024 RMS"
     WARPS_IN, RESIDENT = 8, 2  # of a block of in_proj
 
     def __init__(self, model: CudaModel, gpu: Gpu, batch: int, state_dtype: str) -> None:
