@@ -38,7 +38,7 @@ def test_steps_are_the_recurrence(
     checkpoint = random_model(spec, "dfssm")
     ids = np.random.default_rng(6).integers(0, 67, (batch, 22)).astype(np.int32)
     cuda = CudaEngine(checkpoint, gpu=host_gpu(40, bakes=True), state_dtype=state_dtype)
-    pool, length = cuda.new_state(batch), 12 + np.arange(batch) % 4
+    pool, length = cuda.new_state(batch), 14 + np.arange(batch) % 2
     for n in sorted(set(length)):
         (which,) = np.nonzero(length == n)
         cuda.prefill(ids[which, :n], pool.view(which.tolist()))
@@ -50,7 +50,7 @@ def test_steps_are_the_recurrence(
         np.testing.assert_allclose(got[b], want, rtol=0, atol=(5e-3 if state_dtype == "float32" else 3e-2) * most)
 
 
-@pytest.mark.parametrize("batch", [9, 17, 24, 25])
+@pytest.mark.parametrize("batch", [17, 25])
 def test_products_read_whole_groups_of_vectors(batch: int) -> None:
     from slimba.runtime.backends.cuda import CudaEngine
     from slimba.runtime.backends.cuda_eight import EIGHT, EightStep

@@ -23,11 +23,11 @@ inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 // Brings a line into the first-level cache; `once`: and leaves no copy of it in the others. As assembly: GCC 12 takes a
 // function that does nothing but prefetch for one without effects, and drops its calls.
 inline void fetch_line(const void* p) { asm volatile("prefetcht0 %0" ::"m"(*(const char*)p)); }
-inline void fetch_second(const void* p) { asm volatile("prefetcht1 %0" ::"m"(*(const char*)p)); }  // into the second-level
 inline void fetch_line(const void* p, bool once) {
   if (once) asm volatile("prefetchnta %0" ::"m"(*(const char*)p));
   else fetch_line(p);
 }
+inline void fetch_second(const void* p) { asm volatile("prefetcht1 %0" ::"m"(*(const char*)p)); }  // into the second-level
 
 #if defined(__AVX512F__)
 

@@ -22,7 +22,7 @@ struct One {
 };
 struct Leaving {
   Product p;
-  i64 places, next, next2, slice2;  // 0, or struct Place of each row as the next vector's column; bytes from a slice to the next in next2
+  i64 places, next, next2, slice2;  // 0, or struct DigitPlace of each row as the next vector's column; bytes from a slice to the next in next2
   i64 scale, squares, next_scale;   // the next vector's power of two; where its squares go, one of each warp; or 0, and where a power of two goes
 };
 

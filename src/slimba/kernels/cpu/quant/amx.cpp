@@ -4,6 +4,7 @@
 // rows, unsigned, as panel.h lays it out) adds to a tile of 16 x 16 whole numbers. Two by two of them share their loads.
 // SLIMBA_EMULATE_AMX replaces the instructions by plain loops, so that the rest can be tested on any AVX-512 machine.
 #include "panel.h"
+#include "sizes.h"
 
 namespace slimba {
 namespace {
@@ -122,7 +123,7 @@ const QuantFormat& with_tiles(const QuantFormat& rows) {
   static QuantFormat format = rows;
   format.many = many_tiles<P>;
   format.scratch_bytes = many_scratch_bytes;
-  format.many_rows = 64;
+  format.many_rows = kPanelRows;
   return format;
 }
 

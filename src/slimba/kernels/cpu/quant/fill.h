@@ -2,6 +2,7 @@
 #pragma once
 
 #include "quantize.h"
+#include "sizes.h"
 #if defined(__AVX512F__)
 #include "rows.h"
 #include "subsets.h"
@@ -12,7 +13,6 @@
 namespace slimba {
 namespace {
 
-constexpr int64_t kFew = 4, kPanelRows = 64;
 constexpr QuantInput kNothing = {no_bytes, no_prepare};
 
 template <int kSixes>

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "lookup.h"
+#include "sizes.h"
 #include "subsets.h"
 
 namespace slimba {
@@ -117,7 +118,7 @@ void lookup_many(const QuantArgs& a) {
       lookup_block(a, row, min64(kTaskRows, a.row_end - row), token, min64(kTaskTokens, a.tokens - token));
 }
 
-void lookup_some(const QuantArgs& a) { return a.tokens <= 4 ? lookup_few(a) : lookup_many(a); }
+void lookup_some(const QuantArgs& a) { return a.tokens <= kFew ? lookup_few(a) : lookup_many(a); }
 
 // The same where the tables are still to be made, of less than kLeastTokens tokens
 inline int64_t unprepared_bytes(int64_t cols) { return (kLeastTokens - 1) * lookup_bytes(cols); }
