@@ -146,7 +146,8 @@ def main() -> None:
         speeds = {k: max(a[k], b[k]) for k in ("decode_tokens_per_second", "prefill_tokens_per_second")}
         best.append(a | speeds | {"runs": [a, b]})
     begun = [start(shape, format, args.threads) for format in args.start.split(",") if format != "none"]
-    record = {"command": " ".join(sys.argv), "shape": shape, "threads": args.threads, "ours": rows}
+    command = " ".join("PYTHON" if a == args.llama_cpp_python else a for a in sys.argv)  # no paths of this machine
+    record = {"command": command, "shape": shape, "threads": args.threads, "ours": rows}
     record |= {"llama_cpp": best, "start": begun}
     out.write_text(json.dumps(record, indent=1) + "\n")
     print(table(record))
