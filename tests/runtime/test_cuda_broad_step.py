@@ -5,8 +5,6 @@ Run: `pytest tests/runtime/test_cuda_broad_step.py`.
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 
@@ -23,11 +21,8 @@ CASES = [  # d_state, groups, type of the states, fours of heads that a block of
     (128, 1, "bfloat16", ()),
     (128, 1, "int8", (4,)),
 ]
-OTHERS = [
-    case
-    for case in itertools.product((64, 128), (1, 2), ("float32", "bfloat16", "int8"), ((), (2,), (4,)))
-    if case not in CASES and case[:2] in ((64, 2), (128, 1)) and (case[2] == "int8" or not case[3])
-]
+STATES = [("float32", ()), ("bfloat16", ()), ("int8", ()), ("int8", (4,)), ("int8", (2,))]
+OTHERS = [case for d, g in ((64, 2), (128, 1)) for t, f in STATES if (case := (d, g, t, f)) not in CASES]
 
 
 @pytest.mark.parametrize(

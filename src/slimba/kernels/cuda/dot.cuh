@@ -62,8 +62,6 @@ DEV float dot_sums(const float (&v)[N]) {
   return sum;
 }
 
-// CW warps, X words of 32 columns a lane, TW tiles and RW int8 rows a block, P words of a second plane a warp (those of its columns
-// that the plane has, filled up), PM: which of the tiles may have the plane, B: blocks, LR: 16 ranks of a correction, or 0.
 // A block's tiles of signs, number block + i B of the matrix; `planes`: which of them have the second plane.
 template <int X, int TW, int P, int PM, int B>
 struct DotTiles {
@@ -117,6 +115,8 @@ struct LeaveNothing {
   DEV_MEMBER void begin() {}
   DEV_MEMBER void operator()(bool, float, float) const {}
 };
+// CW warps, X words of 32 columns a lane, TW tiles and RW int8 rows a block, P words of a second plane a warp (those of its columns
+// that the plane has, filled up), PM: which of the tiles may have the plane, B: blocks, LR: 16 ranks of a correction, or 0.
 template <int CW, int X, int TW, int RW, int P, int PM, int B, int LR, typename Ready, typename Leave>
 DEV void dot(const Product& p, u8* smem, Ready ready, Leave leave) {
   constexpr u32 ONES = 0x01010101u;

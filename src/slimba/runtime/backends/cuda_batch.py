@@ -20,11 +20,11 @@ from slimba.runtime.backends.cuda_mid import Mid
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
 from slimba.runtime.backends.cuda_state import KEPT, STATE_CODES
 from slimba.runtime.backends.cuda_step import (
-    IN_PROJ,
     LARGEST_STATE,
     MOST_KERNELS,
     STORE,
     Step,
+    in_proj_output,
     norm_groups,
     recur_bytes,
     recurrence,
@@ -189,9 +189,7 @@ class BatchStep(RecordedStep):
         self._mid.norm(m, source, 1, added, natural=self._wide)
 
     def _in_proj(self) -> list[int]:
-        spec = self._model.spec
-        inner, ring = spec.d_inner, spec.d_inner + spec.d_conv_channels
-        return [IN_PROJ, self._dt.data_ptr(), spec.n_heads, 0, inner, self._z.data_ptr(), inner, inner, ring, ring]
+        return in_proj_output(self._model.spec, self._dt, self._z)
 
     def _wide_in_proj(self, i: int, gpu: Recorder) -> None:
         """in_proj of layer i by cuBLAS over the expanded matrix."""

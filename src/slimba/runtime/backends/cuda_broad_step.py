@@ -18,7 +18,7 @@ from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_mid import Mid
 from slimba.runtime.backends.cuda_model import CudaModel
 from slimba.runtime.backends.cuda_state import KEPT, STATE_CODES
-from slimba.runtime.backends.cuda_step import IN_PROJ, STORE, norm_groups, recurrence
+from slimba.runtime.backends.cuda_step import STORE, in_proj_output, normed_behind_gate, recurrence
 from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits
 
 __all__ = ["BroadStep"]
@@ -69,25 +69,24 @@ class BroadStep(RecordedStep):
         spec = model.spec
         if not gpu.warpgroups or spec.architecture != "mamba2" or not states_fit(spec):
             return False
-        normed = spec.gated_norm and not spec.norm_before_gate and norm_groups(spec) == 1 and spec.d_inner % 512 == 0
+        normed = normed_behind_gate(spec) and spec.d_inner % 512 == 0
         matrices = [m for layer in model.layers for m in layer.matrices.values()]
         out = [layer.matrices["out_proj"] for layer in model.layers]
         return normed and all(map(Broad.fits, matrices)) and all(map(by_blocks, out)) and Mid.fits(model.head)
 
     def _recur_kernel(self, state_dtype: str) -> tuple[str, int, int]:
         """The recurrence's kernel, how many fours of heads a block of it takes, and its shared memory."""
-        name, fours, shared = recur_kernel(self._model.spec, self._gpu, self.batch, state_dtype, self.FLOW_FILLS)
         # Few blocks go to multiprocessors of their own where they ask for so much that no other fits
         beside = -(-self.batch * self._model.spec.n_heads // STATE_HEADS // self._gpu.blocks)
         room = (self._gpu.shared + 1024) // (beside + 1) // 128 * 128 if beside < 3 else 0
-        return name, fours, shared if "flow" in name else max(shared, room)
+        return recur_kernel(self._model.spec, self._gpu, self.batch, state_dtype, self.FLOW_FILLS, room)
 
     def _layers(self, gpu: Recorder) -> None:
         """Everything before the choice of the next ids."""
         model, spec, eps = self._model, self._model.spec, float_bits(self._model.spec.norm_eps)
-        inner, ring, stride = spec.d_inner, spec.d_inner + spec.d_conv_channels, self.batch * spec.d_model
+        inner, stride = spec.d_inner, self.batch * spec.d_model
         gpu.launch("slimba_embed", (4 * gpu.blocks,), self._embed)
-        to_state = [IN_PROJ, self._dt.data_ptr(), spec.n_heads, 0, inner, self._z.data_ptr(), inner, inner, ring, ring]
+        to_state = in_proj_output(spec, self._dt, self._z)
         to_parts = [STORE, self._parts.data_ptr(), spec.d_model, *[0] * 7]
         squares = [self._squares.data_ptr(), inner // CHANNELS, eps]
         u, other = self._u.data_ptr(), self._other_u.data_ptr()
@@ -126,19 +125,18 @@ def plane_of(m: DeviceMatrix) -> list[int]:
     return [m.plane_columns_pointer, m.plane_kpad]
 
 
-def recur_kernel(spec: ModelSpec, gpu: Gpu, batch: int, state_dtype: str, fills: float) -> tuple[str, int, int]:
-    """The recurrence's kernel, how many fours of heads a block of it takes, and the shared memory that it needs; fills:
-    blocks of flow.cu a multiprocessor from which it is taken."""
-    n, units, per_group = (
-        spec.d_state,
-        batch * spec.n_heads // STATE_HEADS,
-        spec.n_heads // spec.n_groups // STATE_HEADS,
-    )
+def recur_kernel(
+    spec: ModelSpec, gpu: Gpu, batch: int, state_dtype: str, fills: float, room: int = 0
+) -> tuple[str, int, int]:
+    """The recurrence's kernel, how many fours of heads a block of it takes, and its shared memory. fills: blocks of
+    flow.cu a multiprocessor from which it is taken; room: bytes that a block of steps.cu asks for at least."""
+    n, units = spec.d_state, batch * spec.n_heads // STATE_HEADS
+    per_group = spec.n_heads // spec.n_groups // STATE_HEADS
     if state_dtype == "int8" and spec.d_conv <= FLOW_TAPS:
         for fours in BroadStep.FLOW:
             if per_group % fours == 0 and units >= fills * fours * gpu.blocks:
                 return f"slimba_flow_{n}_{fours}", fours, flow_bytes(n)
-    return f"slimba_steps_{STATE_CODES[state_dtype]}_{n}", 1, steps_bytes(n, state_dtype)
+    return f"slimba_steps_{STATE_CODES[state_dtype]}_{n}", 1, max(steps_bytes(n, state_dtype), room)
 
 
 def by_blocks(m: DeviceMatrix) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from slimba.runtime.backends.cuda_stream import Stream, stream_of
 from slimba.runtime.backends.cuda_weights import FORMAT_CODES, DeviceMatrix
 
-__all__ = ["Codes", "codes_of"]
+__all__ = ["Codes", "codes_of", "streamed_of"]
 
 COLUMNS, TILE = 256, 16  # of a piece, of a tile of rows in kernels/cuda/codes.cuh
 PIECE_ROOM = 320  # floats in which a piece is transformed
@@ -95,3 +96,9 @@ def shape_of(format: str, groups: int, pieces: int, tiles: int) -> tuple[int, in
             return None
         tiles = math.ceil(tiles / math.ceil(tiles / most))
     return (warps, pieces, tiles) if tiles * TILE <= 32 * warps else None
+
+
+def streamed_of(m: DeviceMatrix, blocks: int, groups: int, gated: bool, streams: bool = True) -> Codes | Stream | None:
+    """The kernel of codes.cuh or stream.cuh for a matrix and one vector."""
+    stream = stream_of(m, blocks, groups, gated) if streams else None
+    return stream if m.has_float else codes_of(m, blocks, groups, gated) or stream

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,16 +23,17 @@ from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_lean import share_of
 from slimba.runtime.backends.cuda_mid import Mid
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights
-from slimba.runtime.backends.cuda_step import ADD, IN_PROJ, STORE, norm_groups, recurrence
+from slimba.runtime.backends.cuda_step import ADD, STORE, in_proj_output, normed_behind_gate, recurrence
 from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of, float_bits, up_to
 
-__all__ = ["EIGHT", "EightShape", "EightStep", "operand_places", "shape_of"]
+__all__ = ["EIGHT", "EightShape", "EightStep", "made_shape", "operand_places", "shape_of"]
 
 EIGHT, TILE, ROOM = 8, 16, 20  # vectors of a group, rows of a tile, EIGHT_ROOM of kernels/cuda/eight.cuh
 MASKED_SCALE = 2.0  # of operands that meet masked signs of bit 0: float16 ends at 2^15 times the RMS before
 IMAGE_SCALE = 0.0625  # of operands that meet 1 and -1
 MOST_SQUARES = 128 * 3  # of a vector: EIGHT_SQUARES of kernels/cuda/eight.cuh
 MOST_TILES = 8  # of a block
+Shape = TypeVar("Shape")
 MASKED_FROM = 2  # tiles, for which the sums of all columns are worth having
 
 
@@ -205,10 +206,9 @@ class EightStep(RecordedStep):
         spec = model.spec
         if not gpu.bakes or spec.architecture != "mamba2" or not states_fit(spec) or not 2 <= batch <= cls.MOST:
             return False
-        normed = spec.gated_norm and not spec.norm_before_gate and norm_groups(spec) == 1
         squares = spec.n_heads // STATE_HEADS * WARPS, -(-spec.d_model // TILE) + gpu.blocks
         return (
-            normed
+            normed_behind_gate(spec)
             and max(squares) <= MOST_SQUARES
             and Mid.fits(model.head)
             and all(cls._takes(layer, gpu, batch) for layer in model.layers)
@@ -233,7 +233,6 @@ class EightStep(RecordedStep):
         """Everything before the choice of the next ids."""
         model, spec = self._model, self._model.spec
         eps = float_bits(spec.norm_eps)
-        inner, ring = spec.d_inner, spec.d_inner + spec.d_conv_channels
         x, x2, squares = self._in
         y, y2, y_squares = self._out
         embed = fields_of(
@@ -242,7 +241,7 @@ class EightStep(RecordedStep):
             self._ranges[0].data_ptr(), eps, group_bytes(model.layers[0].matrices["in_proj"]),
         )  # fmt: skip
         gpu.launch("slimba_eight_embed", (self.batch,), embed, 4 * WARPS)
-        to_state = [IN_PROJ, self._dt.data_ptr(), spec.n_heads, 0, inner, self._z.data_ptr(), inner, inner, ring, ring]
+        to_state = in_proj_output(spec, self._dt, self._z)
         to_stream = [ADD, self._u.data_ptr(), spec.d_model, *[0] * 7]
         for i, layer in enumerate(model.layers):
             out = layer.matrices["out_proj"]
@@ -307,10 +306,8 @@ def shapes_of(layer: LayerWeights, gpu: Gpu, batch: int) -> list[EightShape | No
     eights, warps = -(-batch // EIGHT), {"in_proj": EightStep.WARPS_IN, "out_proj": EightStep.WARPS_OUT}
     found = []
     for name, plan in zip(warps, EightStep.PLANS[eights][:2], strict=True):
-        shape, groups = (
-            shape_of(layer.matrices[name], gpu.blocks // plan.tiles_of, warps[name]),
-            -(-eights // plan.eights),
-        )
+        shape = shape_of(layer.matrices[name], gpu.blocks // plan.tiles_of, warps[name])
+        groups = -(-eights // plan.eights)
         if shape:
             shape = dataclasses.replace(
                 shape, eights=plan.eights, groups=groups, split=plan.split, resident=plan.resident
@@ -319,6 +316,6 @@ def shapes_of(layer: LayerWeights, gpu: Gpu, batch: int) -> list[EightShape | No
     return found
 
 
-def made_shape(shape: EightShape | None) -> EightShape:
-    assert shape is not None  # EightStep.fits
+def made_shape(shape: Shape | None) -> Shape:
+    assert shape is not None  # `fits` of the step
     return shape

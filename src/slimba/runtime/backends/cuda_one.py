@@ -18,18 +18,18 @@ import torch
 
 from slimba.runtime.backends.cuda_bake import QUICK_THREADS, Baked
 from slimba.runtime.backends.cuda_batch import Recorder, made
+from slimba.runtime.backends.cuda_codes import streamed_of
 from slimba.runtime.backends.cuda_device import Gpu
-from slimba.runtime.backends.cuda_eight import shape_of
+from slimba.runtime.backends.cuda_eight import made_shape, shape_of
 from slimba.runtime.backends.cuda_lean import Dot, dot_of
-from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, span_of
+from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights
 from slimba.runtime.backends.cuda_step import (
-    IN_PROJ,
     QUICK_BYTES,
     QUICK_SPAN,
-    QUICK_STATE,
     FusedStep,
-    norm_groups,
-    streamed_of,
+    in_proj_output,
+    normed_behind_gate,
+    takes_quick,
 )
 from slimba.runtime.backends.cuda_weights import DeviceMatrix, fields_of, float_bits, up_to
 
@@ -127,8 +127,7 @@ def digit_places(m: DeviceMatrix, shape: OneShape, weight: torch.Tensor | None) 
         chosen = m.slots[there]
         out[chosen, 1] = 128 * shape.plane * warp + place_of(x, lane, bit, shape.span)
         out[chosen, 3] = (by[chosen] * 2.0 ** (exponent + 7 - bit % (2 * shape.span))).astype(np.float32).view(np.int32)
-    given = (torch.from_numpy(a).to(m.device) for a in (out, valid.view(np.int32)))
-    places, words = given
+    places, words = (torch.from_numpy(a).to(m.device) for a in (out, valid.view(np.int32)))
     return Places(places, 16 * max(1, shape.span), words, 2.0 ** -(exponent + 7))
 
 
@@ -155,10 +154,11 @@ class OneStep(FusedStep):
         # A vector's power of two, three not used, and its squares; in turn, a layer each
         squares = up_to(max(squares_of(dot) for dot in outs if dot) * gpu.blocks, 4)
         self._left = [zeros(4 + squares), zeros(4 + squares)]
-        self._ins = [self._in_shape(layer, gpu) for layer in model.layers]
+        # Of layer i at i - 1: the first in_proj makes its own digits
+        self._ins = [made_shape(self._in_shape(layer, gpu)) for layer in layers]
         self._places = [
-            digit_places(layer.matrices["in_proj"], shape, layer.norm) if shape else None
-            for layer, shape in zip(model.layers, self._ins, strict=True)
+            digit_places(layer.matrices["in_proj"], shape, layer.norm)
+            for layer, shape in zip(layers, self._ins, strict=True)
         ]
         recorder: Any = Recorder(gpu)
         self._record(recorder)
@@ -169,12 +169,10 @@ class OneStep(FusedStep):
         spec = model.spec
         if not gpu.bakes or batch != 1 or len(model.layers) < 2 or not FusedStep.fits(model, gpu, batch):
             return False
-        quick = spec.d_state == QUICK_STATE and span_of(spec.headdim) == QUICK_SPAN
-        normed = spec.gated_norm and not spec.norm_before_gate and norm_groups(spec) == 1
         head = streamed_of(model.head, gpu.blocks, 1, False)
         return (
-            quick
-            and normed
+            takes_quick(spec)
+            and normed_behind_gate(spec)
             and head is not None
             and head.shared_bytes <= gpu.shared
             and all(cls._takes(layer, gpu) for layer in model.layers)
@@ -222,8 +220,9 @@ class OneStep(FusedStep):
                 self._in_proj_of(gpu, layer.matrices["in_proj"], i, before, now)
             room = max(QUICK_BYTES, self._room("recur"))
             gpu.launch("slimba_one_recur", (units,), self.recurrences[i], room, threads=QUICK_THREADS, spread=spread)
-            leaves, following = [0] * 7, self._places[i + 1] if i + 1 < len(model.layers) else None
-            if following:
+            leaves = [0] * 7
+            if i + 1 < len(model.layers):
+                following = self._places[i]
                 leaves = [
                     following.places.data_ptr(), self._x.data_ptr(), self._x2.data_ptr(), following.slice2,
                     now.data_ptr(), now[4:].data_ptr(), 0,
@@ -232,13 +231,11 @@ class OneStep(FusedStep):
 
     def _in_proj_of(self, gpu: Recorder, m: DeviceMatrix, i: int, before: torch.Tensor, now: torch.Tensor) -> None:
         """Launches in_proj of layer i on what out_proj of the layer before has left."""
-        shape, places, spec = self._ins[i], self._places[i], self._model.spec
-        assert shape and places  # OneStep.fits
-        inner, ring = spec.d_inner, spec.d_inner + spec.d_conv_channels
-        to_state = [IN_PROJ, self._dt.data_ptr(), spec.n_heads, 0, inner, self._z.data_ptr(), inner, inner, ring, ring]
+        shape, places, spec = self._ins[i - 1], self._places[i - 1], self._model.spec
         fields = fields_of(
-            m.fields, to_state, self._state(i), self._x.data_ptr(), self._x2.data_ptr(), places.valid.data_ptr(),
-            float_bits(places.unit), before.data_ptr(), before.shape[0], float_bits(spec.norm_eps), now.data_ptr(),
+            m.fields, in_proj_output(spec, self._dt, self._z), self._state(i), self._x.data_ptr(),
+            self._x2.data_ptr(), places.valid.data_ptr(), float_bits(places.unit), before.data_ptr(),
+            before.shape[0], float_bits(spec.norm_eps), now.data_ptr(),
         )  # fmt: skip
         room = max(shape.shared_bytes, self._room("in_proj"))
         gpu.launch(shape.name, (gpu.blocks,), fields, room, threads=shape.threads, spread=self._spread[0])

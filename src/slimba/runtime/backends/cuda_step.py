@@ -20,12 +20,12 @@ import torch
 from slimba.models.spec import ModelSpec
 from slimba.runtime.backends.cuda_bake import KEYS, QUICK, QUICK_THREADS, Baked
 from slimba.runtime.backends.cuda_bulk import Bulk
-from slimba.runtime.backends.cuda_codes import Codes, codes_of
+from slimba.runtime.backends.cuda_codes import Codes, streamed_of
 from slimba.runtime.backends.cuda_device import Gpu
 from slimba.runtime.backends.cuda_lean import Dot, Lean, dot_of, lean_of
 from slimba.runtime.backends.cuda_model import CudaModel, LayerWeights, entries_of, span_of
 from slimba.runtime.backends.cuda_state import KEPT, POINTERS, STATE_CODES, CudaState, StatePointers
-from slimba.runtime.backends.cuda_stream import Stream, stream_of
+from slimba.runtime.backends.cuda_stream import Stream
 from slimba.runtime.backends.cuda_weights import WARPS, DeviceMatrix, fields_of, float_bits
 from slimba.runtime.engine import SamplingParams
 
@@ -51,6 +51,22 @@ def recur_bytes(spec: ModelSpec) -> int:
 def norm_groups(spec: ModelSpec) -> int:
     """Parts of the gated norm, each with an RMS of its own; 0 without a norm."""
     return spec.d_inner // spec.norm_group_size if spec.gated_norm else 0
+
+
+def normed_behind_gate(spec: ModelSpec) -> bool:
+    """Whether one norm follows the gate."""
+    return spec.gated_norm and not spec.norm_before_gate and norm_groups(spec) == 1
+
+
+def takes_quick(spec: ModelSpec) -> bool:
+    """Whether kernels/cuda/quick.cuh has the shape."""
+    return spec.d_state == QUICK_STATE and span_of(spec.headdim) == QUICK_SPAN
+
+
+def in_proj_output(spec: ModelSpec, dt: torch.Tensor, z: torch.Tensor) -> list[int]:
+    """The struct Output of in_proj."""
+    inner, ring = spec.d_inner, spec.d_inner + spec.d_conv_channels
+    return [IN_PROJ, dt.data_ptr(), spec.n_heads, 0, inner, z.data_ptr(), inner, inner, ring, ring]
 
 
 def recurrence(
@@ -311,7 +327,7 @@ class FusedStep(Step):
     def _bake(self) -> tuple[list[str], Any]:
         """The same, made for this model's shape."""
         spec = self._model.spec
-        self._quick = self.QUICK and spec.d_state == QUICK_STATE and span_of(spec.headdim) == QUICK_SPAN
+        self._quick = self.QUICK and takes_quick(spec)
         baked, instance = Baked(), QUICK if self._quick else RECUR[entries_of(spec.d_state)]
         self._lean = self._lean_products()
         names = [baked.product(fields, self._tokens, self._lean.get(i)) for i, fields in enumerate(self.products[:-1])]
@@ -334,16 +350,13 @@ class FusedStep(Step):
         spec, blocks = self._model.spec, self._gpu.blocks
         late = bool(spec.gated_norm and spec.norm_before_gate)
 
-        def streamed(m: DeviceMatrix, groups: int, gated: bool) -> Codes | Stream | None:
-            return streamed_of(m, blocks, groups, gated, self.STREAMS)
-
-        head = streamed(self._model.head, 1, False)
+        head = streamed_of(self._model.head, blocks, 1, False, self.STREAMS)
         found: dict[int, Codes | Dot | Lean | Stream | None] = {len(self.products) - 1: head}
         for i, layer in enumerate(self._model.layers):
             for k, name, groups, gated in (0, "in_proj", 1, False), (1, "out_proj", norm_groups(spec), late):
-                m = layer.matrices[name]
-                dot = dot_of(m, blocks, groups, gated) if self.DOTS else None
-                found[2 * i + k] = dot or lean_of(m, blocks, groups, gated) or streamed(m, groups, gated)
+                given = layer.matrices[name], blocks, groups, gated
+                dot = dot_of(*given) if self.DOTS else None
+                found[2 * i + k] = dot or lean_of(*given) or streamed_of(*given, self.STREAMS)
         fitting = {i: lean for i, lean in found.items() if lean is not None and lean.shared_bytes <= self._gpu.shared}
         return fitting | self._staged(fitting)
 
@@ -363,10 +376,8 @@ class FusedStep(Step):
 
     def _in_proj(self, layer: LayerWeights, i: int) -> np.ndarray:
         spec = self._model.spec
-        inner, ring = spec.d_inner, spec.d_inner + spec.d_conv_channels
         source = [self.u.data_ptr(), spec.d_model, 0, 0, layer.norm.data_ptr(), 1, float_bits(spec.norm_eps)]
-        out = [IN_PROJ, self._dt.data_ptr(), spec.n_heads, 0, inner, self._z.data_ptr(), inner, inner, ring, ring]
-        m = layer.matrices["in_proj"]
+        m, out = layer.matrices["in_proj"], in_proj_output(spec, self._dt, self._z)
         return fields_of(m.fields, source, out, self._state(i), self.batch, m.plane_inverse)
 
     def _out_proj(self, layer: LayerWeights, i: int) -> np.ndarray:
@@ -386,9 +397,3 @@ class FusedStep(Step):
         source = [self.u.data_ptr(), spec.d_model, 0, 0, model.norm_f.data_ptr(), 1, float_bits(spec.norm_eps)]
         out = [STORE, self.logits.data_ptr(), spec.vocab_size, *[0] * 7]
         return fields_of(model.head.fields, source, out, self._state(0), self.batch, model.head.plane_inverse)
-
-
-def streamed_of(m: DeviceMatrix, blocks: int, groups: int, gated: bool, streams: bool = True) -> Codes | Stream | None:
-    """The kernel of codes.cuh or stream.cuh for a matrix and one vector."""
-    stream = stream_of(m, blocks, groups, gated) if streams else None
-    return stream if m.has_float else codes_of(m, blocks, groups, gated) or stream
